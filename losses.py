@@ -1,0 +1,86 @@
+"""The paper's two losses, section II.B: NCE, eq. (3), and DINO's cross-entropy, eqs. (1, 2).
+
+Both compare a crop that the student saw with a crop that the teacher saw. Which crop with
+which is for the caller to say: `pairs` is a list of (student crop, teacher crop).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class NCELoss(nn.Module):
+    """Noise contrastive estimation, eq. (3): find the own image among the teacher's.
+
+    For the student's crop i and the teacher's crop j of one image, that pair is the positive,
+    x+; the teacher's crops j of the other B - 1 images of the batch are the negatives, x-.
+    sim is the cosine. A network that knows nothing scores ln B.
+
+    Args:
+        temperature: tau of eq. (3), > 0; the paper's is 0.1.
+    """
+
+    def __init__(self, temperature=0.1):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student, teacher, pairs):
+        """Mean over pairs and images: a scalar, in nats.
+
+        Args:
+            student: (student crops, B, dim), the student's projections.
+            teacher: (teacher crops, B, dim), the teacher's; no gradient flows into them.
+            pairs: list of (i, j): student crop i against teacher crop j.
+        """
+        student = F.normalize(student, dim=-1)
+        teacher = F.normalize(teacher.detach(), dim=-1)
+        own_image = torch.arange(student.shape[1], device=student.device)
+        total = 0
+        for i, j in pairs:
+            similarity = student[i] @ teacher[j].T / self.temperature  # (B, B), positives on the diagonal
+            total = total + F.cross_entropy(similarity, own_image)
+        return total / len(pairs)
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy from teacher to student, eqs. (1, 2), with DINO's centring.
+
+    The teacher's logits are centred, so that no prototype can win every image, and sharpened
+    by a low temperature, so that not all win alike; together they keep it from collapse. A
+    network that knows nothing scores ln K.
+
+    Args:
+        out_dim: K, the number of logits.
+        student_temp: tau_s of eq. (1), > 0.
+        center_momentum: share of the old centre in the new, in [0, 1].
+    """
+
+    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def forward(self, student, teacher, pairs, teacher_temp=0.04):
+        """Mean over pairs and images: a scalar, in nats. The centre is used, not moved.
+
+        Args:
+            student: (student crops, B, K), the student's logits.
+            teacher: (teacher crops, B, K), the teacher's; no gradient flows into them.
+            pairs: list of (i, j): student crop i against teacher crop j.
+            teacher_temp: tau_t, > 0.
+        """
+        log_p_student = F.log_softmax(student / self.student_temp, dim=-1)
+        p_teacher = F.softmax((teacher.detach() - self.center) / teacher_temp, dim=-1)
+        total = 0
+        for i, j in pairs:
+            total = total - (p_teacher[j] * log_p_student[i]).sum(dim=-1).mean()
+        return total / len(pairs)
+
+    @torch.no_grad()
+    def update_center(self, teacher):
+        """Move the centre towards the mean of this step's teacher logits, (crops, B, K).
+
+        Apart from `forward`, so that a step computed in pieces uses one centre throughout.
+        """
+        self.center.lerp_(teacher.mean(dim=(0, 1)).to(self.center), 1 - self.center_momentum)

@@ -1,0 +1,374 @@
+"""Train a student ViT to agree with its own moving average about views of the same digit.
+
+    python train.py --loss nce --views same
+    python train.py --loss nce --views different
+
+Student and teacher are one network with two sets of weights. Both look at crops of an image;
+the student learns to match the teacher (losses.py), and the teacher is the exponential moving
+average of the student. Nobody says what a digit is. The question of the paper is where the
+attention of such a network goes (visualize.py).
+
+Section and equation numbers are those of the paper; see the README.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+import visualize
+import vit
+from losses import DINOLoss, NCELoss
+
+# A preset is a row of defaults; flags override it. "paper" follows sections II.C and III, and
+# DINO where the paper is silent. "laptop" is as small as still shows the effect from random
+# weights within minutes on two CPU cores.
+PRESETS = {
+    "paper": {
+        "image_size": 224,
+        "patch_size": 8,
+        "dim": 384,
+        "depth": 12,
+        "heads": 6,
+        "weights": "dino",
+        "canvas_size": 100,
+        "num_distractors": 6,
+        "distractor_size": 9,
+        "batch_size": 32,
+        "epochs": 20,
+        "images_per_epoch": 50_000,
+        "base_lr": 0.0005,  # for a batch of 64
+        "temperature": 0.1,
+        "symmetric": False,
+        "local_crops_scale": (0.1, 0.4),
+        "momentum_teacher": 0.996,
+        "warmup_teacher_temp": 0.04,
+        "head_hidden_dim": 2048,
+        "head_layers": 3,
+        "bottleneck_dim": 256,
+        "head_norm": False,
+        "out_dim": 65_536,
+    },
+    "laptop": {
+        "image_size": 56,
+        "patch_size": 7,
+        "dim": 96,
+        "depth": 4,
+        "heads": 3,
+        "weights": "none",
+        "canvas_size": 64,
+        "num_distractors": 3,
+        "distractor_size": 9,
+        "batch_size": 96,
+        "epochs": 10,
+        "images_per_epoch": 4800,
+        "base_lr": 0.00067,
+        "temperature": 0.2,
+        "symmetric": True,
+        "local_crops_scale": (0.3, 0.6),
+        "momentum_teacher": 0.99,
+        "warmup_teacher_temp": 0.02,
+        "head_hidden_dim": 512,
+        "head_layers": 2,
+        "bottleneck_dim": 128,
+        "head_norm": True,
+        "out_dim": 1024,
+    },
+}
+# What both presets share, and no flag changes.
+COMMON = {
+    "dataset": "clutter",
+    "global_crops_scale": (0.5, 1.0),  # share of the canvas's area
+    "rotation": 15.0,  # degrees either way
+    "blur": (0.1, 2.0),  # sigma in pixels at 224
+    "teacher_temp": 0.04,
+    "warmup": 0.15,  # of the run: 3 of the paper's 20 epochs
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "clip_grad": 3.0,
+}
+
+
+# ---------------------------------------------------------------------------------- settings
+
+
+def parse_args(argv):
+    def default(key):  # a preset's value in the help text
+        return f"[paper {PRESETS['paper'][key]}, laptop {PRESETS['laptop'][key]}]"
+
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a ViT on cluttered digits without labels. Sections are the paper's."
+    )
+    add = parser.add_argument
+    add("--loss", choices=["nce", "dino"], default="nce", help="eq. (3), or DINO's cross-entropy, eqs. (1, 2) [nce]")
+    add("--views", choices=["same", "different"], default="same",
+        help="both branches see crops of one canvas, or of two with the same digit; section III.B [same]")
+    add("--crops", type=int, choices=[1, 2, 4], help="crops a branch, section III.C [same: 4, different: 1]")
+    add("--digits", choices=["auto", "mnist", "sklearn"], default="auto",
+        help="MNIST (section II.C), or the 1,797 digits of scikit-learn; auto: MNIST if it can be had [auto]")
+    add("--weights", metavar="{dino,none,FILE}",
+        help=f"what the backbone starts from: DINO's ViT-S/8 (section III), random, or a file {default('weights')}")
+    add("--preset", choices=list(PRESETS),
+        help="the defaults of the flags in [ ], and the model's size [paper where CUDA is, else laptop]")
+    add("--image-size", type=int, help=f"side of a crop fed to the network, pixels; section III {default('image_size')}")
+    add("--patch-size", type=int, help=f"side of a patch, pixels; section III {default('patch_size')}")
+    add("--heads", type=int, help=f"attention heads a block; section IV {default('heads')}")
+    add("--batch-size", type=int, help=f"images a step; section III {default('batch_size')}")
+    add("--epochs", type=int, help=f"length of the run; figure 4 {default('epochs')}")
+    add("--images-per-epoch", type=int, help=f"section II.C {default('images_per_epoch')}")
+    add("--lr", type=float, help="peak learning rate; section III [paper 0.0005 × batch/64, laptop "
+        f"{PRESETS['laptop']['base_lr']} × batch/64; above batch 256 by the square root from there]")
+    add("--temperature", type=float, help="τ of eq. (3), τ_s of eq. (1); section III [0.1; laptop with nce "
+        f"{PRESETS['laptop']['temperature']}]")
+    add("--seed", type=int, default=0, help="decides the initial weights and every image [0]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train [cuda if there, else cpu]")
+    add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of autocast; auto: bfloat16 where the device has it, else float16 on CUDA, else float32 [auto]")
+    add("--data-root", default="data", help="folder that holds, or will hold, MNIST/raw/ [data]")
+    add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, then -2, -3]")
+    return parser.parse_args(argv)
+
+
+def make_config(args):
+    """All settings of the run in one flat dict: the preset, the flags over it, and what follows.
+
+    Raises ValueError for values that cannot work, before anything is read or written.
+    """
+    flags = {name: value for name, value in vars(args).items() if value is not None and name != "output"}
+    preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
+    config = {**COMMON, **PRESETS[preset], **flags, "preset": preset, "fallbacks": []}
+    c = config
+    if args.crops is None:
+        c["crops"] = 4 if c["views"] == "same" else 1
+    if args.temperature is None and c["loss"] == "dino":
+        c["temperature"] = 0.1  # DINO's τ_s, whatever the size
+    if args.lr is None:
+        c["lr"] = c["base_lr"] * min(c["batch_size"], 256) / 64 * math.sqrt(max(1, c["batch_size"] / 256))
+    for name in ("image_size", "patch_size", "heads", "batch_size", "epochs", "images_per_epoch", "lr", "temperature"):
+        if not (c[name] > 0 and math.isfinite(c[name])):
+            raise ValueError(f"{flag(name)} {c[name]} must be above 0")
+    if c["image_size"] % c["patch_size"]:
+        near = max(1, round(c["image_size"] / c["patch_size"])) * c["patch_size"]
+        raise ValueError(f"--image-size {c['image_size']} is not divisible by --patch-size {c['patch_size']}: {near} is")
+    if c["dim"] % c["heads"]:
+        raise ValueError(f"--heads {c['heads']} does not divide the width {c['dim']}: {vit.divisors(c['dim'])} do")
+    if c["loss"] == "nce" and c["batch_size"] < 2:
+        raise ValueError("--batch-size 1 leaves --loss nce without negatives: 2 is the least")
+    if c["batch_size"] > c["images_per_epoch"]:
+        raise ValueError(f"--batch-size {c['batch_size']} is larger than --images-per-epoch {c['images_per_epoch']}")
+    # ViT-S/8 keeps its positions on the grid of 224 px, as DINO's weights do, whatever the input.
+    c["pos_size"] = 224 if preset == "paper" and 224 % c["patch_size"] == 0 else c["image_size"]
+    return config
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def autocast_dtype(precision, device):
+    """What the networks compute in: bfloat16 where it is fast, float16 on older GPUs, or float32."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():  # elsewhere it is emulated, and slow
+        return torch.bfloat16
+    return torch.float32
+
+
+# --------------------------------------------------------------------------------- schedules
+
+
+def cosine(start, end, progress):
+    """From start to end along half a cosine as progress goes from 0 to 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate(config, progress):
+    """A linear ramp over the first `warmup` of the run, then a cosine to zero (section III)."""
+    if progress < config["warmup"]:
+        return config["lr"] * progress / config["warmup"]
+    return cosine(config["lr"], 0, (progress - config["warmup"]) / (1 - config["warmup"]))
+
+
+def teacher_temperature(config, progress):
+    """τ_t: from a lower, safer value up to its own while the learning rate ramps up."""
+    share = min(1, progress / config["warmup"])
+    return config["warmup_teacher_temp"] + share * (config["teacher_temp"] - config["warmup_teacher_temp"])
+
+
+# ------------------------------------------------------------------------------- the training
+
+
+def make_optimizer(student):
+    """AdamW; weight decay on matrices alone, since biases, norms and tokens have no need to shrink."""
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], fused=True)
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    """Exponential moving average: teacher ← momentum · teacher + (1 − momentum) · student."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def train(config, student, digits, folder):
+    """Train `student` on views of `digits`, both on one device; returns its teacher.
+
+    After each epoch a checkpoint and a line of log.jsonl are written to `folder`.
+    """
+    c, device = config, digits.images.device
+    views = data.TrainingViews(c, digits)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = make_optimizer(student)
+    loss_fn = (NCELoss(c["temperature"]) if c["loss"] == "nce" else DINOLoss(c["out_dim"], c["temperature"])).to(device)
+    dtype = autocast_dtype(c["precision"], device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    steps_per_epoch = c["images_per_epoch"] // c["batch_size"]
+    steps = c["epochs"] * steps_per_epoch
+    history = []
+
+    def embed(network, crops):
+        """(crops, B, 3, H, W) to (crops, B, dim), all crops in one pass."""
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = network(crops.flatten(0, 1))
+        return out.float().unflatten(0, crops.shape[:2])  # the losses divide by small temperatures
+
+    bar = tqdm(total=steps * c["batch_size"], unit="image", unit_scale=True, smoothing=0.05)
+    for epoch in range(c["epochs"]):
+        started, total = time.perf_counter(), torch.zeros((), device=device)
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            progress = step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(c, progress)
+            optimizer.param_groups[0]["weight_decay"] = cosine(c["weight_decay"], c["weight_decay_end"], progress)
+            momentum = cosine(c["momentum_teacher"], 1.0, progress)
+
+            crops = views.render(views.draw(step))
+            with torch.no_grad():
+                targets = embed(teacher, crops[views.teacher])
+            outputs = embed(student, crops[views.student])
+            if c["loss"] == "nce":
+                loss = loss_fn(outputs, targets, views.pairs)
+            else:
+                loss = loss_fn(outputs, targets, views.pairs, teacher_temperature(c, progress))
+                loss_fn.update_center(targets)
+
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if c["loss"] == "dino" and epoch == 0:  # DINO holds its last layer still at first
+                student.head.last_layer.weight_v.grad = None
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(student.parameters(), c["clip_grad"])
+            scaler.step(optimizer)
+            scaler.update()
+            update_teacher(teacher, student, momentum)
+
+            total += loss.detach()
+            bar.update(c["batch_size"])
+            if step % 20 == 0:  # reading the loss waits for the device
+                bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+        seconds = time.perf_counter() - started
+        line = {
+            "epoch": epoch + 1,
+            "step": step + 1,
+            "loss": total.item() / steps_per_epoch,
+            "lr": optimizer.param_groups[0]["lr"],
+            "weight_decay": optimizer.param_groups[0]["weight_decay"],
+            "momentum_teacher": momentum,
+            "images_per_second": steps_per_epoch * c["batch_size"] / seconds,
+        }
+        if not math.isfinite(line["loss"]):
+            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {line['loss']}; try a lower --lr than {c['lr']:g}")
+        history.append(line)
+        save_checkpoint(os.path.join(folder, "ckpt.pth"), {
+            "config": c,
+            "step": step + 1,
+            "epoch": epoch + 1,
+            "student": student.state_dict(),
+            "teacher": teacher.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "loss": loss_fn.state_dict(),
+            "scaler": scaler.state_dict(),
+            "metrics": history,
+        })
+        with open(os.path.join(folder, "log.jsonl"), "a") as log:
+            log.write(json.dumps(line) + "\n")
+    bar.close()
+    return teacher
+
+
+def save_checkpoint(path, content):
+    """Write whole or not at all: to a temporary file, then renamed over the old one."""
+    torch.save(content, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def new_folder(config, output):
+    """Make the run's folder: --output, or the first of runs/NAME, runs/NAME-2, … not there yet."""
+    if output:
+        if os.path.exists(os.path.join(output, "ckpt.pth")):
+            raise ValueError(f"--output {output} already holds a run: name a new folder")
+        os.makedirs(output, exist_ok=True)
+        return output
+    name = os.path.join("runs", f"{config['dataset']}-{config['loss']}-{config['views']}")
+    os.makedirs("runs", exist_ok=True)
+    number = 1
+    while True:
+        folder = name if number == 1 else f"{name}-{number}"
+        try:
+            os.mkdir(folder)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def prepare(args):
+    """Everything that can fail for what the user gave: settings, device, digits, weights, folder."""
+    config = make_config(args)
+    device = vit.find_device(config["device"])
+    splits, config["digits"], warning = data.load_digits(config["digits"], config["data_root"])
+    data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if too few
+    student = vit.build_network(config)
+    if config["weights"] != "none":
+        vit.load_pretrained(student.backbone, config["weights"])
+    if warning:
+        config["fallbacks"].append(warning)
+    splits = {name: split.to(device) for name, split in splits.items()}
+    return config, student.to(device), splits, new_folder(config, args.output)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        config, student, splits, folder = prepare(args)
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    why = "asked for" if args.preset else "CUDA is there" if config["preset"] == "paper" else "no CUDA here"
+    print(
+        f"preset {config['preset']} ({why}): ViT of width {config['dim']}, {config['depth']} blocks, {config['heads']} "
+        f"heads, {config['image_size']} px, patch {config['patch_size']}; {config['epochs']} epochs of "
+        f"{config['images_per_epoch']:,} images on {config['device']}, into {folder}"
+    )
+    for line in config["fallbacks"]:
+        print(f"warning: {line}", file=sys.stderr)
+
+    untrained = copy.deepcopy(student.backbone)
+    teacher = train(config, student, splits["train"], folder)
+    print(visualize.report(config, teacher.backbone, untrained, splits))
+    print(f"python visualize.py {os.path.join(folder, 'ckpt.pth')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

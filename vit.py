@@ -1,0 +1,388 @@
+"""The Vision Transformer, its projection heads, and the weights that go into them.
+
+A ViT cuts an image into patches, puts a learned [CLS] token in front of them, and lets all
+tokens look at each other in every block. What the [CLS] token of the last block looks at is
+the attention map that the paper asks about (its figures 2 to 6).
+
+Parameter names and numbers are those of facebookresearch/dino, so that its published weights
+load without translation and its scripts read our checkpoints.
+"""
+
+import argparse
+import http.client
+import math
+import os
+import socket
+import sys
+import tempfile
+import urllib.parse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# DINO's published backbone for the paper's ViT-S/8: where it lies and how many bytes it has.
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+DINO_BYTES = 86_728_949
+NO_ANSWER_SECONDS = 15  # a host that stays silent this long counts as unreachable
+
+
+# ------------------------------------------------------------------------------ the backbone
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q kᵀ / √d) v in each head, then a linear mix."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, dim) -> (B, heads, N, d)
+
+    def queries_keys_values(self, x, queries=None):
+        """q of the first `queries` tokens (None: of all), k and v of every token."""
+        if queries is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:  # the rows of the fused weight are [q; k; v]
+            dim = x.shape[-1]
+            q = F.linear(x[:, :queries], self.qkv.weight[:dim], self.qkv.bias[:dim])
+            k, v = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def forward(self, x, queries=None):
+        q, k, v = self.queries_keys_values(x, queries)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, queries, d)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, dim)
+
+    def attention_map(self, x, queries=None):
+        """The softmax weights themselves, which the fused kernel never writes out."""
+        q, k, _ = self.queries_keys_values(x, queries)
+        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, heads, queries, N)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. With `queries` = n only the first n tokens come out."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, x, queries=None):
+        x = x[:, :queries] + self.attn(self.norm1(x), queries)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).mT  # (B, 3, H, W) -> (B, patches, dim), row by row
+
+
+class VisionTransformer(nn.Module):
+    """ViT backbone; the defaults are the paper's ViT-S/8 (section III).
+
+    Args:
+        patch_size: side of a patch in pixels.
+        dim, depth, heads: width, number of blocks, attention heads a block.
+        pos_size: the image side in pixels whose patch grid `pos_embed` stores. Images of any
+            other size that the patch size divides get positions interpolated from it.
+
+    Raises ValueError if `heads` does not divide `dim` or `patch_size` not `pos_size`.
+    """
+
+    def __init__(self, patch_size=8, dim=384, depth=12, heads=6, pos_size=224):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads {heads} must divide the width {dim}: {divisors(dim)} do")
+        if pos_size % patch_size:
+            raise ValueError(f"image size {pos_size} is not divisible by the patch size {patch_size}")
+        self.patch_size, self.dim, self.depth, self.heads = patch_size, dim, depth, heads
+        self.grid = pos_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_linear)
+
+    def positions(self, rows, columns):
+        """`pos_embed` for a grid of rows × columns patches, (1, 1 + rows·columns, dim)."""
+        if rows == columns == self.grid:
+            return self.pos_embed
+        cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        patch_pos = patch_pos.mT.unflatten(2, (self.grid, self.grid))  # (1, dim, grid, grid)
+        # DINO's weights were trained with bicubic interpolation by the *scale* (n + 0.1)/grid,
+        # whose 0.1 guards against rounding; asking for size=(rows, columns) is off by up to 0.03.
+        scale = ((rows + 0.1) / self.grid, (columns + 0.1) / self.grid)
+        patch_pos = F.interpolate(patch_pos, scale_factor=scale, mode="bicubic")
+        return torch.cat([cls_pos, patch_pos.flatten(2).mT], dim=1)
+
+    def embed(self, images):
+        """Images (B, 3, H, W) to tokens (B, 1 + patches, dim), [CLS] first."""
+        rows, columns = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
+            raise ValueError(
+                f"image size {images.shape[-2]}×{images.shape[-1]} is not divisible by the "
+                f"patch size {self.patch_size}"
+            )
+        patches = self.patch_embed(images)
+        cls_token = self.cls_token.expand(len(images), -1, -1)
+        return torch.cat([cls_token, patches], dim=1) + self.positions(rows, columns)
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised, to the [CLS] feature (B, dim)."""
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, queries=1)  # nothing reads the patch tokens after the last block
+        return self.norm(x)[:, 0]
+
+    def last_attention(self, images, queries=None):
+        """Attention of the last block, (B, heads, queries, 1 + patches), rows summing to 1.
+
+        Entry (b, h, i, j) is how much token i looks at token j in head h; token 0 is [CLS],
+        patches follow row by row. `queries=1` computes the [CLS] row alone, which is all that
+        the paper's figures show, at 1/N of the memory.
+        """
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        return last.attn.attention_map(last.norm1(x), queries)
+
+
+def init_linear(module):
+    """DINO's initialisation: truncated normal of 0.02 for weights, zero for biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def divisors(n):
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+# ---------------------------------------------------------------------- the projection head
+
+
+class ProjectionHead(nn.Module):
+    """From the [CLS] feature (B, dim) to the space where the loss lives (DINO's head).
+
+    An MLP to a bottleneck, L2-normalised: (B, bottleneck_dim), what the NCE loss compares. With
+    `out_dim` = K a weight-normalised layer follows: (B, K), the logits of the DINO loss.
+
+    Args:
+        dim: width of the feature.
+        hidden_dim, layers, bottleneck_dim: of the MLP; the defaults are DINO's.
+        norm: a LayerNorm after each hidden layer. DINO's head has none; trained from random
+            weights such a head hardly leaves the loss of chance. Never a batch norm: with it
+            the gradient of a batch is not the sum of the gradients of its pieces.
+    """
+
+    def __init__(self, dim, out_dim=None, hidden_dim=2048, layers=3, bottleneck_dim=256, norm=False):
+        super().__init__()
+        mlp, width = [], dim
+        for _ in range(layers - 1):
+            mlp.append(nn.Linear(width, hidden_dim))
+            if norm:
+                mlp.append(nn.LayerNorm(hidden_dim, eps=1e-6))
+            mlp.append(nn.GELU())
+            width = hidden_dim
+        self.mlp = nn.Sequential(*mlp, nn.Linear(width, bottleneck_dim))
+        self.mlp.apply(init_linear)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim) if out_dim else nn.Identity()
+
+    def forward(self, x):
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class Prototypes(nn.Module):
+    """DINO's last layer: cosine of the input with each of K directions, the rows of weight_v.
+
+    `weight_g`, the length given back to each direction, stays 1 as in DINO's default; it is
+    kept as a buffer for the name's sake.
+    """
+
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(out_dim, dim))
+        self.register_buffer("weight_g", torch.ones(out_dim, 1))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+
+    def forward(self, x):
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))  # (B, K)
+
+
+class Network(nn.Module):
+    """Backbone and head under the names DINO's scripts expect: `backbone.…`, `head.…`."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+
+def build_network(config):
+    """The student of a run, at its first step: random weights that `config["seed"]` decides.
+
+    `config` is the dict of settings that train.py makes and a checkpoint holds.
+    """
+    torch.manual_seed(config["seed"])
+    c = config
+    backbone = VisionTransformer(c["patch_size"], c["dim"], c["depth"], c["heads"], c["pos_size"])
+    out_dim = c["out_dim"] if c["loss"] == "dino" else None
+    head = ProjectionHead(
+        c["dim"], out_dim, c["head_hidden_dim"], c["head_layers"], c["bottleneck_dim"], c["head_norm"]
+    )
+    return Network(backbone, head)
+
+
+# ------------------------------------------------------------------------------- the weights
+
+
+def dino_file():
+    """Path of DINO's ViT-S/8 weights in torch.hub's folder, downloaded if they are not there.
+
+    The file gets its name only when all its bytes have come, so one that is there is whole.
+    Raises OSError, with both ways out, if it cannot be had.
+    """
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(DINO_URL))
+    if os.path.exists(path):
+        if os.path.getsize(path) != DINO_BYTES:
+            raise OSError(
+                f"{path} has {os.path.getsize(path):,} bytes, not the {DINO_BYTES:,} of DINO's "
+                "ViT-S/8: delete it, so that it is fetched again"
+            )
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    print(f"fetching DINO's ViT-S/8 weights to {path}", file=sys.stderr)
+    silence = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NO_ANSWER_SECONDS)
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            part = os.path.join(folder, "part")
+            torch.hub.download_url_to_file(DINO_URL, part)
+            if os.path.getsize(part) != DINO_BYTES:
+                raise OSError(f"{os.path.getsize(part):,} bytes came, {DINO_BYTES:,} were expected")
+            os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+        host = urllib.parse.urlparse(DINO_URL).netloc
+        raise OSError(
+            f"--weights dino: could not be fetched from {host} ({error}); use --weights none to "
+            "train from random weights, or --weights FILE with a copy of the file"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(silence)
+    return path
+
+
+def read_checkpoint(path):
+    """The content of a .pth file, read without running any code that it may hold.
+
+    Beside tensors and plain Python values only the names that DINO's full checkpoints need are
+    allowed: `argparse.Namespace` and numpy scalars. Raises OSError or ValueError in one line.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = [argparse.Namespace, np.dtype, type(np.dtype("f4")), type(np.dtype("f8")), type(np.dtype("i8"))]
+    # numpy 1 and 2 have the constructor of scalars under different names
+    allowed += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is not its own
+        kind = type(error).__name__
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or holds more than weights ({kind})") from error
+
+
+def backbone_weights(checkpoint, path):
+    """The backbone's state dict, in DINO's names, out of what `read_checkpoint` returned.
+
+    Takes a bare state dict, DINO's full checkpoints and ours; of student and teacher the
+    teacher. The prefixes `module.` and `backbone.` are stripped, heads left out.
+    """
+    for key in ("teacher", "student"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    weights = {}
+    for name, value in checkpoint.items() if isinstance(checkpoint, dict) else []:
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            name = name.removeprefix("module.").removeprefix("backbone.")
+            if not name.startswith(("head.", "projection_head.", "prototypes.")):
+                weights[name] = value
+    if "cls_token" not in weights or "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
+        raise ValueError(f"{path} holds no Vision Transformer: there is no cls_token, pos_embed or patch_embed.proj")
+    return weights
+
+
+def load_backbone(backbone, weights, path):
+    """Put `weights` (from `backbone_weights`) into `backbone`; ValueError if they do not fit."""
+    own = backbone.state_dict()
+    for name in own | weights:
+        if name not in weights or name not in own:
+            where = "has no" if name not in weights else "has a surplus"
+            raise ValueError(f"{path} {where} {name}: it is no ViT of depth {backbone.depth} in DINO's names")
+        if own[name].shape != weights[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(weights[name].shape)} where the model, patch size "
+                f"{backbone.patch_size} and width {backbone.dim}, needs {tuple(own[name].shape)}"
+            )
+    backbone.load_state_dict(weights)
+
+
+def backbone_like(weights, path, heads=None):
+    """A VisionTransformer with `weights` in it, its width, depth and patch read off their shapes.
+
+    `heads` cannot be read off: DINO's ViTs have one for every 64 of the width.
+    """
+    dim = weights["cls_token"].shape[-1]
+    patch_size = weights["patch_embed.proj.weight"].shape[-1]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    backbone = VisionTransformer(patch_size, dim, depth, heads or max(1, dim // 64), pos_size=grid * patch_size)
+    load_backbone(backbone, weights, path)
+    return backbone
+
+
+def load_pretrained(backbone, source):
+    """Fill `backbone` from `--weights`: "dino" or a file that `backbone_weights` understands."""
+    path = dino_file() if source == "dino" else source
+    load_backbone(backbone, backbone_weights(read_checkpoint(path), path), f"--weights {source}")
+
+
+def find_device(name):
+    """torch.device of `--device`; ValueError if this machine has no such thing."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name} is not to be had here ({reason}); --device cpu is") from error
+    return device
