@@ -341,7 +341,10 @@ def render_crops(canvases, crops, image_size):
     affine = torch.stack([cos, sin, row, column]).to(x.device, non_blocking=True)
     cos, sin, row, column = affine[..., None, None]  # each (B·C, 1, 1)
     u = (2 * torch.arange(image_size, device=x.device) + 1) / image_size - 1  # pixel centres
-    grid = torch.stack([cos * u - sin * u[:, None] + column, sin * u + cos * u[:, None] + row], dim=-1)
+    v = u[:, None]
+    grid = torch.empty(B * C, image_size, image_size, 2, device=x.device)  # column, row
+    torch.add(cos * u, column - sin * v, out=grid[..., 0])
+    torch.add(sin * u, row + cos * v, out=grid[..., 1])
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return gaussian_blur(x, crops["sigma"]).view(B, C, image_size, image_size)
 
@@ -359,6 +362,7 @@ def gaussian_blur(x, sigma):
     some, sigma = some.to(x.device, non_blocking=True), sigma[some].to(x.device, non_blocking=True)
     k = torch.arange(2 * n, device=x.device)
     kernel = torch.exp(-0.5 * (k / sigma[:, None]) ** 2)  # (b, 2n), by distance
+    kernel *= k <= 6 * sigma[:, None]  # beyond lie numbers so small that processors stumble over them
     kernel[:, -1] = 0
     i, j = k[:n, None], k[:n]
     left = torch.where(j > 0, i + j, 2 * n - 1)  # distance to pixel j's image behind the left border,
@@ -372,7 +376,7 @@ def normalise(x):
     """Grey images (…, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
     mean = torch.tensor(IMAGENET_MEAN, device=x.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=x.device)[:, None, None]
-    return (x.unsqueeze(-3) - mean) / std
+    return torch.addcmul(-mean / std, x.unsqueeze(-3), 1 / std)  # (x - mean) / std in one pass
 
 
 def denormalise(x):
