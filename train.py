@@ -39,6 +39,7 @@ PRESETS = {
         "depth": 12,
         "heads": 6,
         "weights": "dino",
+        "init_std": 0.02,
         "canvas_size": 100,
         "num_distractors": 6,
         "distractor_size": 9,
@@ -47,6 +48,7 @@ PRESETS = {
         "images_per_epoch": 50_000,
         "base_lr": 0.0005,  # for a batch of 64
         "temperature": 0.1,
+        "same_crops": 4,
         "symmetric": False,
         "local_crops_scale": (0.1, 0.4),
         "momentum_teacher": 0.996,
@@ -61,20 +63,22 @@ PRESETS = {
         "image_size": 56,
         "patch_size": 7,
         "dim": 96,
-        "depth": 4,
+        "depth": 2,
         "heads": 3,
         "weights": "none",
+        "init_std": None,
         "canvas_size": 64,
         "num_distractors": 3,
         "distractor_size": 9,
-        "batch_size": 96,
+        "batch_size": 64,
         "epochs": 10,
-        "images_per_epoch": 4800,
-        "base_lr": 0.00067,
+        "images_per_epoch": 12_800,
+        "base_lr": 0.001,
         "temperature": 0.2,
+        "same_crops": 2,  # with `symmetric`, as many as different views compare: the canvas is all that differs
         "symmetric": True,
         "local_crops_scale": (0.3, 0.6),
-        "momentum_teacher": 0.99,
+        "momentum_teacher": 0.9,
         "warmup_teacher_temp": 0.02,
         "head_hidden_dim": 512,
         "head_layers": 2,
@@ -111,7 +115,7 @@ def parse_args(argv):
     add("--loss", choices=["nce", "dino"], default="nce", help="eq. (3), or DINO's cross-entropy, eqs. (1, 2) [nce]")
     add("--views", choices=["same", "different"], default="same",
         help="both branches see crops of one canvas, or of two with the same digit; section III.B [same]")
-    add("--crops", type=int, choices=[1, 2, 4], help="crops a branch, section III.C [same: 4, different: 1]")
+    add("--crops", type=int, choices=[1, 2, 4], help="crops a branch, section III.C [same: paper 4, laptop 2; different: 1]")
     add("--digits", choices=["auto", "mnist", "sklearn"], default="auto",
         help="MNIST (section II.C), or the 1,797 digits of scikit-learn; auto: MNIST if it can be had [auto]")
     add("--weights", metavar="{dino,none,FILE}",
@@ -147,7 +151,7 @@ def make_config(args):
     config = {**COMMON, **PRESETS[preset], **flags, "preset": preset, "fallbacks": []}
     c = config
     if args.crops is None:
-        c["crops"] = 4 if c["views"] == "same" else 1
+        c["crops"] = c["same_crops"] if c["views"] == "same" else 1
     if args.temperature is None and c["loss"] == "dino":
         c["temperature"] = 0.1  # DINO's τ_s, whatever the size
     if args.lr is None:
@@ -209,7 +213,7 @@ def teacher_temperature(config, progress):
 
 
 def make_optimizer(student):
-    """AdamW; weight decay on matrices alone, since biases, norms and tokens have no need to shrink."""
+    """AdamW; biases and norms are spared the weight decay, as in DINO."""
     decayed = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]
     return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], fused=True)

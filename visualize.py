@@ -110,7 +110,7 @@ def interval(values, index, statistic, resamples=1000, seed=0):
     return result[-1].item(), low, high
 
 
-def measure(config, backbone, untrained, digits, n=TEST_IMAGES, layout="matched", split="test"):
+def measure(config, backbone, untrained, digits, n, layout="matched", split="test"):
     """Selectivity and auroc of the mean map of the heads, beside what they must beat.
 
     Measured on n canvases of the split `digits`. The rows of the result:
@@ -193,22 +193,19 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
     return (votes.argmax(1) == labels).double().mean().item()
 
 
-def knn(config, backbone, splits, bank=BANK_IMAGES, n=TEST_IMAGES):
-    """k-NN accuracy on n test canvases, from features of up to `bank` training canvases."""
-    known = features(config, backbone, splits["train"], min(bank, len(splits["train"])), "train")
-    return knn_accuracy(*known, *features(config, backbone, splits["test"], n, "test"))
-
-
-# -------------------------------------------------------------------------------- the figures
+def bank_and_queries(config, backbone, splits):
+    """Features and labels to classify by k-NN: of training canvases, and of TEST_IMAGES test canvases."""
+    bank = features(config, backbone, splits["train"], min(BANK_IMAGES, len(splits["train"])), "train")
+    return *bank, *features(config, backbone, splits["test"], TEST_IMAGES, "test")
 
 
 def report(config, backbone, untrained, splits):
     """The lines that a run ends with: attention on `matched` test canvases, and k-NN accuracy."""
-    table = measure(config, backbone, untrained, splits["test"])
+    table = measure(config, backbone, untrained, splits["test"], TEST_IMAGES)
     lines = [f"attention of [CLS] on {TEST_IMAGES:,} held-out canvases, layout matched:", format_table(table)]
-    accuracy = f"{100 * knn(config, backbone, splits):.1f}%"
+    accuracy = f"{100 * knn_accuracy(*bank_and_queries(config, backbone, splits)):.1f}%"
     if untrained is not None:
-        accuracy += f", untrained {100 * knn(config, untrained, splits):.1f}%"
+        accuracy += f", untrained {100 * knn_accuracy(*bank_and_queries(config, untrained, splits)):.1f}%"
     return "\n".join([*lines, f"k-NN accuracy: {accuracy}"])
 
 
@@ -216,8 +213,10 @@ def caption(config, epoch=None):
     """What a figure was made from, with everything that was replaced on the way."""
     parts = []
     if "loss" in config:
-        parts = [f"{config['loss'].upper()} loss", f"{config['views']} views", f"{config['crops']} crop(s) a branch"]
+        crops = "1 crop" if config["crops"] == 1 else f"{config['crops']} crops"
+        parts = [f"{config['loss'].upper()} loss", f"{config['views']} views", f"{crops} a canvas"]
     parts += [f"{config['image_size']} px", f"patch {config['patch_size']}"]
+    parts += {"mnist": ["MNIST"], "sklearn": ["scikit-learn's digits"]}.get(config["digits"], [])
     if epoch is not None:
         parts.append(f"epoch {epoch} of {config['epochs']}")
     return "\n".join([", ".join(parts), *(textwrap.shorten(line, 120) for line in config["fallbacks"])])
@@ -233,16 +232,20 @@ def draw_views(config, digits, path, images=4):
     """views.png: the crops that each branch is fed in the first training step, a row an image."""
     views = data.TrainingViews(config, digits)
     params = {name: value[:images] for name, value in views.draw(step=0).items()}
-    crops = data.denormalise(views.render(params)).cpu()  # (C, images, size, size)
-    branches = [("teacher", crop) for crop in views.teacher] + [("student", crop) for crop in views.student]
+    crops = data.denormalise(views.render(params)).cpu().numpy()  # (C, images, size, size)
+    if views.teacher == views.student:
+        columns = [("both", crop) for crop in views.teacher]
+    else:
+        columns = [("teacher", crop) for crop in views.teacher] + [("student", crop) for crop in views.student]
     images = crops.shape[1]
     figure, axes = plt.subplots(
-        images, len(branches), squeeze=False, layout="constrained", figsize=(1.3 * len(branches), 1.35 * images + 0.8)
+        images, len(columns), squeeze=False, layout="constrained",
+        figsize=(max(4, 1.5 * len(columns)), 1.5 * images + 1),
     )
-    for column, (branch, crop) in enumerate(branches):
+    for column, (branch, crop) in enumerate(columns):
         canvas, kind = views.plan[crop]
-        where = f", canvas {'ab'[canvas]}" if config["views"] == "different" else ""
-        axes[0, column].set_title(f"{branch}\n{kind} {crop + 1}{where}", fontsize=8)
+        where = f"canvas {'ab'[canvas]}" if config["views"] == "different" else ""
+        axes[0, column].set_title(f"{branch}, {kind}\n{where}".strip(), fontsize=8)
         for row in range(images):
             axes[row, column].imshow(crops[crop, row], cmap="gray", vmin=0, vmax=1)
             axes[row, column].axis("off")
@@ -254,9 +257,11 @@ def draw_attention(images, maps, path, title, masks=None):
     """Attention a head, a row an image: the input, the mean of the heads, then each head.
 
     Args:
-        images: (n, H, W) or (n, H, W, 3) in [0, 1]; or a list of such with sizes of their own.
-        maps: for each image (heads, rows, columns), the attention on the patch grid.
+        images: for each image (H, W) or (H, W, 3) in [0, 1].
+        maps: for each image (heads, rows, columns), the attention on its grid of patches.
         masks: None, or (digit, clutter), each (n, H, W) bool, outlined on the input.
+
+    Each map is coloured from 0 (black) to its own maximum.
     """
     heads = len(maps[0])
     names = ["input", *(["mean of heads"] if heads > 1 else []), *(f"head {h + 1}" for h in range(heads))]
@@ -267,15 +272,15 @@ def draw_attention(images, maps, path, title, masks=None):
         axis.set_title(name, fontsize=9)
     for row, image in enumerate(images):
         height, width = image.shape[:2]
-        axes[row, 0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        axes[row, 0].imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
         if masks is not None:
             for mask, colour in zip(masks, ("lime", "red")):
                 if mask[row].any():
-                    axes[row, 0].contour(mask[row], levels=[0.5], colors=colour, linewidths=0.7)
+                    axes[row, 0].contour(mask[row].numpy(), levels=[0.5], colors=colour, linewidths=0.7)
         shown = [maps[row].mean(0), *maps[row]] if heads > 1 else maps[row]
         for axis, map_ in zip(axes[row, 1:], shown):
             # the patch grid stretched over the image, so that both share their coordinates
-            axis.imshow(map_, cmap="inferno", vmin=0, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+            axis.imshow(map_.numpy(), cmap="inferno", vmin=0, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         for axis in axes[row]:
             axis.axis("off")
     figure.suptitle(title, fontsize=9)
@@ -286,7 +291,7 @@ def draw_tsne(points, labels, accuracy, path, title):
     """tsne.png: features (n, dim) in the plane, coloured by class (section III.A, perplexity 20)."""
     plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.cpu().numpy())
     figure, axis = plt.subplots(figsize=(6, 6.4), layout="constrained")
-    dots = axis.scatter(*plane.T, c=labels.cpu(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
+    dots = axis.scatter(*plane.T, c=labels.cpu().numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
     figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -380,26 +385,28 @@ def visualize(args):
         print(f"warning: {warning}", file=sys.stderr)
     splits = {name: split.to(device) for name, split in splits.items()}
     os.makedirs(folder, exist_ok=True)
-    draw_run(config, backbone, epoch, splits, folder)
-    untrained = untrained_backbone(config) if epoch is not None else None
-    print(format_table(measure(config, backbone, untrained and untrained.to(device), splits["test"])))
-
-
-def draw_run(config, backbone, epoch, splits, folder):
-    """All figures of one network, into `folder`."""
     if epoch is not None:
         draw_views(config, splits["train"], os.path.join(folder, "views.png"))
-    shown = next(data.evaluation_batches(config, splits["test"], 8))
+    draw_attention_on_canvases(config, backbone, epoch, splits["test"], os.path.join(folder, "attention.png"))
+
+    untrained = untrained_backbone(config) if epoch is not None else None
+    if untrained is not None:
+        untrained.to(device)
+    print(format_table(measure(config, backbone, untrained, splits["test"], TEST_IMAGES)))
+
+    bank, bank_labels, points, labels = bank_and_queries(config, backbone, splits)
+    accuracy = knn_accuracy(bank, bank_labels, points, labels)
+    print(f"k-NN accuracy: {100 * accuracy:.1f}%")
+    draw_tsne(points, labels, accuracy, os.path.join(folder, "tsne.png"), caption(config, epoch))
+
+
+def draw_attention_on_canvases(config, backbone, epoch, digits, path, images=8):
+    """attention.png: the first test canvases of the layout `matched`, with their masks' outlines."""
+    shown = next(data.evaluation_batches(config, digits, images))
     grid = config["image_size"] // config["patch_size"]
     maps = cls_maps(backbone, data.normalise(shown["images"])).unflatten(-1, (grid, grid)).cpu()
     title = "Where [CLS] of the last block looks (digit outlined green, clutter red)\n" + caption(config, epoch)
-    masks = (shown["digit"].cpu(), shown["clutter"].cpu())
-    draw_attention(shown["images"].cpu(), maps, os.path.join(folder, "attention.png"), title, masks)
-
-    bank = features(config, backbone, splits["train"], min(BANK_IMAGES, len(splits["train"])), "train")
-    points, labels = features(config, backbone, splits["test"], TEST_IMAGES, "test")
-    accuracy = knn_accuracy(*bank, points, labels)
-    draw_tsne(points, labels, accuracy, os.path.join(folder, "tsne.png"), caption(config, epoch))
+    draw_attention(shown["images"].cpu(), maps, path, title, (shown["digit"].cpu(), shown["clutter"].cpu()))
 
 
 def main(argv=None):

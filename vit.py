@@ -55,13 +55,21 @@ class Attention(nn.Module):
 
     def forward(self, x, queries=None):
         q, k, v = self.queries_keys_values(x, queries)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, queries, d)
+        if q.is_cuda or k.shape[-2] > 256:
+            x = F.scaled_dot_product_attention(q, k, v)  # fused: the weights are never written out
+        else:  # on a CPU that kernel is slower than this for short sequences: 5 times in bfloat16
+            x = attention_weights(q, k) @ v
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, dim)
 
     def attention_map(self, x, queries=None):
-        """The softmax weights themselves, which the fused kernel never writes out."""
+        """How much each of the first `queries` tokens looks at each token, (B, heads, queries, N)."""
         q, k, _ = self.queries_keys_values(x, queries)
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (B, heads, queries, N)
+        return attention_weights(q, k)
+
+
+def attention_weights(q, k):
+    """softmax(q kᵀ / √d): (B, heads, queries, d), (B, heads, N, d) -> (B, heads, queries, N)."""
+    return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(dim=-1)
 
 
 class MLP(nn.Module):
@@ -106,11 +114,14 @@ class VisionTransformer(nn.Module):
         dim, depth, heads: width, number of blocks, attention heads a block.
         pos_size: the image side in pixels whose patch grid `pos_embed` stores. Images of any
             other size that the patch size divides get positions interpolated from it.
+        init_std: of the random weights of linear layers; 0.02 is DINO's. None is 1/√(inputs of
+            the layer): in a narrow network 0.02 is next to nothing, and training takes long
+            to begin.
 
     Raises ValueError if `heads` does not divide `dim` or `patch_size` not `pos_size`.
     """
 
-    def __init__(self, patch_size=8, dim=384, depth=12, heads=6, pos_size=224):
+    def __init__(self, patch_size=8, dim=384, depth=12, heads=6, pos_size=224, init_std=0.02):
         super().__init__()
         if dim % heads:
             raise ValueError(f"heads {heads} must divide the width {dim}: {divisors(dim)} do")
@@ -125,7 +136,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(init_linear)
+        init_linear(self, init_std)
 
     def positions(self, rows, columns):
         """`pos_embed` for a grid of rows × columns patches, (1, 1 + rows·columns, dim)."""
@@ -173,11 +184,11 @@ class VisionTransformer(nn.Module):
         return last.attn.attention_map(last.norm1(x), queries)
 
 
-def init_linear(module):
-    """DINO's initialisation: truncated normal of 0.02 for weights, zero for biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
+def init_linear(network, std):
+    """Truncated normal weights of that std (None: 1/√inputs), zero biases, in all linear layers."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std or module.in_features**-0.5)
             nn.init.zeros_(module.bias)
 
 
@@ -200,9 +211,10 @@ class ProjectionHead(nn.Module):
         norm: a LayerNorm after each hidden layer. DINO's head has none; trained from random
             weights such a head hardly leaves the loss of chance. Never a batch norm: with it
             the gradient of a batch is not the sum of the gradients of its pieces.
+        init_std: as of VisionTransformer.
     """
 
-    def __init__(self, dim, out_dim=None, hidden_dim=2048, layers=3, bottleneck_dim=256, norm=False):
+    def __init__(self, dim, out_dim=None, hidden_dim=2048, layers=3, bottleneck_dim=256, norm=False, init_std=0.02):
         super().__init__()
         mlp, width = [], dim
         for _ in range(layers - 1):
@@ -212,7 +224,7 @@ class ProjectionHead(nn.Module):
             mlp.append(nn.GELU())
             width = hidden_dim
         self.mlp = nn.Sequential(*mlp, nn.Linear(width, bottleneck_dim))
-        self.mlp.apply(init_linear)
+        init_linear(self.mlp, init_std)
         self.last_layer = Prototypes(bottleneck_dim, out_dim) if out_dim else nn.Identity()
 
     def forward(self, x):
@@ -254,10 +266,10 @@ def build_network(config):
     """
     torch.manual_seed(config["seed"])
     c = config
-    backbone = VisionTransformer(c["patch_size"], c["dim"], c["depth"], c["heads"], c["pos_size"])
+    backbone = VisionTransformer(c["patch_size"], c["dim"], c["depth"], c["heads"], c["pos_size"], c["init_std"])
     out_dim = c["out_dim"] if c["loss"] == "dino" else None
     head = ProjectionHead(
-        c["dim"], out_dim, c["head_hidden_dim"], c["head_layers"], c["bottleneck_dim"], c["head_norm"]
+        c["dim"], out_dim, c["head_hidden_dim"], c["head_layers"], c["bottleneck_dim"], c["head_norm"], c["init_std"]
     )
     return Network(backbone, head)
 

@@ -1,0 +1,239 @@
+"""Settings, schedules, one step, and whole small runs through the command line."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import data
+import train
+import vit
+import visualize
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config_of(*flags):
+    return train.make_config(train.parse_args(list(flags)))
+
+
+# --------------------------------------------------------------------------------- settings
+
+
+def test_paper_preset_is_the_papers():
+    c = config_of("--preset", "paper")
+    assert (c["dim"], c["depth"], c["heads"], c["patch_size"], c["image_size"]) == (384, 12, 6, 8, 224)
+    assert (c["canvas_size"], c["num_distractors"], c["distractor_size"]) == (100, 6, 9)
+    assert (c["batch_size"], c["epochs"], c["images_per_epoch"], c["temperature"]) == (32, 20, 50_000, 0.1)
+    assert c["lr"] == pytest.approx(0.0005 * 32 / 64)
+    assert c["warmup"] * c["epochs"] == pytest.approx(3)
+    assert (c["weight_decay"], c["weight_decay_end"], c["weights"]) == (0.04, 0.4, "dino")
+    assert (c["views"], c["crops"]) == ("same", 4)
+    assert config_of("--preset", "paper", "--views", "different")["crops"] == 1
+    assert config_of("--preset", "laptop", "--views", "same")["crops"] == 2
+    assert c["pos_size"] == config_of("--preset", "paper", "--image-size", "112")["pos_size"] == 224
+
+
+def test_flags_override_presets():
+    c = config_of("--preset", "laptop", "--image-size", "84", "--heads", "2", "--crops", "2", "--lr", "0.5")
+    assert (c["image_size"], c["heads"], c["crops"], c["lr"]) == (84, 2, 2, 0.5)
+    assert c["preset"] == "laptop" and c["dim"] == train.PRESETS["laptop"]["dim"]
+
+
+def test_learning_rate_follows_the_batch():
+    lr = {b: config_of("--preset", "paper", "--batch-size", str(b))["lr"] for b in (64, 256, 1024)}
+    assert lr[64] == pytest.approx(0.0005) and lr[256] == pytest.approx(0.002)
+    assert lr[1024] == pytest.approx(0.004)  # by the square root from 256
+
+
+def test_every_flag_has_a_line_of_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("loss", "views", "crops", "digits", "weights", "preset", "image-size", "patch-size", "heads",
+                 "batch-size", "epochs", "lr", "temperature", "seed", "device", "data-root", "output"):
+        assert f"--{name}" in text
+
+
+# -------------------------------------------------------------------------------- schedules
+
+
+def test_schedules_start_and_end_where_they_should():
+    c = {"lr": 2.0, "warmup": 0.15, "warmup_teacher_temp": 0.02, "teacher_temp": 0.04}
+    assert train.learning_rate(c, 0) == 0
+    assert train.learning_rate(c, 0.075) == pytest.approx(1.0)  # half way up the ramp
+    assert train.learning_rate(c, 0.15) == pytest.approx(2.0)
+    assert train.learning_rate(c, 0.575) == pytest.approx(1.0)  # half way down the cosine
+    assert train.learning_rate(c, 1) == pytest.approx(0)
+    assert [train.cosine(0.04, 0.4, p) for p in (0, 0.5, 1)] == pytest.approx([0.04, 0.22, 0.4])
+    assert train.teacher_temperature(c, 0) == 0.02
+    assert train.teacher_temperature(c, 0.075) == pytest.approx(0.03)
+    assert train.teacher_temperature(c, 0.5) == pytest.approx(0.04)
+
+
+def test_teacher_is_the_moving_average():
+    teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = [0.9 * t + 0.1 * s for t, s in zip(teacher.parameters(), student.parameters())]
+    train.update_teacher(teacher, student, 0.9)
+    for value, parameter in zip(expected, teacher.parameters()):
+        torch.testing.assert_close(value, parameter)
+
+
+def test_weight_decay_spares_biases_norms_and_nothing_else():
+    network = vit.build_network(config_of("--preset", "laptop"))
+    groups = train.make_optimizer(network).param_groups
+    assert groups[1]["weight_decay"] == 0
+    spared = {id(p) for p in groups[1]["params"]}
+    for name, parameter in network.named_parameters():
+        assert (id(parameter) in spared) == (name.endswith("bias") or "norm" in name or parameter.ndim == 1), name
+    assert sum(len(g["params"]) for g in groups) == len(list(network.parameters()))
+
+
+# --------------------------------------------------------------------------------- the runs
+
+SMALL = ["--preset", "laptop", "--digits", "sklearn", "--device", "cpu", "--batch-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The figures at the end of a run on a few images."""
+    monkeypatch.setattr(visualize, "TEST_IMAGES", 50)
+    monkeypatch.setattr(visualize, "BANK_IMAGES", 60)
+
+
+@pytest.mark.parametrize("loss", ["nce", "dino"])
+@pytest.mark.parametrize("views,crops", [("same", 4), ("same", 1), ("different", 1), ("different", 2)])
+def test_every_kind_of_run(tmp_path, monkeypatch, capsys, loss, views, crops):
+    monkeypatch.chdir(tmp_path)
+    command = ["--loss", loss, "--views", views, "--crops", str(crops), "--epochs", "2", "--images-per-epoch", "16"]
+    assert train.main([*SMALL, *command]) == 0
+    folder = tmp_path / "runs" / f"clutter-{loss}-{views}"
+    checkpoint = vit.read_checkpoint(folder / "ckpt.pth")
+    assert set(checkpoint) == {
+        "config", "step", "epoch", "student", "teacher", "optimizer", "loss", "scaler", "metrics"
+    }
+    assert (checkpoint["step"], checkpoint["epoch"]) == (4, 2)
+    assert checkpoint["config"]["crops"] == crops and checkpoint["config"]["digits"] == "sklearn"
+    start = vit.build_network(checkpoint["config"]).state_dict()
+    moved = {name: (checkpoint["student"][name] - start[name]).abs().max() for name in start}
+    assert all(moved[name] > 0 for name in moved if name.startswith("backbone.") and "weight" in name)
+    if loss == "dino":
+        assert checkpoint["loss"]["center"].abs().sum() > 0
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    printed = capsys.readouterr().out
+    assert printed.startswith("preset laptop (asked for)")
+    assert "k-NN accuracy" in printed
+    assert printed.splitlines()[-1] == f"python visualize.py {folder.relative_to(tmp_path) / 'ckpt.pth'}"
+
+
+def test_dino_holds_its_last_layer_still_in_the_first_epoch(tmp_path):
+    folder = tmp_path / "run"
+    flags = [*SMALL, "--loss", "dino", "--views", "different", "--images-per-epoch", "16", "--epochs", "1"]
+    assert train.main([*flags, "--output", str(folder)]) == 0
+    checkpoint = vit.read_checkpoint(folder / "ckpt.pth")
+    start = vit.build_network(checkpoint["config"]).state_dict()
+    name = "head.last_layer.weight_v"
+    assert torch.equal(checkpoint["student"][name], start[name])
+    assert torch.equal(checkpoint["teacher"][name], start[name])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    flags = [*SMALL, "--views", "different", "--epochs", "1", "--images-per-epoch", "24"]
+    runs = {}
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert train.main([*flags, "--seed", seed, "--output", str(tmp_path / name)]) == 0
+        runs[name] = vit.read_checkpoint(tmp_path / name / "ckpt.pth")
+    assert runs["a"]["metrics"][-1]["loss"] == runs["b"]["metrics"][-1]["loss"] != runs["c"]["metrics"][-1]["loss"]
+    for key, value in runs["a"]["teacher"].items():
+        assert torch.equal(value, runs["b"]["teacher"][key])
+
+
+def test_a_run_never_lands_on_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_of("--preset", "laptop")
+    assert [train.new_folder(config, None) for _ in range(3)] == [
+        str(Path("runs") / f"clutter-nce-same{end}") for end in ("", "-2", "-3")
+    ]
+
+
+@pytest.mark.parametrize("views,crops", [("different", 1), ("same", 2)])
+def test_training_learns(tmp_path, views, crops):
+    """Two hundred small steps on easy canvases bring the loss well below chance."""
+    flags = ["--views", views, "--crops", str(crops), "--batch-size", "16", "--epochs", "10", "--images-per-epoch", "320"]
+    config = config_of(*SMALL, *flags, "--lr", "0.001") | {"num_distractors": 0}
+    digits = data.load_digits("sklearn")[0]["train"]
+    student = vit.build_network(config)
+    train.train(config, student, digits, str(tmp_path))
+    losses = [line["loss"] for line in vit.read_checkpoint(tmp_path / "ckpt.pth")["metrics"]]
+    chance = math.log(16)
+    assert losses[0] == pytest.approx(chance, abs=0.15)
+    assert losses[-1] < chance - 0.2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_of_the_papers_network(tmp_path, precision):
+    """ViT-S/8 at 224 px with DINO's head, in full precision and in autocast."""
+    config = config_of("--preset", "paper", "--weights", "none", "--views", "different", "--device", "cpu",
+                       "--batch-size", "2", "--images-per-epoch", "2", "--epochs", "1", "--precision", precision)
+    train.train(config, vit.build_network(config), data.load_digits("sklearn")[0]["train"], str(tmp_path))
+    checkpoint = vit.read_checkpoint(tmp_path / "ckpt.pth")
+    assert checkpoint["metrics"][0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert all(value.dtype == torch.float32 for value in checkpoint["student"].values())
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--image-size", "50"], "--image-size 50 is not divisible by --patch-size 7: 49 is"),
+    (["--heads", "7"], "--heads 7 does not divide the width"),
+    (["--batch-size", "1"], "--batch-size 1 leaves --loss nce without negatives"),
+    (["--batch-size", "1298", "--images-per-epoch", "2000"], "--batch-size 1298 is larger than the data set of 1,297"),
+    (["--batch-size", "64", "--images-per-epoch", "32"], "--batch-size 64 is larger than --images-per-epoch 32"),
+    (["--epochs", "0"], "--epochs 0 must be above 0"),
+    (["--lr", "nan"], "--lr nan must be above 0"),
+    (["--weights", "missing.pth"], "missing.pth: no such file"),
+    (["--weights", "text.pth"], "text.pth is not a PyTorch checkpoint"),
+    (["--weights", "other.pth"], "--weights other.pth: cls_token has shape (1, 1, 64)"),
+    (["--digits", "mnist", "--data-root", "nowhere"], "no MNIST in nowhere/MNIST/raw"),
+    (["--device", "cuda:77"], "--device cuda:77 is not to be had here"),
+    (["--output", "taken"], "--output taken already holds a run"),
+])
+def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save(vit.VisionTransformer(7, 64, 1, 1, 56).state_dict(), tmp_path / "other.pth")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "ckpt.pth").write_text("")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    base = ["--preset", "laptop", "--device", "cpu"] + (["--digits", "sklearn"] if "--digits" not in flags else [])
+    assert train.main([*base, *flags]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_bad_input_at_the_shell():
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "laptop", "--image-size", "50"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_digits_that_stand_in_for_mnist_are_told_and_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    flags = ["--preset", "laptop", "--device", "cpu", "--batch-size", "8", "--images-per-epoch", "8", "--epochs", "1"]
+    flags += ["--data-root", str(tmp_path / "none"), "--output", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1 and "scikit-learn's 1,797 digits instead of MNIST" in warnings[0]
+    config = vit.read_checkpoint(tmp_path / "run" / "ckpt.pth")["config"]
+    assert config["digits"] == "sklearn" and "instead of MNIST" in config["fallbacks"][0]
+    assert "instead of MNIST" in visualize.caption(config)
