@@ -425,8 +425,9 @@ class TrainingViews:
 def evaluation_batches(config, digits, n, layout="matched", split="test", batch_size=100):
     """n whole canvases, neither cropped nor turned nor blurred, with what is where on them.
 
-    The same for every run: they depend on the split, the layout and the canvas's size alone.
-    Digits are taken in order, from the first again when there are fewer than n.
+    The same for every run: they depend on the split, the layout and the canvas's size alone, and
+    fewer of them are the first of more. Digits are taken in order, from the first again when
+    there are fewer than n.
 
     Yields dicts of up to batch_size rows b, with I = config["image_size"]: `images` (b, I, I)
     float32 in [0, 1]; `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest
@@ -434,7 +435,11 @@ def evaluation_batches(config, digits, n, layout="matched", split="test", batch_
     """
     size, S = config["image_size"], config["canvas_size"]
     sampler = CanvasSampler(digits, S, config["num_distractors"], config["distractor_size"], layout)
-    params = sampler.draw(generator("evaluation", split, layout), torch.arange(n) % len(digits))
+    blocks = [
+        sampler.draw(generator("evaluation", split, layout, i), torch.arange(i, i + 100) % len(digits))
+        for i in range(0, n, 100)
+    ]
+    params = {name: torch.cat([block[name] for block in blocks])[:n] for name in blocks[0]}
     for start in range(0, n, batch_size):
         rows = {name: value[start : start + batch_size] for name, value in params.items()}
         b = len(rows["digit"])

@@ -58,6 +58,7 @@ PRESETS = {
         "bottleneck_dim": 256,
         "head_norm": False,
         "out_dim": 65_536,
+        "dino": {},  # what is different with --loss dino
     },
     "laptop": {
         "image_size": 56,
@@ -85,6 +86,8 @@ PRESETS = {
         "bottleneck_dim": 128,
         "head_norm": True,
         "out_dim": 1024,
+        # DINO's τ_s; and a teacher as fast as above collapses: it has no negatives to keep it up
+        "dino": {"temperature": 0.1, "momentum_teacher": 0.99},
     },
 }
 # What both presets share, and no flag changes.
@@ -148,12 +151,14 @@ def make_config(args):
     """
     flags = {name: value for name, value in vars(args).items() if value is not None and name != "output"}
     preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
-    config = {**COMMON, **PRESETS[preset], **flags, "preset": preset, "fallbacks": []}
+    defaults = dict(PRESETS[preset])
+    with_dino = defaults.pop("dino")
+    if args.loss == "dino":
+        defaults |= with_dino
+    config = {**COMMON, **defaults, **flags, "preset": preset, "fallbacks": []}
     c = config
     if args.crops is None:
         c["crops"] = c["same_crops"] if c["views"] == "same" else 1
-    if args.temperature is None and c["loss"] == "dino":
-        c["temperature"] = 0.1  # DINO's τ_s, whatever the size
     if args.lr is None:
         c["lr"] = c["base_lr"] * min(c["batch_size"], 256) / 64 * math.sqrt(max(1, c["batch_size"] / 256))
     for name in ("image_size", "patch_size", "heads", "batch_size", "epochs", "images_per_epoch", "lr", "temperature"):
@@ -231,6 +236,7 @@ def train(config, student, digits, folder):
     After each epoch a checkpoint and a line of log.jsonl are written to `folder`.
     """
     c, device = config, digits.images.device
+    torch.set_flush_denormal(True)  # sharp softmaxes are full of numbers so small that a CPU stumbles over them
     views = data.TrainingViews(c, digits)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = make_optimizer(student)
@@ -344,7 +350,11 @@ def prepare(args):
     data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if too few
     student = vit.build_network(config)
     if config["weights"] != "none":
-        vit.load_pretrained(student.backbone, config["weights"])
+        own_heads = vit.load_pretrained(student.backbone, config["weights"])
+        if own_heads != config["heads"]:
+            config["fallbacks"].append(
+                f"--heads {config['heads']}: the q, k and v of --weights {config['weights']} were trained for {own_heads}"
+            )
     if warning:
         config["fallbacks"].append(warning)
     splits = {name: split.to(device) for name, split in splits.items()}

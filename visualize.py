@@ -219,7 +219,7 @@ def caption(config, epoch=None):
     parts += {"mnist": ["MNIST"], "sklearn": ["scikit-learn's digits"]}.get(config["digits"], [])
     if epoch is not None:
         parts.append(f"epoch {epoch} of {config['epochs']}")
-    return "\n".join([", ".join(parts), *(textwrap.shorten(line, 120) for line in config["fallbacks"])])
+    return "\n".join([", ".join(parts), *(textwrap.fill(textwrap.shorten(line, 160), 80) for line in config["fallbacks"])])
 
 
 def save_figure(figure, path):
@@ -240,7 +240,7 @@ def draw_views(config, digits, path, images=4):
     images = crops.shape[1]
     figure, axes = plt.subplots(
         images, len(columns), squeeze=False, layout="constrained",
-        figsize=(max(4, 1.5 * len(columns)), 1.5 * images + 1),
+        figsize=(max(5.5, 1.5 * len(columns)), 1.5 * images + 1),
     )
     for column, (branch, crop) in enumerate(columns):
         canvas, kind = views.plan[crop]
@@ -266,7 +266,7 @@ def draw_attention(images, maps, path, title, masks=None):
     heads = len(maps[0])
     names = ["input", *(["mean of heads"] if heads > 1 else []), *(f"head {h + 1}" for h in range(heads))]
     figure, axes = plt.subplots(
-        len(images), len(names), squeeze=False, layout="constrained", figsize=(1.4 * len(names), 1.45 * len(images) + 0.9)
+        len(images), len(names), squeeze=False, layout="constrained", figsize=(max(6, 1.4 * len(names)), 1.45 * len(images) + 0.9)
     )
     for name, axis in zip(names, axes[0]):
         axis.set_title(name, fontsize=9)
@@ -295,7 +295,7 @@ def draw_tsne(points, labels, accuracy, path, title):
     figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%\n{title}", fontsize=9)
+    figure.suptitle(f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%\n{title}", fontsize=9)
     save_figure(figure, path)
 
 
@@ -336,7 +336,7 @@ def open_checkpoint(args):
     weights = vit.backbone_weights(checkpoint, args.checkpoint)
     ours = "config" in checkpoint and "metrics" in checkpoint
     config = dict(checkpoint["config"]) if ours else dict(PAPER_CANVAS, fallbacks=[])
-    backbone = vit.backbone_like(weights, args.checkpoint, config.get("heads"))
+    backbone = vit.backbone_like(weights, args.checkpoint, vit.heads_of(checkpoint, weights["cls_token"].shape[-1]))
     config.update(patch_size=backbone.patch_size, heads=backbone.heads)
     for flag in ("image_size", "digits", "data_root"):
         if getattr(args, flag) is not None:

@@ -369,24 +369,33 @@ def load_backbone(backbone, weights, path):
     backbone.load_state_dict(weights)
 
 
-def backbone_like(weights, path, heads=None):
-    """A VisionTransformer with `weights` in it, its width, depth and patch read off their shapes.
-
-    `heads` cannot be read off: DINO's ViTs have one for every 64 of the width.
-    """
+def backbone_like(weights, path, heads):
+    """A VisionTransformer with `weights` in it, its width, depth and patch read off their shapes."""
     dim = weights["cls_token"].shape[-1]
     patch_size = weights["patch_embed.proj.weight"].shape[-1]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
-    backbone = VisionTransformer(patch_size, dim, depth, heads or max(1, dim // 64), pos_size=grid * patch_size)
+    backbone = VisionTransformer(patch_size, dim, depth, heads, pos_size=grid * patch_size)
     load_backbone(backbone, weights, path)
     return backbone
 
 
+def heads_of(checkpoint, dim):
+    """Heads a block that the weights were trained with: ours say, DINO's have one for every 64 of the width."""
+    config = checkpoint.get("config")
+    return config["heads"] if isinstance(config, dict) and "heads" in config else max(1, dim // 64)
+
+
 def load_pretrained(backbone, source):
-    """Fill `backbone` from `--weights`: "dino" or a file that `backbone_weights` understands."""
+    """Fill `backbone` from `--weights`: "dino" or a file that `backbone_weights` understands.
+
+    Returns the number of heads that the weights were trained with. It does not show in their
+    shapes, so any number that divides the width loads; another one cuts q, k and v anew.
+    """
     path = dino_file() if source == "dino" else source
-    load_backbone(backbone, backbone_weights(read_checkpoint(path), path), f"--weights {source}")
+    checkpoint = read_checkpoint(path)
+    load_backbone(backbone, backbone_weights(checkpoint, path), f"--weights {source}")
+    return heads_of(checkpoint, backbone.dim)
 
 
 def find_device(name):

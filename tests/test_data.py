@@ -342,8 +342,10 @@ def test_evaluation_set_is_the_same_whatever_the_batches(digits):
     one = list(data.evaluation_batches(config, digits["test"], 30, batch_size=30))[0]
     parts = list(data.evaluation_batches(config, digits["test"], 30, batch_size=7))
     assert [len(p["labels"]) for p in parts] == [7, 7, 7, 7, 2]
+    more = next(data.evaluation_batches(config, digits["test"], 260, batch_size=120))
     for name in one:
         torch.testing.assert_close(torch.cat([p[name] for p in parts]), one[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(more[name][:30], one[name], rtol=0, atol=1e-5)  # the first of more
     assert not (one["digit"] & one["clutter"]).any()
     # ink in the resized image lies under the resized masks
     ink = one["images"] > 0.75

@@ -39,6 +39,12 @@ def test_paper_preset_is_the_papers():
     assert c["pos_size"] == config_of("--preset", "paper", "--image-size", "112")["pos_size"] == 224
 
 
+def test_dino_has_a_temperature_and_a_teacher_of_its_own():
+    nce, dino = (config_of("--preset", "laptop", "--loss", loss) for loss in ("nce", "dino"))
+    assert dino["temperature"] == 0.1 and dino["momentum_teacher"] > nce["momentum_teacher"]
+    assert config_of("--preset", "laptop", "--loss", "dino", "--temperature", "0.3")["temperature"] == 0.3
+
+
 def test_flags_override_presets():
     c = config_of("--preset", "laptop", "--image-size", "84", "--heads", "2", "--crops", "2", "--lr", "0.5")
     assert (c["image_size"], c["heads"], c["crops"], c["lr"]) == (84, 2, 2, 0.5)
@@ -186,6 +192,22 @@ def test_a_step_of_the_papers_network(tmp_path, precision):
     checkpoint = vit.read_checkpoint(tmp_path / "ckpt.pth")
     assert checkpoint["metrics"][0]["loss"] == pytest.approx(math.log(2), abs=0.05)
     assert all(value.dtype == torch.float32 for value in checkpoint["student"].values())
+
+
+def test_weights_of_another_run_and_another_number_of_heads(tmp_path, capsys):
+    """They start the next run; heads that cut q, k and v otherwise are told and recorded."""
+    flags = [*SMALL, "--epochs", "1", "--images-per-epoch", "8"]
+    first = str(tmp_path / "first")
+    assert train.main([*flags, "--output", first]) == 0
+    weights = ["--weights", first + "/ckpt.pth", "--lr", "1e-9"]  # so small that the weights stay where they start
+    capsys.readouterr()
+    for heads, warnings in (("3", 0), ("2", 1)):
+        folder = str(tmp_path / heads)
+        assert train.main([*flags, *weights, "--heads", heads, "--output", folder]) == 0
+        assert capsys.readouterr().err.count("warning: --heads 2: the q, k and v of") == warnings
+        start, end = (vit.read_checkpoint(f"{f}/ckpt.pth") for f in (first, folder))
+        torch.testing.assert_close(end["student"]["backbone.cls_token"], start["teacher"]["backbone.cls_token"])
+        assert len(end["config"]["fallbacks"]) == warnings
 
 
 # -------------------------------------------------------------------------------- bad input

@@ -143,8 +143,8 @@ def full_dino_checkpoint(backbone):
 def test_full_dino_checkpoint_gives_its_teacher(tmp_path):
     model = tiny()
     torch.save(full_dino_checkpoint(model), tmp_path / "full.pth")
-    weights = vit.backbone_weights(vit.read_checkpoint(tmp_path / "full.pth"), "full.pth")
-    rebuilt = vit.backbone_like(weights, "full.pth")
+    checkpoint = vit.read_checkpoint(tmp_path / "full.pth")
+    rebuilt = vit.backbone_like(vit.backbone_weights(checkpoint, "full.pth"), "full.pth", vit.heads_of(checkpoint, 64))
     assert (rebuilt.patch_size, rebuilt.dim, rebuilt.depth, rebuilt.heads, rebuilt.grid) == (8, 64, 2, 1, 4)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(rebuilt.state_dict()[name], value + 1)
