@@ -236,7 +236,6 @@ def train(config, student, digits, folder):
     After each epoch a checkpoint and a line of log.jsonl are written to `folder`.
     """
     c, device = config, digits.images.device
-    torch.set_flush_denormal(True)  # sharp softmaxes are full of numbers so small that a CPU stumbles over them
     views = data.TrainingViews(c, digits)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = make_optimizer(student)
