@@ -14,7 +14,6 @@ slice of a batch can be rendered anywhere, again and again, and is always the sa
 import hashlib
 import math
 import socket
-import sys
 import urllib.request
 from dataclasses import dataclass
 
@@ -214,7 +213,7 @@ def render_canvases(params, images, canvas_size, distractor_size=9):
     """
     names = ("digit", "position", "source", "window", "corner")
     p = {name: params[name].to(images.device, non_blocking=True) for name in names}
-    B, V, M = p["source"].shape
+    B, V, _ = p["source"].shape
     # In integers, whose sums do not depend on the order that a GPU adds them in.
     digit = torch.zeros(B, V, canvas_size, canvas_size, dtype=torch.int32, device=images.device)
     clutter = torch.zeros_like(digit)

@@ -123,7 +123,7 @@ def measure(config, backbone, untrained, digits, n, layout="matched", split="tes
     Returns {row: {"selectivity", "auroc", "digit_density", "clutter_density": (value, low,
     high)}} with 95% intervals. Selectivity is mean digit density ÷ mean clutter density.
     """
-    patch, device = config["patch_size"], next(backbone.parameters()).device
+    patch = config["patch_size"]
     columns = []
     progress = tqdm(total=n, desc="attention", unit="image", leave=False, disable=None)
     for batch in data.evaluation_batches(config, digits, n, layout, split):
