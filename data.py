@@ -12,8 +12,11 @@ slice of a batch can be rendered anywhere, again and again, and is always the sa
 """
 
 import hashlib
+import http.client
 import math
+import os
 import socket
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 
@@ -69,17 +72,18 @@ def load_digits(source="auto", data_root="data"):
         except OSError as error:
             if source == "mnist":
                 raise
-            warning = f"scikit-learn's 1,797 digits instead of MNIST: {error}"
+            warning = f"scikit-learn's 1,797 digits instead of MNIST: {error}".partition(";")[0]
     return read_sklearn_digits(), "sklearn", warning
 
 
 def read_mnist(data_root):
+    names = [name.removesuffix(".gz") for name, _ in torchvision.datasets.MNIST.resources]
+    if not all(os.path.isfile(os.path.join(data_root, "MNIST", "raw", name)) for name in names):
+        download_mnist(data_root)
     try:
         files = [torchvision.datasets.MNIST(data_root, train=train) for train in (True, False)]
-    except RuntimeError:  # torchvision's word for "not there"
-        files = download_mnist(data_root)
-    except (OSError, ValueError, AssertionError) as error:
-        raise OSError(f"the MNIST files in {data_root} cannot be read ({error})") from error
+    except (OSError, ValueError, AssertionError, RuntimeError, KeyError, TypeError) as error:
+        raise OSError(f"{data_root}/MNIST/raw is damaged: delete it, so that it is fetched again ({one_line(error)})") from error
     train, test = ((f.data, f.targets) for f in files)
     n = len(train[0]) * 5 // 6  # 50,000 of 60,000
     return {
@@ -93,15 +97,23 @@ def download_mnist(data_root):
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NO_ANSWER_SECONDS)
     try:
-        # Ask before torchvision does: it makes folders first and has no time-out of its own.
+        # Ask before torchvision does, which makes folders first. A host's addresses are tried in turn.
         mirror = torchvision.datasets.MNIST.mirrors[0]
-        urllib.request.urlopen(mirror + torchvision.datasets.MNIST.resources[0][0]).close()
-        return [torchvision.datasets.MNIST(data_root, train=t, download=True) for t in (True, False)]
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"no MNIST in {data_root}/MNIST/raw, and its download failed ({reason})") from error
+        addresses = socket.getaddrinfo(urllib.parse.urlsplit(mirror).hostname, None, type=socket.SOCK_STREAM)
+        first_file = mirror + torchvision.datasets.MNIST.resources[0][0]
+        urllib.request.urlopen(first_file, timeout=NO_ANSWER_SECONDS / len(addresses)).close()
+        torchvision.datasets.MNIST(data_root, download=True)
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        raise OSError(
+            f"no MNIST in {data_root}/MNIST/raw, and its download failed ({one_line(error)}); "
+            "--data-root names the folder that has it, --digits sklearn does without"
+        ) from error
     finally:
         socket.setdefaulttimeout(silence)
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_sklearn_digits():
@@ -316,7 +328,7 @@ def draw_crops(rng, plan, position, canvas_size, image_size,
     }
 
 
-def render_crops(canvases, crops, image_size):
+def render_crops(canvases, crops, image_size, max_blur=2.0):
     """Cut, turn, resize and blur: each crop of each image, from its canvas.
 
     Crop, rotation and resizing are one affine map and so one bilinear resampling; where the
@@ -326,6 +338,7 @@ def render_crops(canvases, crops, image_size):
     Args:
         canvases: (B, C, S, S) float32, the canvas of each crop.
         crops: as `draw_crops` returns, or any rows of it.
+        max_blur: the largest sigma that they were drawn from, pixels at 224.
 
     Returns (B, C, image_size, image_size) float32 in [0, 1].
     """
@@ -333,7 +346,7 @@ def render_crops(canvases, crops, image_size):
     x = canvases.reshape(B * C, 1, S, S)
     crops = {name: value.flatten(0, 1) for name, value in crops.items()}
     shrink = crops["side"] / image_size  # canvas pixels to an image pixel
-    x = gaussian_blur(x, 0.5 * (shrink**2 - 1).clamp(min=0).sqrt())
+    x = gaussian_blur(x, smoothing(shrink), smoothing(torch.tensor(S / image_size)).item())
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
     cos, sin = half * crops["angle"].cos(), half * crops["angle"].sin()
     row, column = (2 * crops["centre"] / S - 1).unbind(-1)
@@ -345,18 +358,25 @@ def render_crops(canvases, crops, image_size):
     torch.add(cos * u, column - sin * v, out=grid[..., 0])
     torch.add(sin * u, row + cos * v, out=grid[..., 1])
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return gaussian_blur(x, crops["sigma"]).view(B, C, image_size, image_size)
+    return gaussian_blur(x, crops["sigma"], max_blur * image_size / 224).view(B, C, image_size, image_size)
 
 
-def gaussian_blur(x, sigma):
+def smoothing(shrink):
+    """Sigma in canvas pixels that a crop needs before `shrink` of them become one; 0 if it grows."""
+    return 0.5 * (shrink**2 - 1).clamp(min=0).sqrt()
+
+
+def gaussian_blur(x, sigma, max_sigma):
     """Blur each image (B, 1, n, n) by its own sigma (B,) in pixels, a CPU tensor; 0 leaves it.
 
     Along rows, then along columns, each image a group of one convolution. Borders are mirrored.
+    No sigma is above `max_sigma`, which says how wide the kernels are, so that the blur of an
+    image does not depend on its neighbours in the batch.
     """
     some = (sigma > 0).nonzero()[:, 0]  # known on the CPU: the device is not asked
     if len(some) == 0:
         return x
-    radius = min(math.ceil(6 * sigma.max().item()), x.shape[-1] - 1)  # what lies beyond counts for nothing
+    radius = min(math.ceil(6 * max_sigma), x.shape[-1] - 1)  # what lies beyond counts for nothing
     distance = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (distance / sigma[some, None]) ** 2)  # (b, 2·radius + 1)
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=True)
@@ -369,8 +389,7 @@ def gaussian_blur(x, sigma):
 
 def normalise(x):
     """Grey images (…, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
-    mean = torch.tensor(IMAGENET_MEAN, device=x.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=x.device)[:, None, None]
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(x.device, non_blocking=True)[..., None, None]
     return torch.addcmul(-mean / std, x.unsqueeze(-3), 1 / std)  # (x - mean) / std in one pass
 
 
@@ -412,9 +431,9 @@ class TrainingViews:
         """Crops (C, B, 3, image_size, image_size), normalised, of the drawn rows; C as in plan."""
         c = self.config
         canvas, _, _ = render_canvases(params, self.digits.images, c["canvas_size"], c["distractor_size"])
-        canvas = canvas[:, [v for v, _ in self.plan]]  # (B, C, S, S)
+        canvas = torch.stack([canvas[:, v] for v, _ in self.plan], dim=1)  # (B, C, S, S)
         crops = {name: params[name] for name in ("centre", "side", "angle", "sigma")}
-        return normalise(render_crops(canvas, crops, c["image_size"]).transpose(0, 1))
+        return normalise(render_crops(canvas, crops, c["image_size"], c["blur"][1]).transpose(0, 1))
 
 
 def evaluation_batches(config, digits, n, layout="matched", split="test", batch_size=100):

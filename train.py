@@ -247,10 +247,10 @@ def train(config, student, digits, folder):
     history = []
 
     def embed(network, crops):
-        """(crops, B, 3, H, W) to (crops, B, dim), all crops in one pass."""
+        """List of crops, each (B, 3, H, W), to (crops, B, dim), all in one pass."""
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = network(crops.flatten(0, 1))
-        return out.float().unflatten(0, crops.shape[:2])  # the losses divide by small temperatures
+            out = network(torch.cat(crops))
+        return out.float().unflatten(0, (len(crops), -1))  # the losses divide by small temperatures
 
     bar = tqdm(total=steps * c["batch_size"], unit="image", unit_scale=True, smoothing=0.05)
     for epoch in range(c["epochs"]):
@@ -264,8 +264,8 @@ def train(config, student, digits, folder):
 
             crops = views.render(views.draw(step))
             with torch.no_grad():
-                targets = embed(teacher, crops[views.teacher])
-            outputs = embed(student, crops[views.student])
+                targets = embed(teacher, [crops[i] for i in views.teacher])
+            outputs = embed(student, [crops[i] for i in views.student])
             if c["loss"] == "nce":
                 loss = loss_fn(outputs, targets, views.pairs)
             else:
@@ -286,18 +286,19 @@ def train(config, student, digits, folder):
             bar.update(c["batch_size"])
             if step % 20 == 0:  # reading the loss waits for the device
                 bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+        mean_loss = total.item() / steps_per_epoch  # waits for the device
         seconds = time.perf_counter() - started
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {mean_loss}; try a lower --lr than {c['lr']:g}")
         line = {
             "epoch": epoch + 1,
             "step": step + 1,
-            "loss": total.item() / steps_per_epoch,
+            "loss": mean_loss,
             "lr": optimizer.param_groups[0]["lr"],
             "weight_decay": optimizer.param_groups[0]["weight_decay"],
             "momentum_teacher": momentum,
             "images_per_second": steps_per_epoch * c["batch_size"] / seconds,
         }
-        if not math.isfinite(line["loss"]):
-            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {line['loss']}; try a lower --lr than {c['lr']:g}")
         history.append(line)
         save_checkpoint(os.path.join(folder, "ckpt.pth"), {
             "config": c,
@@ -325,8 +326,6 @@ def save_checkpoint(path, content):
 def new_folder(config, output):
     """Make the run's folder: --output, or the first of runs/NAME, runs/NAME-2, … not there yet."""
     if output:
-        if os.path.exists(os.path.join(output, "ckpt.pth")):
-            raise ValueError(f"--output {output} already holds a run: name a new folder")
         os.makedirs(output, exist_ok=True)
         return output
     name = os.path.join("runs", f"{config['dataset']}-{config['loss']}-{config['views']}")
@@ -342,11 +341,11 @@ def new_folder(config, output):
 
 
 def prepare(args):
-    """Everything that can fail for what the user gave: settings, device, digits, weights, folder."""
+    """Everything that can fail for what the user gave: settings, device, weights, digits, folder."""
     config = make_config(args)
+    if args.output and os.path.exists(os.path.join(args.output, "ckpt.pth")):
+        raise ValueError(f"--output {args.output} already holds a run: name a new folder")
     device = vit.find_device(config["device"])
-    splits, config["digits"], warning = data.load_digits(config["digits"], config["data_root"])
-    data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if too few
     student = vit.build_network(config)
     if config["weights"] != "none":
         own_heads = vit.load_pretrained(student.backbone, config["weights"])
@@ -354,8 +353,10 @@ def prepare(args):
             config["fallbacks"].append(
                 f"--heads {config['heads']}: the q, k and v of --weights {config['weights']} were trained for {own_heads}"
             )
+    splits, config["digits"], warning = data.load_digits(config["digits"], config["data_root"])
     if warning:
         config["fallbacks"].append(warning)
+    data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if there are too few
     splits = {name: split.to(device) for name, split in splits.items()}
     return config, student.to(device), splits, new_folder(config, args.output)
 
@@ -377,7 +378,11 @@ def main(argv=None):
         print(f"warning: {line}", file=sys.stderr)
 
     untrained = copy.deepcopy(student.backbone)
-    teacher = train(config, student, splits["train"], folder)
+    try:
+        teacher = train(config, student, splits["train"], folder)
+    except FloatingPointError as error:
+        print(f"\ntrain.py: error: {error}", file=sys.stderr)
+        return 1
     print(visualize.report(config, teacher.backbone, untrained, splits))
     print(f"python visualize.py {os.path.join(folder, 'ckpt.pth')}")
     return 0

@@ -342,8 +342,9 @@ def open_checkpoint(args):
         if getattr(args, flag) is not None:
             config[flag] = getattr(args, flag)
     if config["image_size"] < 1 or config["image_size"] % config["patch_size"]:
+        near = max(1, round(config["image_size"] / config["patch_size"])) * config["patch_size"]
         raise ValueError(
-            f"--image-size {config['image_size']} is not a multiple of the patch size {config['patch_size']}"
+            f"--image-size {config['image_size']} is not a multiple of the patch size {config['patch_size']}: {near} is"
         )
     return config, backbone, checkpoint["epoch"] if ours else None
 

@@ -281,21 +281,21 @@ def dino_file():
     """Path of DINO's ViT-S/8 weights in torch.hub's folder, downloaded if they are not there.
 
     The file gets its name only when all its bytes have come, so one that is there is whole.
-    Raises OSError, with both ways out, if it cannot be had.
+    Raises OSError, with the ways out, if it cannot be had.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(DINO_URL))
     if os.path.exists(path):
         if os.path.getsize(path) != DINO_BYTES:
             raise OSError(
-                f"{path} has {os.path.getsize(path):,} bytes, not the {DINO_BYTES:,} of DINO's "
-                "ViT-S/8: delete it, so that it is fetched again"
+                f"--weights dino: {path} has {os.path.getsize(path):,} bytes, not the {DINO_BYTES:,} of "
+                "DINO's ViT-S/8: delete it, so that it is fetched again"
             )
         return path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     print(f"fetching DINO's ViT-S/8 weights to {path}", file=sys.stderr)
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NO_ANSWER_SECONDS)
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
             part = os.path.join(folder, "part")
             torch.hub.download_url_to_file(DINO_URL, part)
@@ -324,13 +324,16 @@ def read_checkpoint(path):
     # numpy 1 and 2 have the constructor of scalars under different names
     allowed += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file; a .pth file with a ViT's weights is wanted")
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         kind = type(error).__name__
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or holds more than weights ({kind})") from error
+        raise ValueError(
+            f"{path} is not a PyTorch checkpoint, or holds more than weights ({kind}); "
+            "one that torch.save wrote, of tensors and plain values, is wanted"
+        ) from error
 
 
 def backbone_weights(checkpoint, path):

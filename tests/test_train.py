@@ -184,14 +184,29 @@ def test_training_learns(tmp_path, views, crops):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_of_the_papers_network(tmp_path, precision):
+def test_steps_of_the_papers_network(tmp_path, precision):
     """ViT-S/8 at 224 px with DINO's head, in full precision and in autocast."""
     config = config_of("--preset", "paper", "--weights", "none", "--views", "different", "--device", "cpu",
-                       "--batch-size", "2", "--images-per-epoch", "2", "--epochs", "1", "--precision", precision)
-    train.train(config, vit.build_network(config), data.load_digits("sklearn")[0]["train"], str(tmp_path))
+                       "--batch-size", "2", "--images-per-epoch", "4", "--epochs", "1", "--precision", precision)
+    network = vit.build_network(config)
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    train.train(config, network, data.load_digits("sklearn")[0]["train"], str(tmp_path))
     checkpoint = vit.read_checkpoint(tmp_path / "ckpt.pth")
     assert checkpoint["metrics"][0]["loss"] == pytest.approx(math.log(2), abs=0.05)
-    assert all(value.dtype == torch.float32 for value in checkpoint["student"].values())
+    for name, value in checkpoint["student"].items():
+        assert value.dtype == torch.float32 and value.isfinite().all()
+        assert not torch.equal(value, start[name]) or value.numel() == 1, name
+
+
+def test_float16_scales_its_gradients(tmp_path):
+    """On older GPUs: the loss is scaled up before, the gradients down after, and the weights move."""
+    flags = [*SMALL, "--precision", "float16", "--epochs", "1", "--images-per-epoch", "24"]
+    assert train.main([*flags, "--output", str(tmp_path / "run")]) == 0
+    checkpoint = vit.read_checkpoint(tmp_path / "run" / "ckpt.pth")
+    assert checkpoint["scaler"]["scale"] > 1
+    start = vit.build_network(checkpoint["config"]).state_dict()
+    name = "backbone.blocks.0.attn.qkv.weight"
+    assert 0 < (checkpoint["student"][name] - start[name]).abs().max() < 0.1
 
 
 def test_weights_of_another_run_and_another_number_of_heads(tmp_path, capsys):
@@ -241,6 +256,22 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, flags, say
     captured = capsys.readouterr()
     assert says in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.NCELoss, "forward", lambda *args: torch.tensor(math.nan, requires_grad=True))
+    folder = tmp_path / "run"
+    assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(folder)]) == 1
+    assert "train.py: error: the loss of epoch 1 is nan; try a lower --lr" in capsys.readouterr().err
+    assert not (folder / "ckpt.pth").exists()
+
+
+def test_nothing_is_fetched_for_a_run_that_cannot_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load_digits", lambda *args: pytest.fail("digits were asked for"))
+    (tmp_path / "ckpt.pth").write_text("")
+    base = ["--preset", "laptop", "--device", "cpu"]
+    assert train.main([*base, "--output", str(tmp_path)]) == 2
+    assert train.main([*base, "--weights", str(tmp_path / "missing.pth")]) == 2
 
 
 def test_bad_input_at_the_shell():
