@@ -72,7 +72,8 @@ def load_digits(source="auto", data_root="data"):
         except OSError as error:
             if source == "mnist":
                 raise
-            warning = f"scikit-learn's 1,797 digits instead of MNIST: {error}".partition(";")[0]
+            reason = str(error).partition(";")[0]  # without the advice, which is for whom nothing stood in
+            warning = f"scikit-learn's 1,797 digits instead of MNIST: {reason}"
     return read_sklearn_digits(), "sklearn", warning
 
 
@@ -113,6 +114,7 @@ def download_mnist(data_root):
 
 
 def one_line(error):
+    """What an exception says, without line breaks; its kind if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

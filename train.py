@@ -325,11 +325,10 @@ def save_checkpoint(path, content):
 
 def new_folder(config, output):
     """Make the run's folder: --output, or the first of runs/NAME, runs/NAME-2, … not there yet."""
+    visualize.make_folder(output or "runs")
     if output:
-        os.makedirs(output, exist_ok=True)
         return output
     name = os.path.join("runs", f"{config['dataset']}-{config['loss']}-{config['views']}")
-    os.makedirs("runs", exist_ok=True)
     number = 1
     while True:
         folder = name if number == 1 else f"{name}-{number}"

@@ -11,6 +11,7 @@ first rows); `tsne.png`, the features (figures 2 and 3).
 import argparse
 import os
 import sys
+import tempfile
 import textwrap
 
 import matplotlib
@@ -295,7 +296,7 @@ def draw_tsne(points, labels, accuracy, path, title):
     figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
     axis.set_xticks([])
     axis.set_yticks([])
-    figure.suptitle(f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%\n{title}", fontsize=9)
+    figure.suptitle(f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%\n{title}", fontsize=8)
     save_figure(figure, path)
 
 
@@ -375,7 +376,7 @@ def visualize(args):
         for picture in pictures:
             rows, columns = (side // config["patch_size"] for side in picture.shape[1:])
             maps.append(cls_maps(backbone, ((picture - mean) / std)[None].to(device))[0].unflatten(-1, (rows, columns)).cpu())
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         draw_attention([p.permute(1, 2, 0) for p in pictures], maps, os.path.join(folder, "attention-images.png"),
                        "Where [CLS] of the last block looks\n" + caption(config, epoch))
         return
@@ -385,7 +386,7 @@ def visualize(args):
         config["fallbacks"] = [*config["fallbacks"], warning]
         print(f"warning: {warning}", file=sys.stderr)
     splits = {name: split.to(device) for name, split in splits.items()}
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     if epoch is not None:
         draw_views(config, splits["train"], os.path.join(folder, "views.png"))
     draw_attention_on_canvases(config, backbone, epoch, splits["test"], os.path.join(folder, "attention.png"))
@@ -399,6 +400,15 @@ def visualize(args):
     accuracy = knn_accuracy(bank, bank_labels, points, labels)
     print(f"k-NN accuracy: {100 * accuracy:.1f}%")
     draw_tsne(points, labels, accuracy, os.path.join(folder, "tsne.png"), caption(config, epoch))
+
+
+def make_folder(folder):
+    """Make a folder for results; ValueError, before any work is done, if nothing can be written there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}): --output names another folder") from error
 
 
 def draw_attention_on_canvases(config, backbone, epoch, digits, path, images=8):

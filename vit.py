@@ -324,7 +324,8 @@ def read_checkpoint(path):
     # numpy 1 and 2 have the constructor of scalars under different names
     allowed += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; a .pth file with a ViT's weights is wanted")
+        what = "is a folder" if os.path.isdir(path) else "no such file"
+        raise FileNotFoundError(f"{path}: {what}; a .pth file with a ViT's weights is wanted")
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -352,8 +353,11 @@ def backbone_weights(checkpoint, path):
             name = name.removeprefix("module.").removeprefix("backbone.")
             if not name.startswith(("head.", "projection_head.", "prototypes.")):
                 weights[name] = value
-    if "cls_token" not in weights or "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
-        raise ValueError(f"{path} holds no Vision Transformer: there is no cls_token, pos_embed or patch_embed.proj")
+    for name, shape in (
+        ("cls_token", "(1, 1, dim)"), ("pos_embed", "(1, 1 + patches, dim)"), ("patch_embed.proj.weight", "(dim, 3, p, p)")
+    ):
+        if name not in weights or weights[name].ndim != shape.count(",") + 1 or 0 in weights[name].shape:
+            raise ValueError(f"{path} holds no Vision Transformer: there is no {name} of shape {shape}")
     return weights
 
 

@@ -262,6 +262,7 @@ def test_round_trip_as_dinos_script_reads(tmp_path):
     (["CKPT", "--image-size", "50"], "--image-size 50 is not a multiple of the patch size 7"),
     (["CKPT", "--digits", "mnist", "--data-root", "nowhere"], "no MNIST in nowhere"),
     (["CKPT", "--device", "cuda:77"], "--device cuda:77"),
+    (["."], ".: is a folder"),
 ])
 def test_bad_input_is_told_in_one_line(run_folder, tmp_path, monkeypatch, capsys, flags, says):
     import torchvision
@@ -276,6 +277,12 @@ def test_bad_input_is_told_in_one_line(run_folder, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_figures_that_cannot_be_written(run_folder, capsys):
+    assert visualize.main([str(run_folder / "ckpt.pth"), "--output", "/proc", "--digits", "sklearn", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "/proc cannot be written to" in error and "--output names another folder" in error and error.count("\n") == 1
 
 
 def test_log_and_checkpoint_agree(run_folder):

@@ -160,6 +160,14 @@ def test_bare_state_dict_with_any_prefix(tmp_path):
         torch.testing.assert_close(target.blocks[1].mlp.fc2.weight, model.blocks[1].mlp.fc2.weight)
 
 
+@pytest.mark.parametrize("name,shape", [
+    ("cls_token", ()), ("pos_embed", (5,)), ("pos_embed", (1, 0, 64)), ("patch_embed.proj.weight", ())
+])
+def test_weights_without_the_dimensions_of_a_vit(name, shape):
+    with pytest.raises(ValueError, match=f"w.pth holds no Vision Transformer: there is no {name} of shape"):
+        vit.backbone_weights(tiny().state_dict() | {name: torch.zeros(shape)}, "w.pth")
+
+
 class Bomb:
     def __reduce__(self):
         return (open, ("bomb-went-off", "w"))
