@@ -401,17 +401,17 @@ def denormalise(x):
 
 
 class TrainingViews:
-    """What the two branches are fed in each training step; all of it a function of (seed, step).
+    """What the two branches are fed in each step; all of it a function of (seed, split, step).
 
     Args:
         config: the run's settings (a dict, see train.py): seed, views, crops, symmetric,
             batch_size, image_size, canvas_size, num_distractors, distractor_size,
             global_crops_scale, local_crops_scale, rotation, blur.
-        digits: the training split; views are rendered on the device of its images.
+        digits: the digits of `split`; views are rendered on the device of their images.
     """
 
-    def __init__(self, config, digits):
-        self.config, self.digits = config, digits
+    def __init__(self, config, digits, split="train"):
+        self.config, self.digits, self.split = config, digits, split
         self.canvases = CanvasSampler(
             digits, config["canvas_size"], config["num_distractors"], config["distractor_size"]
         )
@@ -421,7 +421,7 @@ class TrainingViews:
     def draw(self, step):
         """Parameters of the whole batch of `step`: CPU tensors, batch first."""
         c = self.config
-        rng = generator(c["seed"], "train", step)
+        rng = generator(c["seed"], self.split, step)
         index = draw_digits(c["seed"], step, len(self.digits), c["batch_size"])
         params = self.canvases.draw(rng, index, canvases=2 if c["views"] == "different" else 1)
         return params | draw_crops(

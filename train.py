@@ -103,6 +103,8 @@ COMMON = {
     "clip_grad": 3.0,
 }
 
+KNN_BANK = 512  # training canvases that the k-NN of each epoch classifies by
+
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -139,6 +141,8 @@ def parse_args(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train [cuda if there, else cpu]")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of autocast; auto: bfloat16 where the device has it, else float16 on CUDA, else float32 [auto]")
+    add("--keep-epochs", default="", metavar="1,5,10",
+        help="keep the teacher after these epochs too, so that visualize.py shows its attention over training [none]")
     add("--data-root", default="data", help="folder that holds, or will hold, MNIST/raw/ [data]")
     add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, then -2, -3]")
     return parser.parse_args(argv)
@@ -167,6 +171,12 @@ def make_config(args):
     if c["image_size"] % c["patch_size"]:
         near = max(1, round(c["image_size"] / c["patch_size"])) * c["patch_size"]
         raise ValueError(f"--image-size {c['image_size']} is not divisible by --patch-size {c['patch_size']}: {near} is")
+    try:
+        c["keep_epochs"] = sorted({int(epoch) for epoch in c["keep_epochs"].split(",") if c["keep_epochs"]})
+    except ValueError:
+        raise ValueError(f"--keep-epochs {c['keep_epochs']} is no list of epochs such as 1,5,10") from None
+    if not set(c["keep_epochs"]) <= set(range(c["epochs"] + 1)):
+        raise ValueError(f"--keep-epochs {args.keep_epochs}: epochs go from 0, before the first step, to {c['epochs']}")
     if c["dim"] % c["heads"]:
         raise ValueError(f"--heads {c['heads']} does not divide the width {c['dim']}: {vit.divisors(c['dim'])} do")
     if c["loss"] == "nce" and c["batch_size"] < 2:
@@ -230,13 +240,73 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def train(config, student, digits, folder):
-    """Train `student` on views of `digits`, both on one device; returns its teacher.
+def loss_of(config, loss_fn, student, teacher, crops, views, progress):
+    """The loss of a batch, and the teacher's outputs (crops, B, dim).
 
-    After each epoch a checkpoint and a line of log.jsonl are written to `folder`.
+    `crops` is what `views` rendered; `progress`, from 0 to 1, is how much of the run is done.
     """
-    c, device = config, digits.images.device
-    views = data.TrainingViews(c, digits)
+    dtype = autocast_dtype(config["precision"], crops.device)
+
+    def embed(network, numbers):  # crops (B, 3, H, W) of these numbers to (crops, B, dim), all in one pass
+        with torch.autocast(crops.device.type, dtype, enabled=dtype != torch.float32):
+            out = network(torch.cat([crops[i] for i in numbers]))
+        return out.float().unflatten(0, (len(numbers), -1))  # the losses divide by small temperatures
+
+    with torch.no_grad():
+        targets = embed(teacher, views.teacher)
+    outputs = embed(student, views.student)
+    if config["loss"] == "nce":
+        return loss_fn(outputs, targets, views.pairs), targets
+    return loss_fn(outputs, targets, views.pairs, teacher_temperature(config, progress)), targets
+
+
+class Validation:
+    """A fixed set of validation canvases, and what is measured on it again and again.
+
+    The canvases are the same for every run of a preset. Attention is measured on the layout
+    `matched`; k-NN classifies the same canvases by KNN_BANK training canvases.
+    """
+
+    def __init__(self, config, splits):
+        self.config = config
+        held_out, n = splits["validation"], visualize.VALIDATION_IMAGES
+        # kept, for drawing them anew each epoch would cost as much as looking at them
+        self.canvases = list(data.evaluation_batches(config, held_out, n, "matched", "validation"))
+        self.bank = list(data.evaluation_batches(config, splits["train"], KNN_BANK, "matched", "train"))
+        batch = min(config["batch_size"], n, len(held_out))  # as in training: the loss depends on it
+        self.views = data.TrainingViews(config | {"batch_size": batch, "seed": 0}, held_out, "validation")
+        self.drawn = [self.views.draw(step) for step in range(n // batch)]
+
+    @torch.no_grad()
+    def __call__(self, student, teacher, loss_fn, progress):
+        """The validation loss, the teacher's attention in numbers, and its k-NN accuracy, for log.jsonl."""
+        losses = [
+            loss_of(self.config, loss_fn, student, teacher, self.views.render(params), self.views, progress)[0].item()
+            for params in self.drawn
+        ]
+        table = visualize.measure(teacher.backbone, self.canvases, resamples=0)
+        bank, bank_labels, _ = visualize.features(teacher.backbone, self.bank)
+        queries, labels, _ = visualize.features(teacher.backbone, self.canvases)
+        found = visualize.knn_classify(bank, bank_labels, queries)
+        shown = ("selectivity", "auroc", "pointing", "entropy", "diversity")
+        return {
+            "images": len(labels),
+            "loss": sum(losses) / len(losses),
+            "knn": (found == labels).double().mean().item(),
+            **{row: {m: values[m]["value"] for m in shown if m in values} for row, values in table.items()},
+        }
+
+
+def train(config, student, splits, folder):
+    """Train `student` on views of the training digits, both on one device; returns its teacher and the lines of
+    log.jsonl.
+
+    Before the first epoch and after each, a line goes to log.jsonl in `folder`; after each, the
+    checkpoint is written there. Raises FloatingPointError if the loss or the attention is no number.
+    """
+    c, device = config, splits["train"].images.device
+    views = data.TrainingViews(c, splits["train"])
+    validate = Validation(c, splits)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = make_optimizer(student)
     loss_fn = (NCELoss(c["temperature"]) if c["loss"] == "nce" else DINOLoss(c["out_dim"], c["temperature"])).to(device)
@@ -246,12 +316,19 @@ def train(config, student, digits, folder):
     steps = c["epochs"] * steps_per_epoch
     history = []
 
-    def embed(network, crops):
-        """List of crops, each (B, 3, H, W), to (crops, B, dim), all in one pass."""
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = network(torch.cat(crops))
-        return out.float().unflatten(0, (len(crops), -1))  # the losses divide by small temperatures
+    def log(line, progress):
+        """Add the validation to a line, and the line to the history and to log.jsonl."""
+        started = time.perf_counter()
+        line["validation"] = validate(student, teacher, loss_fn, progress)
+        line["validation_seconds"] = time.perf_counter() - started
+        history.append(line)
+        with open(os.path.join(folder, "log.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if line["epoch"] in c["keep_epochs"]:
+            kept = {"config": c, "epoch": line["epoch"], "teacher": teacher.state_dict(), "metrics": history}
+            save_checkpoint(os.path.join(folder, f"epoch-{line['epoch']}.pth"), kept)
 
+    log({"epoch": 0, "step": 0}, progress=0)
     bar = tqdm(total=steps * c["batch_size"], unit="image", unit_scale=True, smoothing=0.05)
     for epoch in range(c["epochs"]):
         started, total = time.perf_counter(), torch.zeros((), device=device)
@@ -263,13 +340,8 @@ def train(config, student, digits, folder):
             momentum = cosine(c["momentum_teacher"], 1.0, progress)
 
             crops = views.render(views.draw(step))
-            with torch.no_grad():
-                targets = embed(teacher, [crops[i] for i in views.teacher])
-            outputs = embed(student, [crops[i] for i in views.student])
-            if c["loss"] == "nce":
-                loss = loss_fn(outputs, targets, views.pairs)
-            else:
-                loss = loss_fn(outputs, targets, views.pairs, teacher_temperature(c, progress))
+            loss, targets = loss_of(c, loss_fn, student, teacher, crops, views, progress)
+            if c["loss"] == "dino":
                 loss_fn.update_center(targets)
 
             optimizer.zero_grad()
@@ -290,7 +362,7 @@ def train(config, student, digits, folder):
         seconds = time.perf_counter() - started
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"the loss of epoch {epoch + 1} is {mean_loss}; try a lower --lr than {c['lr']:g}")
-        line = {
+        log({
             "epoch": epoch + 1,
             "step": step + 1,
             "loss": mean_loss,
@@ -298,8 +370,8 @@ def train(config, student, digits, folder):
             "weight_decay": optimizer.param_groups[0]["weight_decay"],
             "momentum_teacher": momentum,
             "images_per_second": steps_per_epoch * c["batch_size"] / seconds,
-        }
-        history.append(line)
+            "seconds": seconds,
+        }, progress)
         save_checkpoint(os.path.join(folder, "ckpt.pth"), {
             "config": c,
             "step": step + 1,
@@ -311,10 +383,8 @@ def train(config, student, digits, folder):
             "scaler": scaler.state_dict(),
             "metrics": history,
         })
-        with open(os.path.join(folder, "log.jsonl"), "a") as log:
-            log.write(json.dumps(line) + "\n")
     bar.close()
-    return teacher
+    return teacher, history
 
 
 def save_checkpoint(path, content):
@@ -378,12 +448,14 @@ def main(argv=None):
 
     untrained = copy.deepcopy(student.backbone)
     try:
-        teacher = train(config, student, splits["train"], folder)
+        teacher, history = train(config, student, splits, folder)
     except FloatingPointError as error:
         print(f"\ntrain.py: error: {error}", file=sys.stderr)
         return 1
-    print(visualize.report(config, teacher.backbone, untrained, splits))
-    print(f"python visualize.py {os.path.join(folder, 'ckpt.pth')}")
+    path = os.path.join(folder, "ckpt.pth")
+    visualize.draw_curves(history, config, os.path.join(folder, "curves.png"))
+    visualize.report(visualize.Subject(path, config, teacher.backbone, config["epochs"], history, splits=splits), untrained, folder)
+    print(f"python visualize.py {path}")
     return 0
 
 

@@ -1,18 +1,28 @@
 """Look at the attention of a trained network, and measure it against the truth.
 
     python visualize.py runs/clutter-nce-different/ckpt.pth
+    python visualize.py runs/clutter-nce-same/ckpt.pth runs/clutter-nce-different/ckpt.pth
+    python visualize.py --weights dino
     python visualize.py runs/clutter-nce-different/ckpt.pth --images cat.jpg dog.png
 
-draws, beside the checkpoint: `attention.png`, where the [CLS] token of the last block looks
-in each head (the paper's figures 4 and 6); `views.png`, what the two branches were fed (their
-first rows); `tsne.png`, the features (figures 2 and 3).
+The data are generated, so for every pixel it is known whether it is digit, clutter or
+background. The first command prints a table of what the [CLS] token of the last block looks
+at, beside what maps earn that understand nothing, and writes it to `metrics.json`. It draws
+`attention.png`, where [CLS] looks in each head (the paper's figures 4 and 6); `curves.png`, how
+that came about; `views.png`, what the two branches were fed (their first rows); `tsne.png`, the
+features (figures 2 and 3).
 """
 
 import argparse
+import itertools
+import json
+import math
 import os
 import sys
 import tempfile
 import textwrap
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import matplotlib
 
@@ -23,20 +33,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 import data
 import vit
 
 TEST_IMAGES = 1000
+VALIDATION_IMAGES = 512  # pick the best head, and draw the curves
 BANK_IMAGES = 10_000
+TITLE = "Where [CLS] of the last block looks"
 
 # What weights that somebody else trained are shown: the paper's canvas.
 PAPER_CANVAS = {"image_size": 224, "canvas_size": 100, "num_distractors": 6, "distractor_size": 9, "digits": "auto"}
 
 
 # ------------------------------------------------------------------------ attention in numbers
+#
+# Maps are (n, m, patches): m maps for each of n images, each map summing to 1. What lies beneath
+# is (n, patches): how many pixels of each patch are digit, and how many clutter.
 
 
 @torch.no_grad()
@@ -44,9 +62,13 @@ def cls_maps(backbone, images):
     """Where [CLS] looks in the last block: (B, heads, patches), each map summing to 1.
 
     `images` (B, 3, H, W), normalised. The attention that [CLS] pays to itself is left out.
+    Raises FloatingPointError if the weights give no finite numbers.
     """
     maps = backbone.last_attention(images, queries=1)[:, :, 0, 1:]
-    return maps / maps.sum(dim=-1, keepdim=True)
+    maps = maps / maps.sum(dim=-1, keepdim=True)
+    if not maps.isfinite().all():
+        raise FloatingPointError("the attention of its last block is not finite; weights of a run that did not diverge are wanted")
+    return maps
 
 
 def patch_sums(images, patch_size):
@@ -58,10 +80,7 @@ def density(maps, counts):
     """Share of the attention that falls on a region ÷ the region's share of the area.
 
     Attention is spread evenly over the pixels of a patch. 1 is what a uniform map has.
-
-    Args:
-        maps: (n, m, patches), m maps an image. counts: (n, patches), the region's pixels a patch.
-    Returns (n, m); nan where an image has no such region.
+    `counts` are the region's pixels a patch. Returns (n, m); nan where an image has no such region.
     """
     return maps.shape[-1] * (maps * counts[:, None]).sum(-1) / counts.sum(-1)[:, None]
 
@@ -70,9 +89,6 @@ def auroc(maps, digit, clutter):
     """P(a pixel of the digit gets more attention than one of the clutter), ties counting half.
 
     0.5: cannot tell. Only ranks matter, so a faint contrast counts like a strong one.
-
-    Args:
-        maps: (n, m, patches). digit, clutter: (n, patches), their pixels a patch.
     Returns (n, m); nan where an image lacks either.
     """
     maps = maps.contiguous()
@@ -86,132 +102,391 @@ def auroc(maps, digit, clutter):
     return wins / (digit.sum(-1) * clutter.sum(-1))
 
 
-def interval(values, index, statistic, resamples=1000, seed=0):
-    """95% bootstrap interval of a statistic of means over images.
+def pointing(maps, digit, clutter):
+    """1 where the patch with most attention holds more digit than clutter, else 0: (n, m).
+
+    Of several patches with the most, the share of them that do.
+    """
+    top = maps == maps.amax(-1, keepdim=True)
+    return (top & (digit > clutter)[:, None]).sum(-1) / top.sum(-1)
+
+
+def jaccard(maps, digit, patch_area, mass=0.6):
+    """Jaccard index of the digit's pixels with the patches that hold most of the attention: (n, m).
+
+    Patches are taken in descending order, tied ones together, until they hold `mass` of it (as
+    DINO's paper compares attention with segmentations).
+    """
+    ranked = maps.sort(dim=-1, descending=True).values
+    missing = (ranked.cumsum(-1) < mass - 1e-6).sum(-1, keepdim=True)  # rounding is not to ask for one more
+    taken = maps >= ranked.gather(-1, missing)
+    inside = (taken * digit[:, None]).sum(-1)
+    return inside / (digit.sum(-1)[:, None] + patch_area * taken.sum(-1) - inside)
+
+
+def best_jaccard(digit, patch_area):
+    """The highest Jaccard index that any set of patches has with the digit's pixels: (n,).
+
+    Of all sets of k patches the one with most digit is best, so only `patches` sets compete.
+    """
+    inside = digit.sort(dim=-1, descending=True).values.cumsum(-1)  # of the best 1, 2, 3, … patches
+    area = patch_area * torch.arange(1, digit.shape[-1] + 1, device=digit.device)
+    return (inside / (digit.sum(-1, keepdim=True) + area - inside)).amax(-1)
+
+
+def entropy(maps):
+    """How spread out a map is, (n, m): 0 if all lies on one patch, 1 if it is uniform."""
+    return torch.special.entr(maps).sum(-1) / math.log(maps.shape[-1])
+
+
+def diversity(maps):
+    """Mean Jensen–Shannon divergence between any two of the m maps of an image, bits: (n,).
+
+    0: they are the same; 1: no two share a patch. nan if there is but one.
+    """
+    bits = [torch.special.entr(map_).sum(-1) / math.log(2) for map_ in maps.unbind(1)]
+    total = torch.zeros_like(bits[0])
+    pairs = list(itertools.combinations(range(len(bits)), 2))
+    for i, j in pairs:
+        both = (maps[:, i] + maps[:, j]) / 2
+        total += torch.special.entr(both).sum(-1) / math.log(2) - (bits[i] + bits[j]) / 2
+    return total / len(pairs) if pairs else total * torch.nan
+
+
+def attention_metrics(maps, digit, clutter, patch_area):
+    """All metrics of single maps, an image each: {name: (n, m)} in float64.
+
+    Images without clutter are nan in what needs it: clutter_density, auroc.
+    """
+    maps, digit, clutter = maps.double(), digit.double(), clutter.double()
+    background = patch_area - digit - clutter
+    without_ink = torch.where(digit + clutter == 0, patch_area, 0.0)
+    return {
+        "digit_density": density(maps, digit),
+        "clutter_density": density(maps, clutter),
+        "background_density": density(maps, background),
+        "far_background_density": density(maps, without_ink),
+        "auroc": auroc(maps, digit, clutter),
+        "pointing": pointing(maps, digit, clutter).double(),
+        "jaccard60": jaccard(maps, digit, patch_area),
+        "best_jaccard": best_jaccard(digit, patch_area)[:, None].expand(maps.shape[:2]),
+        "entropy": entropy(maps),
+    }
+
+
+def bootstrap(values, index, resamples=1000, seed=0):
+    """Means over images, and the same means once images are drawn anew, as chance might have had it.
 
     Canvases that show the same digit are not independent, so digits are resampled, with all
     their canvases.
 
     Args:
-        values: {name: (n,)}, numbers an image. index: (n,), the digit that each image shows.
-        statistic: function of {name: mean}, where a mean may be an array.
-    Returns (value, low, high).
+        values: (n, …), numbers of an image; nan is left out.
+        index: (n,), the digit that each image shows.
+    Returns (1 + resamples, …), the means themselves first.
     """
     digits, group = torch.unique(index, return_inverse=True)
-    weight = np.random.default_rng(seed).multinomial(len(digits), np.full(len(digits), 1 / len(digits)), resamples)
-    weight = torch.from_numpy(weight).double()  # (resamples, digits): how often each was drawn
-    means = {}
-    for name, value in values.items():
-        there = ~value.isnan()
-        total = torch.zeros(len(digits), dtype=torch.float64).index_add_(0, group, value.nan_to_num().double())
-        count = torch.zeros(len(digits), dtype=torch.float64).index_add_(0, group, there.double())
-        means[name] = torch.cat([(weight @ total) / (weight @ count), (total.sum() / count.sum())[None]])
-    result = statistic(means)
-    low, high = result[:-1].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return result[-1].item(), low, high
+    drawn = np.random.default_rng(seed).multinomial(len(digits), np.full(len(digits), 1 / len(digits)), resamples)
+    weight = torch.cat([torch.ones(1, len(digits)), torch.from_numpy(drawn)]).double()  # how often each was drawn
+    there = ~values.isnan()
+    total, count = (
+        torch.zeros(len(digits), *values.shape[1:], dtype=torch.float64).index_add_(0, group, x.double())
+        for x in (values.nan_to_num(), there)
+    )
+    return torch.tensordot(weight, total, 1) / torch.tensordot(weight, count, 1)
 
 
-def measure(config, backbone, untrained, digits, n, layout="matched", split="test"):
-    """Selectivity and auroc of the mean map of the heads, beside what they must beat.
+def with_interval(means, images):
+    """{"value", "low", "high", "images"} from a column of `bootstrap`: the value and its 95% interval.
 
-    Measured on n canvases of the split `digits`. The rows of the result:
-        attention: the mean map of `backbone`'s heads;
-        brightness: a map proportional to each patch's summed intensity. Digits have denser
-            strokes than clutter, so this already prefers them, having understood nothing;
-        shuffled: the network's maps, each laid on the next image: what position alone earns;
-        untrained: the mean map of `untrained`, the same network at step 0 (None: left out).
-
-    Returns {row: {"selectivity", "auroc", "digit_density", "clutter_density": (value, low,
-    high)}} with 95% intervals. Selectivity is mean digit density ÷ mean clutter density.
+    None stands for what no image could tell, and for the interval where nothing was resampled.
     """
-    patch = config["patch_size"]
-    columns = []
-    progress = tqdm(total=n, desc="attention", unit="image", leave=False, disable=None)
-    for batch in data.evaluation_batches(config, digits, n, layout, split):
-        images = data.normalise(batch["images"])
-        brightness = patch_sums(batch["images"], patch) + 1e-9
-        maps = [cls_maps(backbone, images).mean(1), brightness / brightness.sum(-1, keepdim=True)]
-        if untrained is not None:
-            maps.append(cls_maps(untrained, images).mean(1))
-        counts = [patch_sums(batch[mask], patch) for mask in ("digit", "clutter")]
-        columns.append([torch.stack(maps, dim=1).cpu(), *(c.cpu() for c in counts), batch["index"]])
-        progress.update(len(images))
-    progress.close()
-    maps, digit, clutter, index = (torch.cat(column) for column in zip(*columns))
-    names = ["attention", "brightness"] + ["untrained"] * (untrained is not None) + ["shuffled"]
-    maps = torch.cat([maps, maps[:, :1].roll(1, dims=0)], dim=1)  # (n, rows, patches)
+    value, resampled = means[0].item(), means[1:][means[1:].isfinite()]
+    low = high = None
+    if math.isfinite(value) and len(resampled):
+        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": value if math.isfinite(value) else None, "low": low, "high": high, "images": int(images)}
 
-    # images without clutter ink say nothing of digit against clutter
-    digit, clutter = (torch.where(clutter.sum(-1, keepdim=True) > 0, c, torch.nan) for c in (digit, clutter))
-    d, c, a = density(maps, digit), density(maps, clutter), auroc(maps.nan_to_num(), digit, clutter)
-    table = {}
-    for row, name in enumerate(names):
-        values = {"digit_density": d[:, row], "clutter_density": c[:, row], "auroc": a[:, row]}
-        table[name] = {"selectivity": interval(values, index, lambda m: m["digit_density"] / m["clutter_density"])}
-        for key in values:
-            table[name][key] = interval(values, index, lambda m: m[key])
+
+def canvases(config, digits, n, layout, split):
+    """`data.evaluation_batches` behind a progress bar."""
+    with tqdm(total=n, desc=f"{split} canvases, layout {layout}", unit="image", leave=False, disable=None) as bar:
+        for batch in data.evaluation_batches(config, digits, n, layout, split):
+            yield batch
+            bar.update(len(batch["index"]))
+
+
+def measure(backbone, batches, untrained=None, resamples=1000):
+    """Every metric of the network's attention, and of the maps that it has to beat.
+
+    Args:
+        backbone: the network. untrained: the same at step 0, or None.
+        batches: as `data.evaluation_batches` yields.
+        resamples: for the intervals; 0: none.
+
+    Returns {row: {metric: {"value", "low", "high", "images"}}}. Rows:
+        mean: the mean map of the heads; head_1, head_2, …: each head.
+        uniform: the same everywhere. ink: the same on every patch that holds ink, nothing
+            elsewhere, as if all white pixels were alike. Both have selectivity 1 and auroc 0.5.
+        brightness: proportional to each patch's summed intensity. Digits have denser strokes
+            than clutter, so this already prefers them, having understood nothing.
+        shuffled: the network's mean map of another image: what position alone earns.
+        untrained: the mean map of `untrained`.
+    Metrics: those of `attention_metrics`, and
+        selectivity: mean digit density ÷ mean clutter density, over images that have clutter;
+        diversity (rows mean and untrained): between the heads; None for one head.
+    """
+    area = backbone.patch_size**2
+    columns = []
+    for batch in batches:
+        images = data.normalise(batch["images"])
+        heads = [cls_maps(network, images) for network in (backbone, untrained) if network is not None]
+        counts = [patch_sums(batch[name], backbone.patch_size) for name in ("digit", "clutter", "images")]
+        columns.append([*(x.cpu() for x in (*heads, *counts)), batch["index"].cpu()])
+    heads, *others, digit, clutter, intensity, index = (torch.cat(column) for column in zip(*columns))
+
+    mean = heads.mean(1)  # (n, patches)
+    has_ink = (digit + clutter > 0).float()
+    rows = {"mean": mean}
+    rows |= {f"head_{h + 1}": map_ for h, map_ in enumerate(heads.unbind(1))}
+    rows |= {"uniform": torch.ones_like(mean), "ink": has_ink, "brightness": intensity + 1e-9, "shuffled": mean.roll(1, 0)}
+    rows |= {"untrained": other.mean(1) for other in others}
+    maps = torch.stack([map_ / map_.sum(-1, keepdim=True) for map_ in rows.values()], dim=1)  # (n, rows, patches)
+    pieces = [attention_metrics(*piece, area) for piece in zip(maps.split(100), digit.split(100), clutter.split(100))]
+    values = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    values["beside_clutter"] = values["digit_density"].where(~values["clutter_density"].isnan(), torch.nan)
+    values["diversity"] = torch.full_like(values["auroc"], torch.nan)
+    for row, several in (("mean", heads), *(("untrained", other) for other in others)):
+        values["diversity"][:, list(rows).index(row)] = diversity(several.double())
+
+    means = dict(zip(values, bootstrap(torch.stack(list(values.values()), dim=1), index, resamples).unbind(1)))
+    images = {name: (~value.isnan()).sum(0) for name, value in values.items()}
+    means = {"selectivity": means.pop("beside_clutter") / means["clutter_density"], **means}
+    images["selectivity"] = images.pop("beside_clutter")
+    table = {
+        row: {name: with_interval(means[name][:, r], images[name][r]) for name in means} for r, row in enumerate(rows)
+    }
+    for row in table.keys() - {"mean", "untrained"}:
+        del table[row]["diversity"]
     return table
 
 
-def format_table(table):
-    """The result of `measure` as lines of text, the network first, and what it comes to."""
-    lines = [f"{'':12}{'selectivity':>22}{'auroc':>22}{'digit density':>22}"]
-    for name in ("attention", "brightness", "shuffled", "untrained"):
-        if name in table:
-            cells = (table[name][key] for key in ("selectivity", "auroc", "digit_density"))
-            lines.append(f"{name:12}" + "".join(f"{v:8.2f} [{low:5.2f}, {high:5.2f}]" for v, low, high in cells))
-    own_low = table["attention"]["selectivity"][1]
-    beaten = [name for name in table if name != "attention" and own_low > table[name]["selectivity"][2]]
-    missed = [name for name in table if name != "attention" and name not in beaten]
-    verdict = "selectivity (digit ÷ clutter; 1: alike) is above " + (", ".join(beaten) or "no reference")
-    return "\n".join([*lines, verdict + (f"; not above {', '.join(missed)}" if missed else "") + " (95% intervals)"])
+def attention_in_numbers(config, backbone, splits, untrained=None):
+    """Layouts matched and paper of the test split: {"matched": table, "paper": table, "best_head": name}.
+
+    Tables are those of `measure`. The best head is the most selective one on validation canvases.
+    """
+    held_out = canvases(config, splits["validation"], VALIDATION_IMAGES, "matched", "validation")
+    validation = measure(backbone, held_out, resamples=0)
+    heads = [f"head_{h + 1}" for h in range(backbone.heads)]
+    result = {"best_head": max(heads, key=lambda head: validation[head]["selectivity"]["value"] or 0)}
+    for layout in ("matched", "paper"):
+        batches = canvases(config, splits["test"], TEST_IMAGES, layout, "test")
+        result[layout] = measure(backbone, batches, untrained)
+    return result
 
 
-# ------------------------------------------------------------------------------- the features
+# -------------------------------------------------------------------------------- the features
 
 
 @torch.no_grad()
-def features(config, backbone, digits, n, split):
-    """L2-normalised [CLS] features (n, dim) and labels (n,) of n canvases of a split."""
-    rows = []
-    progress = tqdm(total=n, desc=f"{split} features", unit="image", leave=False, disable=None)
-    for batch in data.evaluation_batches(config, digits, n, layout="paper", split=split):
-        rows.append((F.normalize(backbone(data.normalise(batch["images"])), dim=-1), batch["labels"]))
-        progress.update(len(batch["labels"]))
-    progress.close()
-    return tuple(torch.cat(column) for column in zip(*rows))
+def features(backbone, batches):
+    """L2-normalised [CLS] features (n, dim), labels (n,) and digits (n,) of batches of canvases."""
+    rows = [
+        (F.normalize(backbone(data.normalise(batch["images"])), dim=-1), batch["labels"], batch["index"])
+        for batch in batches
+    ]
+    return tuple(torch.cat(column).cpu() for column in zip(*rows))
 
 
-def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Share of queries whose class wins a vote of their k nearest neighbours in the bank.
+def knn_classify(bank, bank_labels, queries, k=20, temperature=0.07):
+    """The class that wins a vote of each query's k nearest neighbours in the bank: (n,).
 
     Features are L2-normalised, (N, dim) and (n, dim); a neighbour's vote weighs
     exp(cosine / temperature), as in DINO's evaluation.
     """
     similarity, neighbour = (queries @ bank.T).topk(min(k, len(bank)))
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
     votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
-    return (votes.argmax(1) == labels).double().mean().item()
+    return votes.argmax(1)
 
 
-def bank_and_queries(config, backbone, splits):
-    """Features and labels to classify by k-NN: of training canvases, and of TEST_IMAGES test canvases."""
-    bank = features(config, backbone, splits["train"], min(BANK_IMAGES, len(splits["train"])), "train")
-    return *bank, *features(config, backbone, splits["test"], TEST_IMAGES, "test")
+def probe_classify(bank, bank_labels, queries):
+    """The class that a linear classifier, fitted to the bank, gives each query: (n,)."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return torch.from_numpy(probe.fit(bank.numpy(), bank_labels.numpy()).predict(queries.numpy()))
 
 
-def report(config, backbone, untrained, splits):
-    """The lines that a run ends with: attention on `matched` test canvases, and k-NN accuracy."""
-    table = measure(config, backbone, untrained, splits["test"], TEST_IMAGES)
-    lines = [f"attention of [CLS] on {TEST_IMAGES:,} held-out canvases, layout matched:", format_table(table)]
-    accuracy = f"{100 * knn_accuracy(*bank_and_queries(config, backbone, splits)):.1f}%"
-    if untrained is not None:
-        accuracy += f", untrained {100 * knn_accuracy(*bank_and_queries(config, untrained, splits)):.1f}%"
-    return "\n".join([*lines, f"k-NN accuracy: {accuracy}"])
+def features_in_numbers(config, backbone, splits):
+    """How well the features tell the ten digits apart, training canvases to test canvases.
+
+    Returns {"knn", "linear_probe": accuracy with its interval}, and the test features and labels.
+    """
+    n = min(BANK_IMAGES, len(splits["train"]))
+    bank, bank_labels, _ = features(backbone, canvases(config, splits["train"], n, "paper", "train"))
+    points, labels, index = features(backbone, canvases(config, splits["test"], TEST_IMAGES, "paper", "test"))
+    result = {}
+    for name, classify in (("knn", knn_classify), ("linear_probe", probe_classify)):
+        right = (classify(bank, bank_labels, points) == labels).double()
+        result[name] = with_interval(bootstrap(right, index), len(right))
+    return result, points, labels
+
+
+# ----------------------------------------------------------------------------------- the table
+
+ACCURACIES = {"knn": "k-NN", "linear_probe": "linear probe"}
+QUESTION = "Does it look at the digit, rather than at all that is white?"
+REFERENCES = ("brightness", "shuffled", "untrained", "ink", "uniform")
+LEGEND = """
+selectivity  how much denser the attention is on the digit than on the clutter; 1: alike
+auroc        chance that a pixel of the digit gets more attention than one of the clutter
+pointing     share of images whose most attended patch holds more digit than clutter
+density      of the attention on a region, 1 if it were uniform; far: patches without any ink
+jaccard60    overlap of the digit with the patches that hold 60% of the attention
+entropy      1: spread evenly over the image, 0: all on one patch
+brightness   a map of each patch's brightness: understands nothing, yet prefers digits, which
+             are denser strokes; a network has found the digit only if it is above this
+shuffled     the network's maps, each laid on another image: what position alone earns
+untrained    the same network before its first step
+ink          the same attention on all ink;  uniform: the same everywhere
+[a, b]       95% interval, over digits; above: the intervals do not even touch
+"""
+
+
+def show(metric):
+    """A metric as text, such as "1.91 [1.85, 1.97]"."""
+    if metric["value"] is None:
+        return "–"
+    places = 2 if abs(metric["value"]) < 10 else 1
+    text = f"{metric['value']:.{places}f}"
+    return text if metric["low"] is None else f"{text} [{metric['low']:.{places}f}, {metric['high']:.{places}f}]"
+
+
+def above(table, row, reference):
+    """Whether the selectivity of a row is above that of another, their intervals apart."""
+    low, high = table[row]["selectivity"]["low"], table[reference]["selectivity"]["high"]
+    return low is not None and high is not None and low > high
+
+
+def row_name(row, best):
+    return {"mean": "mean of heads"}.get(row, row.replace("_", " ") + (" (best)" if row == best else ""))
+
+
+def verdict(result):
+    """What the table comes to, in a sentence."""
+
+    table, best = result["matched"], result["best_head"]
+    own, brightness = table["mean"]["selectivity"], table["brightness"]["selectivity"]["value"]
+    if own["value"] is None:
+        return "Cannot be told: no canvas has both digit and clutter."
+    text = f"attention {own['value']:.2f} times as dense on the digit as on the clutter"
+    if above(table, "mean", "brightness") and above(table, "mean", "shuffled"):
+        return f"Yes: {text}, more than brightness alone ({brightness:.2f}) or position explain."
+    if own["high"] < 1:
+        text = f"No, it prefers the clutter: {text}."
+    elif above(table, "mean", "shuffled"):
+        text = f"Not more than brightness explains: {text}; brightness alone earns {brightness:.2f}."
+    else:
+        text = f"No: {text}, which position alone may earn."
+    if above(table, best, "brightness") and above(table, best, "shuffled"):
+        text += f" But {row_name(best, None)}, by itself, does: {show(table[best]['selectivity'])}."
+    return text
+
+
+def format_table(result):
+    """The result of `attention_in_numbers` as text of at most 100 columns."""
+    best = result["best_head"]
+
+    def first_columns(table, rows):
+        head = f"{'':16}{'selectivity':19}{'above':12}{'above':10}{'auroc':19}pointing\n{'':35}brightness  shuffled"
+        lines = [head]
+        for row in rows:
+            beaten = ["yes" if above(table, row, other) else "no" for other in ("brightness", "shuffled")]
+            beaten = ["", ""] if row in REFERENCES else beaten
+            cells = [show(table[row][name]) for name in ("selectivity", "auroc", "pointing")]
+            line = f"{row_name(row, best):16}{cells[0]:19}{beaten[0]:12}{beaten[1]:10}{cells[1]:19}{cells[2]}"
+            lines.append(line.rstrip())
+        return lines
+
+    table = result["matched"]
+    rows = [row for row in table if row not in REFERENCES] + [row for row in REFERENCES if row in table]
+    images = table["mean"]["entropy"]["images"]
+    lines = [QUESTION, *textwrap.wrap(verdict(result), 100)]
+    lines += ["", f"{images:,} held-out canvases, layout matched: clutter lies where digits lie, position tells nothing"]
+    lines += first_columns(table, rows)
+    lines += ["", f"{'':16}{'density on'}", f"{'':16}{'digit':10}{'clutter':10}{'background':12}{'far':10}{'jaccard60':12}entropy"]
+    for row in rows:
+        names = ("digit_density", "clutter_density", "background_density", "far_background_density", "jaccard60", "entropy")
+        cells = [show(table[row][name] | {"low": None}) for name in names]
+        lines.append(f"{row_name(row, best):16}" + "".join(f"{x:{w}}" for x, w in zip(cells, (10, 10, 12, 10, 12, 0))))
+    lines += ["", f"highest jaccard60 that any set of patches could have: {show(table['mean']['best_jaccard'])}"]
+    divergence = f"{show(table['mean']['diversity'])} bits" if table["mean"]["diversity"]["value"] is not None else "– (one head)"
+    before = f", untrained {show(table['untrained']['diversity'] | {'low': None})}" if "untrained" in table else ""
+    lines += [f"diversity of the heads (0: alike, 1: nothing shared): {divergence}{before}"]
+    lines += ["", "layout paper: clutter lies anywhere, so that a map which knows nothing of the image can score"]
+    lines += first_columns(result["paper"], [row for row in rows if row not in ("ink", "uniform")])
+    return "\n".join(lines)
+
+
+def format_features(result):
+    """The accuracies of `features_in_numbers`, of the network and of the untrained one."""
+    lines = [f"{'accuracy of':16}" + "".join(f"{title:19}" for title in ACCURACIES.values()).rstrip()]
+    for key, title in (("features", "its features"), ("untrained_features", "untrained")):
+        if key in result:
+            lines.append(f"{title:16}" + "".join(f"{show_percent(result[key][a]):19}" for a in ACCURACIES).rstrip())
+    return "\n".join(lines)
+
+
+def show_percent(metric):
+    return f"{100 * metric['value']:.1f}%" + f" [{100 * metric['low']:.0f}, {100 * metric['high']:.0f}]"
+
+
+def format_comparison(names, results, circumstances):
+    """Several results side by side, a column each, four at a time: at most 100 columns of text.
+
+    names: of the networks. circumstances: of each, a dict of {title: what it was measured on}.
+    """
+
+    def add(title, texts):
+        lines.append(f"{title:24}" + "".join(f"{text:19}" for text in texts).rstrip())
+
+    lines = []
+    for start in range(0, len(results), 4):
+        part, tables = results[start : start + 4], [result["matched"] for result in results[start : start + 4]]
+        add("", names[start : start + 4])
+        for title in circumstances[0]:
+            add(title, [each[title] for each in circumstances[start : start + 4]])
+        lines.append("\nmean map of the heads, layout matched")
+        add("selectivity", [show(table["mean"]["selectivity"]) for table in tables])
+        for reference in ("brightness", "shuffled"):
+            add(f"  above {reference}?", ["yes" if above(table, "mean", reference) else "no" for table in tables])
+        for reference in ("brightness", "shuffled", "untrained"):
+            add(f"  of {reference}", [show(t[reference]["selectivity"]) if reference in t else "–" for t in tables])
+        for name in ("auroc", *(name for name in tables[0]["mean"] if name not in ("selectivity", "auroc"))):
+            add(name, [show(table["mean"][name]) for table in tables])
+        add("best head on validation", [result["best_head"].replace("_", " ") for result in part])
+        for name in ("selectivity", "auroc"):
+            add(f"  its {name}", [show(table[result["best_head"]][name]) for result, table in zip(part, tables)])
+        lines.append("\nmean map of the heads, layout paper")
+        for name in ("selectivity", "auroc"):
+            add(name, [show(result["paper"]["mean"][name]) for result in part])
+        lines.append("\naccuracy of the features")
+        for key, title in ACCURACIES.items():
+            add(title, [show_percent(result["features"][key]) for result in part])
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+# --------------------------------------------------------------------------------- the figures
 
 
 def caption(config, epoch=None):
     """What a figure was made from, with everything that was replaced on the way."""
+    return "\n".join([describe(config, epoch), *(textwrap.fill(textwrap.shorten(line, 160), 80) for line in config["fallbacks"])])
+
+
+def describe(config, epoch=None):
+    """A line: what was trained how, on what, and how far."""
     parts = []
     if "loss" in config:
         crops = "1 crop" if config["crops"] == 1 else f"{config['crops']} crops"
@@ -220,7 +495,7 @@ def caption(config, epoch=None):
     parts += {"mnist": ["MNIST"], "sklearn": ["scikit-learn's digits"]}.get(config["digits"], [])
     if epoch is not None:
         parts.append(f"epoch {epoch} of {config['epochs']}")
-    return "\n".join([", ".join(parts), *(textwrap.fill(textwrap.shorten(line, 160), 80) for line in config["fallbacks"])])
+    return ", ".join(parts)
 
 
 def save_figure(figure, path):
@@ -254,45 +529,107 @@ def draw_views(config, digits, path, images=4):
     save_figure(figure, path)
 
 
-def draw_attention(images, maps, path, title, masks=None):
+def draw_attention(groups, path, title, row_names=None):
     """Attention a head, a row an image: the input, the mean of the heads, then each head.
 
     Args:
-        images: for each image (H, W) or (H, W, 3) in [0, 1].
-        maps: for each image (heads, rows, columns), the attention on its grid of patches.
-        masks: None, or (digit, clutter), each (n, H, W) bool, outlined on the input.
+        groups: side by side, each a dict:
+            images: for each row (H, W) or (H, W, 3) in [0, 1];
+            maps: for each row (heads, rows, columns), the attention on its grid of patches;
+            masks: None, or (digit, clutter), each a list of (H, W) bool, outlined on the input;
+            name: above its columns, may be empty. Drawn without input if that is as in the
+            group before.
+        row_names: a name for each row, or None.
 
     Each map is coloured from 0 (black) to its own maximum.
     """
-    heads = len(maps[0])
-    names = ["input", *(["mean of heads"] if heads > 1 else []), *(f"head {h + 1}" for h in range(heads))]
+    columns = []  # (title, function that fills the cell of a row)
+    for k, group in enumerate(groups):
+        heads, name = len(group["maps"][0]), group["name"] + "\n" * bool(group["name"])
+        before = groups[k - 1]["images"] if k else []
+        if not (k and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, group["images"]))):
+            columns.append((("\n" if name else "") + "input", draw_input, group, None))
+        if heads > 1:
+            columns.append((name + "mean of heads", draw_map, group, None))
+        columns += [(f"{name}head {h + 1}", draw_map, group, h) for h in range(heads)]
+    rows = len(groups[0]["images"])
     figure, axes = plt.subplots(
-        len(images), len(names), squeeze=False, layout="constrained", figsize=(max(6, 1.4 * len(names)), 1.45 * len(images) + 0.9)
+        rows, len(columns), squeeze=False, layout="constrained", figsize=(max(6, 1.4 * len(columns)), 1.45 * rows + 1)
     )
-    for name, axis in zip(names, axes[0]):
-        axis.set_title(name, fontsize=9)
-    for row, image in enumerate(images):
-        height, width = image.shape[:2]
-        axes[row, 0].imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-        if masks is not None:
-            for mask, colour in zip(masks, ("lime", "red")):
-                if mask[row].any():
-                    axes[row, 0].contour(mask[row].numpy(), levels=[0.5], colors=colour, linewidths=0.7)
-        shown = [maps[row].mean(0), *maps[row]] if heads > 1 else maps[row]
-        for axis, map_ in zip(axes[row, 1:], shown):
-            # the patch grid stretched over the image, so that both share their coordinates
-            axis.imshow(map_.numpy(), cmap="inferno", vmin=0, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        for axis in axes[row]:
+    for (heading, draw, group, head), column in zip(columns, axes.T):
+        column[0].set_title(heading, fontsize=8)
+        for row, axis in enumerate(column):
+            draw(axis, group, row, head)
             axis.axis("off")
+    for axis, name in zip(axes[:, 0], row_names or []):
+        axis.text(-0.06, 0.5, name, rotation=90, ha="right", va="center", fontsize=8, transform=axis.transAxes)
     figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_input(axis, group, row, _):
+    axis.imshow(group["images"][row].numpy(), cmap="gray", vmin=0, vmax=1)
+    for masks, colour in zip(group["masks"] or [], ("lime", "red")):
+        if masks[row].any():
+            axis.contour(masks[row].numpy(), levels=[0.5], colors=colour, linewidths=0.7)
+
+
+def draw_map(axis, group, row, head):
+    map_ = group["maps"][row].mean(0) if head is None else group["maps"][row][head]
+    height, width = group["images"][row].shape[:2]
+    # the patch grid stretched over the image, so that both share their coordinates
+    axis.imshow(map_.numpy(), cmap="inferno", vmin=0, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+
+
+def draw_curves(history, config, path):
+    """curves.png: the lines of log.jsonl against epochs, validation canvases of the layout matched."""
+    epochs = [line["epoch"] for line in history]
+    held_out = [line["validation"] for line in history]
+    heads = [row for row in held_out[0] if row.startswith("head_")]
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6.6), layout="constrained")
+    (loss, *_), (*_, knn, legend) = axes
+    loss.plot(epochs[1:], [line["loss"] for line in history[1:]], color="grey", label="training")
+    loss.plot(epochs, [line["loss"] for line in held_out], color="black", label="validation")
+    if config["loss"] == "nce":
+        loss.axhline(math.log(config["batch_size"]), color="grey", linestyle=":", label="chance, ln(batch)")
+    loss.set_title("loss")
+    loss.legend(fontsize=8)
+
+    def values(row, name):
+        return [line[row][name] if line[row][name] is not None else math.nan for line in held_out]
+
+    for axis, name in zip((axes[0, 1], axes[0, 2], axes[0, 3], axes[1, 1]), ("selectivity", "auroc", "pointing", "entropy")):
+        for number, head in enumerate(heads if len(heads) > 1 else []):
+            axis.plot(epochs, values(head, name), color=f"C{number}", linewidth=1, label=head.replace("_", " "))
+        axis.plot(epochs, values("mean", name), color="black", linewidth=2, label="mean of heads")
+        if name in ("selectivity", "auroc", "pointing"):
+            axis.plot(epochs, values("brightness", name), color="darkorange", linestyle="--", label="brightness")
+            axis.plot(epochs, values("shuffled", name), color="purple", linestyle="--", label="shuffled")
+        axis.axhline(values("mean", name)[0], color="grey", linestyle="--", label="untrained")
+        axis.set_title({"entropy": "entropy (1: spread evenly)"}.get(name, name))
+    axes[0, 1].axhline(1, color="silver", linestyle=":", label="ink, uniform")
+    axes[0, 2].axhline(0.5, color="silver", linestyle=":")
+
+    axes[1, 0].plot(epochs, values("mean", "diversity"), color="black", linewidth=2)
+    axes[1, 0].axhline(values("mean", "diversity")[0], color="grey", linestyle="--")
+    axes[1, 0].set_title("diversity of the heads, bits")
+    knn.plot(epochs, [100 * line["knn"] for line in held_out], color="black", linewidth=2)
+    knn.axhline(100 * held_out[0]["knn"], color="grey", linestyle="--")
+    knn.set_title("k-NN accuracy, %")
+    legend.axis("off")
+    legend.legend(*axes[0, 1].get_legend_handles_labels(), loc="center", fontsize=9)
+    for axis in axes.flat[:-1]:
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(f"{held_out[0]['images']} validation canvases, teacher's attention\n" + caption(config), fontsize=9)
     save_figure(figure, path)
 
 
 def draw_tsne(points, labels, accuracy, path, title):
     """tsne.png: features (n, dim) in the plane, coloured by class (section III.A, perplexity 20)."""
-    plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.cpu().numpy())
+    plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.numpy())
     figure, axis = plt.subplots(figsize=(6, 6.4), layout="constrained")
-    dots = axis.scatter(*plane.T, c=labels.cpu().numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
+    dots = axis.scatter(*plane.T, c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
     figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -313,7 +650,7 @@ def open_image(path, image_size, patch_size):
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
 
 
-# ------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------------- command line
 
 
 def parse_args(argv):
@@ -321,33 +658,74 @@ def parse_args(argv):
         prog="visualize.py", description="Draw and measure where a trained network looks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="ckpt.pth of train.py, a checkpoint of DINO, or a ViT state dict in its names")
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="draw the attention over these pictures instead")
-    parser.add_argument("--image-size", type=int, help="side in pixels that images are brought to (default: as trained, else 224)")
-    parser.add_argument("--digits", choices=["auto", "mnist", "sklearn"], help="where test digits come from (default: as trained)")
-    parser.add_argument("--data-root", help="folder that holds MNIST/raw/ (default: as trained, else data)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    parser.add_argument("--output", help="folder for the figures (default: the checkpoint's)")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", metavar="CKPT",
+        help="ckpt.pth of train.py, a checkpoint of DINO, or a ViT state dict in its names; several are set side by side")
+    add("--weights", metavar="{dino,none,FILE}",
+        help="also look at weights that were not fine-tuned, on the first checkpoint's canvases, else on the paper's: "
+        "DINO's ViT-S/8, random ones, or a file (default: none are looked at)")
+    add("--images", nargs="+", metavar="FILE", help="draw the attention over these pictures instead")
+    add("--image-size", type=int, help="side in pixels that images are brought to (default: as trained, else 224)")
+    add("--digits", choices=["auto", "mnist", "sklearn"], help="where digits come from (default: as trained)")
+    add("--data-root", help="folder that holds MNIST/raw/ (default: as trained, else data)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--output", help="folder for what is written (default: the first checkpoint's, or runs/weights-…)")
     return parser.parse_args(argv)
 
 
-def open_checkpoint(args):
-    """The settings, the backbone (teacher) and the epoch of a checkpoint; epoch None if not ours."""
-    checkpoint = vit.read_checkpoint(args.checkpoint)
-    weights = vit.backbone_weights(checkpoint, args.checkpoint)
-    ours = "config" in checkpoint and "metrics" in checkpoint
-    config = dict(checkpoint["config"]) if ours else dict(PAPER_CANVAS, fallbacks=[])
-    backbone = vit.backbone_like(weights, args.checkpoint, vit.heads_of(checkpoint, weights["cls_token"].shape[-1]))
-    config.update(patch_size=backbone.patch_size, heads=backbone.heads)
-    for flag in ("image_size", "digits", "data_root"):
-        if getattr(args, flag) is not None:
-            config[flag] = getattr(args, flag)
+@dataclass
+class Subject:
+    """A network to be looked at, and the settings under which it is."""
+
+    name: str  # the file, or the flag, that it came from
+    config: dict
+    backbone: vit.VisionTransformer
+    epoch: int | None = None  # None: not from a run of train.py
+    history: list | None = None  # the run's log
+    has_canvas: bool = True  # False: nobody knows what it was trained on, so nothing is measured
+    splits: dict | None = None  # the digits that it is shown
+
+
+def read_backbone(path):
+    """What a .pth file holds, and its (teacher's) backbone."""
+    checkpoint = vit.read_checkpoint(path)
+    weights = vit.backbone_weights(checkpoint, path)
+    return checkpoint, vit.backbone_like(weights, path, vit.heads_of(checkpoint, weights["cls_token"].shape[-1]))
+
+
+def open_checkpoint(path, args):
+    """The Subject in a checkpoint: its teacher, under the settings it was trained with."""
+    checkpoint, backbone = read_backbone(path)
+    if "config" not in checkpoint or "metrics" not in checkpoint:
+        return Subject(path, settings(PAPER_CANVAS, backbone, args), backbone, has_canvas=False)
+    config = settings(checkpoint["config"], backbone, args)
+    return Subject(path, config, backbone, checkpoint["epoch"], checkpoint["metrics"])
+
+
+def open_weights(source, args, like=None):
+    """The Subject of --weights: measured as the Subject `like` is, on the paper's canvas if None."""
+    if source == "none":
+        torch.manual_seed(0)
+        backbone = vit.build_network(like.config).backbone if like else vit.VisionTransformer()
+    else:
+        _, backbone = read_backbone(vit.dino_file() if source == "dino" else source)
+    names = (*PAPER_CANVAS, "data_root")
+    config = {name: like.config[name] for name in names if name in like.config} if like else dict(PAPER_CANVAS)
+    patch = backbone.patch_size
+    config["image_size"] = max(1, round(config["image_size"] / patch)) * patch
+    return Subject(f"--weights {source}", settings(config, backbone, args) | {"weights": source}, backbone)
+
+
+def settings(config, backbone, args):
+    """A checkpoint's settings with the flags over them; ValueError for an image size that does not fit."""
+    config = {"fallbacks": [], **config, "patch_size": backbone.patch_size, "heads": backbone.heads}
+    config |= {name: getattr(args, name) for name in ("image_size", "digits", "data_root") if getattr(args, name) is not None}
     if config["image_size"] < 1 or config["image_size"] % config["patch_size"]:
         near = max(1, round(config["image_size"] / config["patch_size"])) * config["patch_size"]
         raise ValueError(
             f"--image-size {config['image_size']} is not a multiple of the patch size {config['patch_size']}: {near} is"
         )
-    return config, backbone, checkpoint["epoch"] if ours else None
+    return config
 
 
 def untrained_backbone(config):
@@ -362,44 +740,66 @@ def untrained_backbone(config):
     return backbone
 
 
+@contextmanager
+def naming(name):
+    """Attention that is not finite is told with the name of the network that it came from."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def visualize(args):
     """Everything that `python visualize.py` does; raises ValueError or OSError on bad input."""
-    config, backbone, epoch = open_checkpoint(args)
+    subjects = [open_checkpoint(path, args) for path in args.checkpoints]
+    if args.weights is not None:
+        subjects.append(open_weights(args.weights, args, next((s for s in subjects if s.has_canvas), None)))
+    if not subjects:
+        raise ValueError("nothing to look at: name a ckpt.pth, or give --weights dino, none or a file")
     device = vit.find_device(args.device)
-    backbone.to(device).eval()
-    pictures = [open_image(file, config["image_size"], config["patch_size"]) for file in args.images or []]
-    folder = args.output or os.path.dirname(args.checkpoint) or "."
+    for subject in subjects:
+        subject.backbone.to(device).eval()
+    if args.output or args.checkpoints or args.weights not in ("dino", "none"):
+        folder = args.output or os.path.dirname(args.checkpoints[0] if args.checkpoints else args.weights) or "."
+    else:
+        folder = os.path.join("runs", f"weights-{args.weights}")
 
-    if pictures:
-        mean, std = (torch.tensor(x)[:, None, None] for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-        maps = []
-        for picture in pictures:
-            rows, columns = (side // config["patch_size"] for side in picture.shape[1:])
-            maps.append(cls_maps(backbone, ((picture - mean) / std)[None].to(device))[0].unflatten(-1, (rows, columns)).cpu())
+    if args.images:
+        groups = []
+        for subject, number in zip(subjects, numbers(subjects)):
+            c = subject.config
+            pictures = [open_image(file, c["image_size"], c["patch_size"]) for file in args.images]
+            groups.append(draw_group(subject, number, pictures, [picture.permute(1, 2, 0) for picture in pictures]))
         make_folder(folder)
-        draw_attention([p.permute(1, 2, 0) for p in pictures], maps, os.path.join(folder, "attention-images.png"),
-                       "Where [CLS] of the last block looks\n" + caption(config, epoch))
+        draw_attention(groups, os.path.join(folder, "attention-images.png"), f"{TITLE}\n{captions(subjects)}")
         return
 
-    splits, config["digits"], warning = data.load_digits(config["digits"], config.get("data_root", "data"))
-    if warning and warning not in config["fallbacks"]:
-        config["fallbacks"] = [*config["fallbacks"], warning]
-        print(f"warning: {warning}", file=sys.stderr)
-    splits = {name: split.to(device) for name, split in splits.items()}
+    load_splits(subjects, device)
     make_folder(folder)
-    if epoch is not None:
-        draw_views(config, splits["train"], os.path.join(folder, "views.png"))
-    draw_attention_on_canvases(config, backbone, epoch, splits["test"], os.path.join(folder, "attention.png"))
+    for subject in subjects:
+        if not subject.has_canvas:
+            print(f"{subject.name} was not trained on canvases: there are no masks to measure its attention against "
+                  f"(--weights {subject.name} measures it on the paper's)")
+    if len(subjects) == 1:
+        look(subjects[0], folder)
+    else:
+        compare(subjects, folder)
 
-    untrained = untrained_backbone(config) if epoch is not None else None
-    if untrained is not None:
-        untrained.to(device)
-    print(format_table(measure(config, backbone, untrained, splits["test"], TEST_IMAGES)))
 
-    bank, bank_labels, points, labels = bank_and_queries(config, backbone, splits)
-    accuracy = knn_accuracy(bank, bank_labels, points, labels)
-    print(f"k-NN accuracy: {100 * accuracy:.1f}%")
-    draw_tsne(points, labels, accuracy, os.path.join(folder, "tsne.png"), caption(config, epoch))
+def load_splits(subjects, device):
+    """Give each subject the digits that its settings ask for; the same ones are read once."""
+    read = {}
+    for subject in subjects:
+        config = subject.config
+        source = config["digits"], config.get("data_root", "data")
+        if source not in read:
+            splits, found, warning = data.load_digits(*source)
+            read[source] = {name: split.to(device) for name, split in splits.items()}, found, warning
+            if warning and warning not in config["fallbacks"]:
+                print(f"warning: {warning}", file=sys.stderr)
+        subject.splits, config["digits"], warning = read[source]
+        if warning and warning not in config["fallbacks"]:
+            config["fallbacks"] = [*config["fallbacks"], warning]
 
 
 def make_folder(folder):
@@ -411,13 +811,137 @@ def make_folder(folder):
         raise ValueError(f"{folder} cannot be written to ({error.strerror}): --output names another folder") from error
 
 
-def draw_attention_on_canvases(config, backbone, epoch, digits, path, images=8):
-    """attention.png: the first test canvases of the layout `matched`, with their masks' outlines."""
-    shown = next(data.evaluation_batches(config, digits, images))
-    grid = config["image_size"] // config["patch_size"]
-    maps = cls_maps(backbone, data.normalise(shown["images"])).unflatten(-1, (grid, grid)).cpu()
-    title = "Where [CLS] of the last block looks (digit outlined green, clutter red)\n" + caption(config, epoch)
-    draw_attention(shown["images"].cpu(), maps, path, title, (shown["digit"].cpu(), shown["clutter"].cpu()))
+def look(subject, folder):
+    """All figures and numbers of one network."""
+    title = caption(subject.config, subject.epoch)
+    if subject.history:
+        draw_views(subject.config, subject.splits["train"], os.path.join(folder, "views.png"))
+        if "validation" in subject.history[0]:
+            draw_curves(subject.history, subject.config, os.path.join(folder, "curves.png"))
+    group, row_names = attention_over_epochs(subject)
+    path = os.path.join(folder, "attention.png")
+    draw_attention([group], path, f"{TITLE} (digit outlined green, clutter red)\n{title}", row_names)
+    if subject.has_canvas:
+        untrained = untrained_backbone(subject.config) if subject.history else None
+        result, points, labels = report(subject, untrained, folder)
+        accuracy = result["features"]["knn"]["value"]
+        draw_tsne(points, labels, accuracy, os.path.join(folder, "tsne.png"), title)
+
+
+def attention_over_epochs(subject):
+    """What `draw_attention` takes: canvases through the network, and through each epoch that the run kept."""
+    stages, device = [], subject.splits["test"].images.device
+    for epoch in subject.config.get("keep_epochs", []):
+        path = os.path.join(os.path.dirname(subject.name), f"epoch-{epoch}.pth")
+        if epoch < subject.epoch and os.path.exists(path):
+            stages.append((epoch, read_backbone(path)[1].to(device)))
+    if not stages:
+        return draw_canvases(subject, "", images=8), None
+    stages.append((subject.epoch, subject.backbone))
+    images = max(2, 12 // len(stages))
+    groups = [draw_canvases(replace(subject, backbone=network), "", images) for _, network in stages]
+    order = [(image, stage) for image in range(images) for stage in range(len(stages))]
+    group = groups[0] | {
+        "images": [groups[stage]["images"][image] for image, stage in order],
+        "maps": [groups[stage]["maps"][image] for image, stage in order],
+        "masks": [[mask[image] for image, _ in order] for mask in groups[0]["masks"]],
+    }
+    return group, [f"epoch {stages[stage][0]}" for _, stage in order]
+
+
+def compare(subjects, folder):
+    """The same canvases through several networks, and their numbers side by side."""
+    groups = [draw_canvases(subject, number, images=8) for subject, number in zip(subjects, numbers(subjects))]
+    path = os.path.join(folder, "attention-compared.png")
+    draw_attention(groups, path, f"{TITLE} (digit outlined green, clutter red)\n{captions(subjects)}")
+    measured = [(number, subject) for number, subject in zip(numbers(subjects), subjects) if subject.has_canvas]
+    if not measured:
+        return
+    results, circumstances = [], []
+    for number, subject in measured:
+        result = numbers_of(subject, untrained_backbone(subject.config) if subject.history else None)
+        results.append(result | {"features": features_in_numbers(subject.config, subject.backbone, subject.splits)[0]})
+        c = subject.config
+        circumstances.append({
+            "canvas": f"{c['canvas_size']} px, clutter {c['num_distractors']}",
+            "input": f"{c['image_size']} px, patch {c['patch_size']}",
+            "digits": c["digits"],
+        })
+    print(f"\n{QUESTION}")
+    for (number, subject), result in zip(measured, results):
+        print(f"{number} {subject.name}")
+        for text in (describe(subject.config, subject.epoch), verdict(result)):
+            print(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
+    print(format_comparison([number for number, _ in measured], results, circumstances))
+    different = [key for key in circumstances[0] if len({each[key] for each in circumstances}) > 1]
+    if different:
+        print(f"\nThey differ in {' and '.join(different)}: each is measured at its own, so read across with care.")
+    print(LEGEND)
+    write_json(os.path.join(folder, "metrics-compared.json"), results)
+
+
+def numbers(subjects):
+    """[1], [2], … for several; nothing for one."""
+    return [f"[{k + 1}]" if len(subjects) > 1 else "" for k in range(len(subjects))]
+
+
+def captions(subjects):
+    """`caption` of one; of several a line each, and what was replaced for any of them."""
+    if len(subjects) == 1:
+        return caption(subjects[0].config, subjects[0].epoch)
+    lines = [f"{n} {s.name}: {describe(s.config, s.epoch)}" for n, s in zip(numbers(subjects), subjects)]
+    return "\n".join([*lines, *dict.fromkeys(line for s in subjects for line in s.config["fallbacks"])])
+
+
+def draw_canvases(subject, name, images):
+    """A group of `draw_attention`: the first test canvases of the layout `matched`."""
+    batch = next(data.evaluation_batches(subject.config, subject.splits["test"], images))
+    masks = [list(batch[region].cpu()) for region in ("digit", "clutter")]
+    inputs = [image.expand(3, -1, -1) for image in batch["images"]]
+    return draw_group(subject, name, inputs, list(batch["images"].cpu())) | {"masks": masks}
+
+
+def draw_group(subject, name, pictures, images):
+    """A group of `draw_attention` of pictures (3, H, W) in [0, 1], shown as `images`."""
+    device = subject.backbone.cls_token.device
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    maps = []
+    with naming(subject.name):
+        for picture in pictures:
+            grid = [side // subject.backbone.patch_size for side in picture.shape[1:]]
+            map_ = cls_maps(subject.backbone, ((picture.to(device) - mean) / std)[None])
+            maps.append(map_[0].unflatten(-1, grid).cpu())
+    return {"name": name, "images": images, "maps": maps, "masks": None}
+
+
+def numbers_of(subject, untrained):
+    """What metrics.json holds of a network, but for its features."""
+    if untrained is not None:
+        untrained.to(subject.splits["test"].images.device).eval()
+    with naming(subject.name):
+        tables = attention_in_numbers(subject.config, subject.backbone, subject.splits, untrained)
+    config = dict(subject.config)
+    return {"checkpoint": subject.name, "epoch": subject.epoch, "fallbacks": config.pop("fallbacks"), "settings": config} | tables
+
+
+def report(subject, untrained, folder):
+    """Print the numbers of a network and write metrics.json; returns them, and the test features and labels."""
+    path = os.path.join(folder, "metrics.json")
+    result = numbers_of(subject, untrained)
+    print(f"\n{subject.name}\n{describe(subject.config, subject.epoch)}\n{format_table(result)}\n")
+    write_json(path, result)  # the features may take long
+    result["features"], points, labels = features_in_numbers(subject.config, subject.backbone, subject.splits)
+    if untrained is not None:
+        result["untrained_features"] = features_in_numbers(subject.config, untrained, subject.splits)[0]
+    print(f"{format_features(result)}\n{LEGEND}")
+    write_json(path, result)
+    print(f"wrote {path}")
+    return result, points, labels
+
+
+def write_json(path, content):
+    with open(path, "w") as file:
+        json.dump(content, file, indent=1)
 
 
 def main(argv=None):

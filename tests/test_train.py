@@ -111,6 +111,8 @@ def quick(monkeypatch):
     """The figures at the end of a run on a few images."""
     monkeypatch.setattr(visualize, "TEST_IMAGES", 50)
     monkeypatch.setattr(visualize, "BANK_IMAGES", 60)
+    monkeypatch.setattr(visualize, "VALIDATION_IMAGES", 40)
+    monkeypatch.setattr(train, "KNN_BANK", 40)
 
 
 @pytest.mark.parametrize("loss", ["nce", "dino"])
@@ -132,10 +134,10 @@ def test_every_kind_of_run(tmp_path, monkeypatch, capsys, loss, views, crops):
     if loss == "dino":
         assert checkpoint["loss"]["center"].abs().sum() > 0
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
     printed = capsys.readouterr().out
     assert printed.startswith("preset laptop (asked for)")
-    assert "k-NN accuracy" in printed
+    assert "Does it look at the digit" in printed and "linear probe" in printed
     assert printed.splitlines()[-1] == f"python visualize.py {folder.relative_to(tmp_path) / 'ckpt.pth'}"
 
 
@@ -174,25 +176,76 @@ def test_training_learns(tmp_path, views, crops):
     """Two hundred small steps on easy canvases bring the loss well below chance."""
     flags = ["--views", views, "--crops", str(crops), "--batch-size", "16", "--epochs", "10", "--images-per-epoch", "320"]
     config = config_of(*SMALL, *flags, "--lr", "0.001") | {"num_distractors": 0}
-    digits = data.load_digits("sklearn")[0]["train"]
     student = vit.build_network(config)
-    train.train(config, student, digits, str(tmp_path))
-    losses = [line["loss"] for line in vit.read_checkpoint(tmp_path / "ckpt.pth")["metrics"]]
+    train.train(config, student, data.load_digits("sklearn")[0], str(tmp_path))
+    losses = [line["loss"] for line in vit.read_checkpoint(tmp_path / "ckpt.pth")["metrics"][1:]]
     chance = math.log(16)
     assert losses[0] == pytest.approx(chance, abs=0.15)
     assert losses[-1] < chance - 0.2
 
 
+def test_each_epoch_is_measured_on_the_same_validation_canvases(tmp_path):
+    """Before the first step and after each epoch: what the log holds is what `measure` says of that epoch."""
+    folder = tmp_path / "run"
+    flags = ["--views", "different", "--epochs", "2", "--images-per-epoch", "16", "--keep-epochs", "0,2", "--output", str(folder)]
+    assert train.main([*SMALL, *flags]) == 0
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 2), (2, 4)]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "ckpt.pth", "curves.png", "epoch-0.pth", "epoch-2.pth", "log.jsonl", "metrics.json",
+    ]
+    for line in (lines[0], lines[2]):
+        kept = vit.read_checkpoint(folder / f"epoch-{line['epoch']}.pth")
+        assert kept["epoch"] == line["epoch"]
+        network = vit.build_network(kept["config"])
+        network.load_state_dict(kept["teacher"])
+        splits = data.load_digits("sklearn")[0]
+        batches = list(data.evaluation_batches(kept["config"], splits["validation"], 40, "matched", "validation"))
+        table = visualize.measure(network.backbone, batches, resamples=0)
+        said = line["validation"]
+        assert said["images"] == 40 and 0 <= said["knn"] <= 1
+        assert {row for row in said if row.startswith("head_")} == {"head_1", "head_2", "head_3"}
+        for row in ("mean", "head_1", "head_3", "brightness", "shuffled"):
+            for name in ("selectivity", "auroc", "pointing", "entropy"):
+                assert said[row][name] == pytest.approx(table[row][name]["value"], abs=1e-6)
+        assert said["mean"]["diversity"] == pytest.approx(table["mean"]["diversity"]["value"], abs=1e-6)
+        assert said["loss"] == pytest.approx(math.log(8), abs=0.2)
+    assert lines[0]["validation"]["mean"] != lines[2]["validation"]["mean"]
+    assert lines[0]["validation"]["brightness"] == lines[2]["validation"]["brightness"]
+
+
+def test_validation_canvases_are_the_same_for_every_seed():
+    splits = data.load_digits("sklearn")[0]
+    one, other = (train.Validation(config_of(*SMALL, "--seed", seed), splits) for seed in ("0", "1"))
+    assert torch.equal(one.canvases[0]["images"], other.canvases[0]["images"])
+    crops = [v.views.render(v.drawn[0]) for v in (one, other)]
+    assert torch.equal(*crops)
+    training = data.TrainingViews(one.config, splits["train"])
+    assert not torch.equal(crops[0], training.render(training.draw(0)))
+
+
+def test_measuring_changes_nothing_of_the_run(tmp_path, monkeypatch):
+    flags = [*SMALL, "--loss", "dino", "--epochs", "2", "--images-per-epoch", "16"]
+    assert train.main([*flags, "--output", str(tmp_path / "measured")]) == 0
+    monkeypatch.setattr(train.Validation, "__call__", lambda *args: {})
+    config = config_of(*flags)
+    train.train(config, vit.build_network(config), data.load_digits("sklearn")[0], str(tmp_path))
+    one, other = (vit.read_checkpoint(tmp_path / path)["teacher"] for path in ("measured/ckpt.pth", "ckpt.pth"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_steps_of_the_papers_network(tmp_path, precision):
+def test_steps_of_the_papers_network(tmp_path, monkeypatch, precision):
     """ViT-S/8 at 224 px with DINO's head, in full precision and in autocast."""
+    monkeypatch.setattr(visualize, "VALIDATION_IMAGES", 2)
+    monkeypatch.setattr(train, "KNN_BANK", 2)
     config = config_of("--preset", "paper", "--weights", "none", "--views", "different", "--device", "cpu",
                        "--batch-size", "2", "--images-per-epoch", "4", "--epochs", "1", "--precision", precision)
     network = vit.build_network(config)
     start = {name: value.clone() for name, value in network.state_dict().items()}
-    train.train(config, network, data.load_digits("sklearn")[0]["train"], str(tmp_path))
+    train.train(config, network, data.load_digits("sklearn")[0], str(tmp_path))
     checkpoint = vit.read_checkpoint(tmp_path / "ckpt.pth")
-    assert checkpoint["metrics"][0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert checkpoint["metrics"][1]["loss"] == pytest.approx(math.log(2), abs=0.05)
     for name, value in checkpoint["student"].items():
         assert value.dtype == torch.float32 and value.isfinite().all()
         assert not torch.equal(value, start[name]) or value.numel() == 1, name
@@ -238,6 +291,8 @@ def test_weights_of_another_run_and_another_number_of_heads(tmp_path, capsys):
     (["--batch-size", "64", "--images-per-epoch", "32"], "--batch-size 64 is larger than --images-per-epoch 32"),
     (["--epochs", "0"], "--epochs 0 must be above 0"),
     (["--lr", "nan"], "--lr nan must be above 0"),
+    (["--keep-epochs", "1,x"], "--keep-epochs 1,x is no list of epochs such as 1,5,10"),
+    (["--keep-epochs", "1,99"], "--keep-epochs 1,99: epochs go from 0, before the first step, to 10"),
     (["--weights", "missing.pth"], "missing.pth: no such file"),
     (["--weights", "text.pth"], "text.pth is not a PyTorch checkpoint"),
     (["--weights", "other.pth"], "--weights other.pth: cls_token has shape (1, 1, 64)"),
