@@ -454,7 +454,8 @@ def main(argv=None):
         return 1
     path = os.path.join(folder, "ckpt.pth")
     visualize.draw_curves(history, config, os.path.join(folder, "curves.png"))
-    visualize.report(visualize.Subject(path, config, teacher.backbone, config["epochs"], history, splits=splits), untrained, folder)
+    trained = visualize.Subject(path, config, teacher.backbone, config["epochs"], history, splits=splits)
+    visualize.report(trained, untrained, folder)
     print(f"python visualize.py {path}")
     return 0
 

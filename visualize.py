@@ -67,13 +67,13 @@ def cls_maps(backbone, images):
     maps = backbone.last_attention(images, queries=1)[:, :, 0, 1:]
     maps = maps / maps.sum(dim=-1, keepdim=True)
     if not maps.isfinite().all():
-        raise FloatingPointError("the attention of its last block is not finite; weights of a run that did not diverge are wanted")
+        raise FloatingPointError("the attention of its last block is not finite: its training diverged, or it is damaged")
     return maps
 
 
 def patch_sums(images, patch_size):
     """Sum of (B, H, W) over each patch, row by row: (B, patches). Of a mask: its pixel count."""
-    return F.avg_pool2d(images.float()[:, None], patch_size).flatten(1) * patch_size**2
+    return F.avg_pool2d(images.float()[:, None], patch_size, divisor_override=1).flatten(1)
 
 
 def density(maps, counts):
@@ -246,10 +246,10 @@ def measure(backbone, batches, untrained=None, resamples=1000):
     heads, *others, digit, clutter, intensity, index = (torch.cat(column) for column in zip(*columns))
 
     mean = heads.mean(1)  # (n, patches)
-    has_ink = (digit + clutter > 0).float()
     rows = {"mean": mean}
     rows |= {f"head_{h + 1}": map_ for h, map_ in enumerate(heads.unbind(1))}
-    rows |= {"uniform": torch.ones_like(mean), "ink": has_ink, "brightness": intensity + 1e-9, "shuffled": mean.roll(1, 0)}
+    rows |= {"uniform": torch.ones_like(mean), "ink": (digit + clutter > 0).float(), "brightness": intensity + 1e-9}
+    rows["shuffled"] = mean.roll(1, dims=0)
     rows |= {"untrained": other.mean(1) for other in others}
     maps = torch.stack([map_ / map_.sum(-1, keepdim=True) for map_ in rows.values()], dim=1)  # (n, rows, patches)
     pieces = [attention_metrics(*piece, area) for piece in zip(maps.split(100), digit.split(100), clutter.split(100))]
@@ -412,17 +412,17 @@ def format_table(result):
     rows = [row for row in table if row not in REFERENCES] + [row for row in REFERENCES if row in table]
     images = table["mean"]["entropy"]["images"]
     lines = [QUESTION, *textwrap.wrap(verdict(result), 100)]
-    lines += ["", f"{images:,} held-out canvases, layout matched: clutter lies where digits lie, position tells nothing"]
+    lines += ["", f"{images:,} test canvases, layout matched: clutter lies where digits lie, so position tells nothing"]
     lines += first_columns(table, rows)
-    lines += ["", f"{'':16}{'density on'}", f"{'':16}{'digit':10}{'clutter':10}{'background':12}{'far':10}{'jaccard60':12}entropy"]
+    regions = ("digit", "clutter", "background", "far_background")
+    lines += ["", f"{'':16}density on", f"{'':16}{''.join(f'{region:16}' for region in regions)}{'jaccard60':12}entropy"]
     for row in rows:
-        names = ("digit_density", "clutter_density", "background_density", "far_background_density", "jaccard60", "entropy")
-        cells = [show(table[row][name] | {"low": None}) for name in names]
-        lines.append(f"{row_name(row, best):16}" + "".join(f"{x:{w}}" for x, w in zip(cells, (10, 10, 12, 10, 12, 0))))
+        cells = [f"{show(table[row][f'{region}_density'] | {'low': None}):16}" for region in regions]
+        cells += [f"{show(table[row]['jaccard60'] | {'low': None}):12}", show(table[row]["entropy"] | {"low": None})]
+        lines.append(f"{row_name(row, best):16}" + "".join(cells))
     lines += ["", f"highest jaccard60 that any set of patches could have: {show(table['mean']['best_jaccard'])}"]
-    divergence = f"{show(table['mean']['diversity'])} bits" if table["mean"]["diversity"]["value"] is not None else "– (one head)"
-    before = f", untrained {show(table['untrained']['diversity'] | {'low': None})}" if "untrained" in table else ""
-    lines += [f"diversity of the heads (0: alike, 1: nothing shared): {divergence}{before}"]
+    lines += [f"diversity of the heads, bits (0: alike, 1: nothing shared): {show(table['mean']['diversity'])}"]
+    lines[-1] += f", untrained {show(table['untrained']['diversity'] | {'low': None})}" if "untrained" in table else ""
     lines += ["", "layout paper: clutter lies anywhere, so that a map which knows nothing of the image can score"]
     lines += first_columns(result["paper"], [row for row in rows if row not in ("ink", "uniform")])
     return "\n".join(lines)
@@ -482,7 +482,8 @@ def format_comparison(names, results, circumstances):
 
 def caption(config, epoch=None):
     """What a figure was made from, with everything that was replaced on the way."""
-    return "\n".join([describe(config, epoch), *(textwrap.fill(textwrap.shorten(line, 160), 80) for line in config["fallbacks"])])
+    replaced = [textwrap.fill(textwrap.shorten(line, 160), 80) for line in config["fallbacks"]]
+    return "\n".join([describe(config, epoch), *replaced])
 
 
 def describe(config, epoch=None):
@@ -598,7 +599,8 @@ def draw_curves(history, config, path):
     def values(row, name):
         return [line[row][name] if line[row][name] is not None else math.nan for line in held_out]
 
-    for axis, name in zip((axes[0, 1], axes[0, 2], axes[0, 3], axes[1, 1]), ("selectivity", "auroc", "pointing", "entropy")):
+    names = ("selectivity", "auroc", "pointing", "entropy")
+    for axis, name in zip((*axes[0, 1:], axes[1, 1]), names):
         for number, head in enumerate(heads if len(heads) > 1 else []):
             axis.plot(epochs, values(head, name), color=f"C{number}", linewidth=1, label=head.replace("_", " "))
         axis.plot(epochs, values("mean", name), color="black", linewidth=2, label="mean of heads")
@@ -719,7 +721,8 @@ def open_weights(source, args, like=None):
 def settings(config, backbone, args):
     """A checkpoint's settings with the flags over them; ValueError for an image size that does not fit."""
     config = {"fallbacks": [], **config, "patch_size": backbone.patch_size, "heads": backbone.heads}
-    config |= {name: getattr(args, name) for name in ("image_size", "digits", "data_root") if getattr(args, name) is not None}
+    flags = {name: getattr(args, name) for name in ("image_size", "digits", "data_root")}
+    config |= {name: value for name, value in flags.items() if value is not None}
     if config["image_size"] < 1 or config["image_size"] % config["patch_size"]:
         near = max(1, round(config["image_size"] / config["patch_size"])) * config["patch_size"]
         raise ValueError(
@@ -921,7 +924,8 @@ def numbers_of(subject, untrained):
     with naming(subject.name):
         tables = attention_in_numbers(subject.config, subject.backbone, subject.splits, untrained)
     config = dict(subject.config)
-    return {"checkpoint": subject.name, "epoch": subject.epoch, "fallbacks": config.pop("fallbacks"), "settings": config} | tables
+    fallbacks = config.pop("fallbacks")
+    return {"checkpoint": subject.name, "epoch": subject.epoch, "fallbacks": fallbacks, "settings": config, **tables}
 
 
 def report(subject, untrained, folder):

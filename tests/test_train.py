@@ -187,8 +187,8 @@ def test_training_learns(tmp_path, views, crops):
 def test_each_epoch_is_measured_on_the_same_validation_canvases(tmp_path):
     """Before the first step and after each epoch: what the log holds is what `measure` says of that epoch."""
     folder = tmp_path / "run"
-    flags = ["--views", "different", "--epochs", "2", "--images-per-epoch", "16", "--keep-epochs", "0,2", "--output", str(folder)]
-    assert train.main([*SMALL, *flags]) == 0
+    flags = ["--views", "different", "--epochs", "2", "--images-per-epoch", "16", "--keep-epochs", "0,2"]
+    assert train.main([*SMALL, *flags, "--output", str(folder)]) == 0
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 2), (2, 4)]
     assert sorted(p.name for p in folder.iterdir()) == [

@@ -333,8 +333,9 @@ def test_heads_mean_and_untrained_are_rows_of_their_own(splits, monkeypatch):
     table = visualize.measure(network, batches, untrained, 10)
     held = sum((visualize.patch_sums(batch["digit"], 7) for batch in batches), 0)
     share = (held / held.sum(-1, keepdim=True)).mean(0) * 64  # density of attention on one patch alone
-    for row, expected in (("head_1", share[0]), ("head_2", share[9]), ("mean", (share[0] + share[9]) / 2), ("untrained", share[20])):
-        assert table[row]["digit_density"]["value"] == pytest.approx(expected.item(), abs=1e-5)
+    expected = {"head_1": share[0], "head_2": share[9], "mean": (share[0] + share[9]) / 2, "untrained": share[20]}
+    for row, value in expected.items():
+        assert table[row]["digit_density"]["value"] == pytest.approx(value.item(), abs=1e-5)
     assert table["mean"]["diversity"]["value"] == pytest.approx(1) and table["untrained"]["diversity"]["value"] is None
 
 
@@ -392,10 +393,12 @@ def test_tables_lead_with_selectivity_and_fit_a_terminal():
     assert mean.split() == "mean of heads 1.90 [1.80, 2.00] yes yes 0.25 [0.24, 0.26] 0.25 [0.24, 0.26]".split()
     assert any(line.startswith("head 2 (best)") for line in lines)
     features = {name: {"value": 0.5, "low": 0.4, "high": 0.6, "images": 9} for name in ("knn", "linear_probe")}
-    text = visualize.format_comparison(list("ABCDEF"), [result | {"features": features}] * 6, [{"input": "224 px, patch 16"}] * 6)
+    circumstances = [{"input": "224 px, patch 16"}] * 6
+    text = visualize.format_comparison(list("ABCDEF"), [result | {"features": features}] * 6, circumstances)
     assert max(len(line) for line in text.splitlines()) <= 100
     assert text.count("1.90 [1.80, 2.00]") == 6 * 3  # mean, best head, layout paper
-    assert [line.split() for line in text.splitlines() if line.strip() and set(line.split()) <= set("ABCDEF")] == [list("ABCD"), list("EF")]
+    heads = [line.split() for line in text.splitlines() if line.startswith(" " * 24)]
+    assert heads == [list("ABCD"), list("EF")]
     assert max(len(line) for line in visualize.LEGEND.splitlines()) <= 100
 
 
@@ -547,7 +550,9 @@ def test_all_of_a_run(run_folder, look_at):
     assert result["epoch"] == 2 and result["settings"]["patch_size"] == 7 and result["fallbacks"] == []
     assert result["best_head"] in ("head_1", "head_2", "head_3")
     for layout in ("matched", "paper"):
-        assert set(result[layout]) == {"mean", "head_1", "head_2", "head_3", "uniform", "ink", "brightness", "shuffled", "untrained"}
+        assert set(result[layout]) == {
+            "mean", "head_1", "head_2", "head_3", "uniform", "ink", "brightness", "shuffled", "untrained",
+        }
         assert set(result[layout]["mean"]) == {
             "digit_density", "clutter_density", "background_density", "far_background_density", "selectivity", "auroc",
             "pointing", "jaccard60", "best_jaccard", "entropy", "diversity",
@@ -654,6 +659,12 @@ def test_own_pictures(run_folder, tmp_path):
     assert visualize.main(command) == 0
     assert (tmp_path / "attention-images.png").exists()
     assert not (tmp_path / "views.png").exists()
+
+
+def test_own_pictures_through_two_networks(run_folder, other_run, look_at, tmp_path):
+    Image.new("RGB", (64, 40), "white").save(tmp_path / "a.png")
+    status, _, out = look_at(run_folder / "ckpt.pth", other_run / "ckpt.pth", "--images", tmp_path / "a.png")
+    assert status == 0 and [p.name for p in out.iterdir()] == ["attention-images.png"]
 
 
 def test_weights_of_others_are_read(tmp_path):
