@@ -298,11 +298,11 @@ class Validation:
 
 
 def train(config, student, splits, folder):
-    """Train `student` on views of the training digits, both on one device; returns its teacher and the lines of
-    log.jsonl.
+    """Train `student` on views of the training digits, all on one device.
 
     Before the first epoch and after each, a line goes to log.jsonl in `folder`; after each, the
-    checkpoint is written there. Raises FloatingPointError if the loss or the attention is no number.
+    checkpoint is written there. Returns the teacher and the lines of log.jsonl. Raises
+    FloatingPointError if the loss or the attention is no number.
     """
     c, device = config, splits["train"].images.device
     views = data.TrainingViews(c, splits["train"])
@@ -316,11 +316,16 @@ def train(config, student, splits, folder):
     steps = c["epochs"] * steps_per_epoch
     history = []
 
+    def check(loss, epoch):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of epoch {epoch} is {loss}; try a lower --lr than {c['lr']:g}")
+
     def log(line, progress):
         """Add the validation to a line, and the line to the history and to log.jsonl."""
         started = time.perf_counter()
         line["validation"] = validate(student, teacher, loss_fn, progress)
         line["validation_seconds"] = time.perf_counter() - started
+        check(line["validation"]["loss"], line["epoch"])
         history.append(line)
         with open(os.path.join(folder, "log.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -360,8 +365,7 @@ def train(config, student, splits, folder):
                 bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
         mean_loss = total.item() / steps_per_epoch  # waits for the device
         seconds = time.perf_counter() - started
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {mean_loss}; try a lower --lr than {c['lr']:g}")
+        check(mean_loss, epoch + 1)
         log({
             "epoch": epoch + 1,
             "step": step + 1,

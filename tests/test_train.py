@@ -227,7 +227,7 @@ def test_validation_canvases_are_the_same_for_every_seed():
 def test_measuring_changes_nothing_of_the_run(tmp_path, monkeypatch):
     flags = [*SMALL, "--loss", "dino", "--epochs", "2", "--images-per-epoch", "16"]
     assert train.main([*flags, "--output", str(tmp_path / "measured")]) == 0
-    monkeypatch.setattr(train.Validation, "__call__", lambda *args: {})
+    monkeypatch.setattr(train.Validation, "__call__", lambda *args: {"loss": 0.0})
     config = config_of(*flags)
     train.train(config, vit.build_network(config), data.load_digits("sklearn")[0], str(tmp_path))
     one, other = (vit.read_checkpoint(tmp_path / path)["teacher"] for path in ("measured/ckpt.pth", "ckpt.pth"))
@@ -322,8 +322,11 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.NCELoss, "forward", lambda *args: torch.tensor(math.nan, requires_grad=True))
     folder = tmp_path / "run"
     assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(folder)]) == 1
-    assert "train.py: error: the loss of epoch 1 is nan; try a lower --lr" in capsys.readouterr().err
+    assert "train.py: error: the loss of epoch 0 is nan; try a lower --lr" in capsys.readouterr().err
     assert not (folder / "ckpt.pth").exists()
+    monkeypatch.setattr(train.Validation, "__call__", lambda *args: {"loss": 0.0})
+    assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(tmp_path / "again")]) == 1
+    assert "train.py: error: the loss of epoch 1 is nan; try a lower --lr" in capsys.readouterr().err
 
 
 def test_nothing_is_fetched_for_a_run_that_cannot_be(tmp_path, monkeypatch):
