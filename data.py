@@ -1,4 +1,4 @@
-"""Handwritten digits hidden in clutter, with the truth about every pixel, and views of them.
+"""Handwritten digits hidden in clutter, with the truth about every pixel, or photographs; views of them.
 
 Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here, not
 read from disk: a digit somewhere on a black canvas among fragments of other digits. Because
@@ -25,19 +25,21 @@ import sklearn.datasets
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 
 NO_ANSWER_SECONDS = 15  # a host that stays silent this long counts as unreachable
 MIN_WINDOW_INK = 5  # ink pixels a distractor must hold
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what DINO's weights were trained to expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-# -------------------------------------------------------------------------------- the digits
+# ------------------------------------------------------------------------------ the data sets
 
 
 @dataclass
-class Digits:
-    """One split: `images` (N, 28, 28) uint8, `labels` (N,) int64, both on `images.device`."""
+class Split:
+    """`images` uint8, digits (N, 28, 28) or STL-10's (N, 3, 96, 96), and `labels` (N,) int64, on one device."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -46,7 +48,21 @@ class Digits:
         return len(self.labels)
 
     def to(self, device):
-        return Digits(self.images.to(device), self.labels.to(device))
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+def load_dataset(config, device):
+    """The splits that a run's settings ask for, on the device, and a line on what was replaced, or None.
+
+    `config["digits"]` becomes what "auto" came to. STL-10 stays in the host's memory where the
+    device has no room for it. Raises OSError if the data cannot be had.
+    """
+    if config.get("dataset") == "stl10":
+        splits, warning = load_stl10(config.get("data_root", "data"), config["split"])
+        roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 3 * splits["train"].images.nbytes
+        return {name: split.to(device) if roomy else split for name, split in splits.items()}, warning
+    splits, config["digits"], warning = load_digits(config["digits"], config.get("data_root", "data"))
+    return {name: split.to(device) for name, split in splits.items()}, warning
 
 
 def load_digits(source="auto", data_root="data"):
@@ -58,7 +74,7 @@ def load_digits(source="auto", data_root="data"):
         data_root: folder that holds, or will hold, MNIST/raw/ as torchvision lays it out.
 
     Returns:
-        splits: {"train", "validation", "test"} of Digits. MNIST: the first 50,000 and the last
+        splits: {"train", "validation", "test"}, each a Split. MNIST: the first 50,000 and the last
             10,000 of its training file, and its test file. scikit-learn: 1,297 / 250 / 250.
         source: "mnist" or "sklearn", what it came to.
         warning: None, or a line that says what was replaced and why.
@@ -88,27 +104,31 @@ def read_mnist(data_root):
     train, test = ((f.data, f.targets) for f in files)
     n = len(train[0]) * 5 // 6  # 50,000 of 60,000
     return {
-        "train": Digits(train[0][:n], train[1][:n]),
-        "validation": Digits(train[0][n:], train[1][n:]),
-        "test": Digits(*test),
+        "train": Split(train[0][:n], train[1][:n]),
+        "validation": Split(train[0][n:], train[1][n:]),
+        "test": Split(*test),
     }
 
 
 def download_mnist(data_root):
+    mirror = torchvision.datasets.MNIST.mirrors[0]
+    download(
+        f"no MNIST in {data_root}/MNIST/raw", "--data-root names the folder that has it, --digits sklearn does without",
+        mirror + torchvision.datasets.MNIST.resources[0][0], lambda: torchvision.datasets.MNIST(data_root, download=True),
+    )
+
+
+def download(missing, advice, url, fetch):
+    """Call `fetch`, which downloads with torchvision from where `url` lies; OSError if that fails."""
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NO_ANSWER_SECONDS)
     try:
         # Ask before torchvision does, which makes folders first. A host's addresses are tried in turn.
-        mirror = torchvision.datasets.MNIST.mirrors[0]
-        addresses = socket.getaddrinfo(urllib.parse.urlsplit(mirror).hostname, None, type=socket.SOCK_STREAM)
-        first_file = mirror + torchvision.datasets.MNIST.resources[0][0]
-        urllib.request.urlopen(first_file, timeout=NO_ANSWER_SECONDS / len(addresses)).close()
-        torchvision.datasets.MNIST(data_root, download=True)
+        addresses = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
+        urllib.request.urlopen(url, timeout=NO_ANSWER_SECONDS / len(addresses)).close()
+        fetch()
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        raise OSError(
-            f"no MNIST in {data_root}/MNIST/raw, and its download failed ({one_line(error)}); "
-            "--data-root names the folder that has it, --digits sklearn does without"
-        ) from error
+        raise OSError(f"{missing}, and its download failed ({one_line(error)}); {advice}") from error
     finally:
         socket.setdefaulttimeout(silence)
 
@@ -127,7 +147,59 @@ def read_sklearn_digits():
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))  # a stream frozen for good
     parts = order.split([1297, 250, 250])
-    return {s: Digits(images[i], labels[i]) for s, i in zip(("train", "validation", "test"), parts)}
+    return {s: Split(images[i], labels[i]) for s, i in zip(("train", "validation", "test"), parts)}
+
+
+def load_stl10(data_root, split="unlabeled"):
+    """STL-10 (section II.C): photographs of 96 px in ten classes, most of them without a label.
+
+    Args:
+        data_root: folder that holds, or will hold, stl10_binary/ as torchvision unpacks it.
+        split: what is trained on, "unlabeled" (100,000 images) or "train" (5,000).
+
+    Returns:
+        splits: {"train": as asked for; "bank": the 5,000 labelled ones, which k-NN and probe learn
+            from; "test" and "validation": the first 7,000 and the last 1,000 of the test file}.
+            The files are mapped, not read; unlabelled images have the label -1.
+        warning: None, or a line if files hold other numbers of images than STL-10 does.
+
+    Raises OSError if a file is missing, truncated or altered.
+    """
+    folder = os.path.join(data_root, torchvision.datasets.STL10.base_folder)
+    names = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin")
+    if not all(os.path.isfile(os.path.join(folder, name)) for name in names):
+        download(
+            f"no STL-10 in {folder}", f"put its {', '.join(names)} there, or let --data-root name the folder above theirs",
+            torchvision.datasets.STL10.url, lambda: torchvision.datasets.STL10(data_root, "train", download=True),
+        )
+    files = {name: read_stl10(folder, name) for name in dict.fromkeys((split, "train", "test"))}
+    counts = {"unlabeled": 100_000, "train": 5000, "test": 8000}
+    odd = [f"{len(files[name]):,} {name}, not {counts[name]:,}" for name in files if len(files[name]) != counts[name]]
+    test, n = files["test"], len(files["test"]) * 7 // 8
+    splits = {
+        "train": files[split],
+        "bank": files["train"],
+        "validation": Split(test.images[n:], test.labels[n:]),
+        "test": Split(test.images[:n], test.labels[:n]),
+    }
+    return splits, f"this STL-10 is not the whole one: {'; '.join(odd)} images" if odd else None
+
+
+def read_stl10(folder, name):
+    """One of STL-10's pairs of files as a Split; each image is 3 × 96 × 96 bytes, column by column."""
+    path = os.path.join(folder, f"{name}_X.bin")
+    n, surplus = divmod(os.path.getsize(path), 3 * 96 * 96)
+    if n == 0 or surplus:
+        raise OSError(f"{path} is damaged: {os.path.getsize(path):,} bytes are no whole number of images of 27,648; "
+                      "delete it, so that it is fetched again")
+    labels = np.full(n, -1)
+    if name != "unlabeled":
+        labels = np.fromfile(os.path.join(folder, f"{name}_y.bin"), dtype=np.uint8).astype(np.int64) - 1
+        if len(labels) != n or not (0 <= labels.min() and labels.max() <= 9):
+            raise OSError(f"{folder}/{name}_y.bin is damaged: a label from 1 to 10 for each of the {n:,} images of "
+                          f"{name}_X.bin is wanted; delete both, so that they are fetched again")
+    images = np.memmap(path, dtype=np.uint8, mode="c", shape=(n, 3, 96, 96))
+    return Split(torch.from_numpy(images).mT, torch.from_numpy(labels))
 
 
 # -------------------------------------------------------------------------------- the canvas
@@ -257,6 +329,142 @@ def paste(canvas, windows, corner):
     canvas.view(*canvas.shape[:2], -1).scatter_add_(2, index, windows.flatten(2).to(canvas.dtype))
 
 
+# ------------------------------------------------------------------------------ the background
+
+TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
+WAVES = 16  # plane waves that noise and blobs are the sum of
+
+
+class Background:
+    """What lies behind digit and clutter (the paper's figure 5): black, textures, or a folder's images.
+
+    Args:
+        config: its "background" is "black", "texture" or the name of a folder; its "texture_pool"
+            how many textures there are in all, 0 for one of its own for every canvas.
+        name: of the split, which has a pool of its own. device: of what is rendered.
+
+    Raises ValueError or OSError for a folder without images, or with one that cannot be read.
+    """
+
+    def __init__(self, config, name, device):
+        self.kind, self.pool, self.size = config.get("background", "black"), None, config["canvas_size"]
+        pool = config.get("texture_pool", 0)
+        if self.kind == "texture" and pool:
+            self.pool = draw_textures(generator("textures", name), (pool,), self.size)
+        if self.kind not in ("black", "texture"):
+            self.images = read_folder(self.kind, 2 * self.size).to(device)
+
+    def draw(self, rng, shape):
+        """Parameters of the backgrounds of canvases, shape (B, V): CPU tensors of that shape or more."""
+        if self.kind == "black":
+            return {}
+        if self.kind == "texture" and self.pool is None:
+            return draw_textures(rng, shape, self.size)
+        if self.kind == "texture":
+            index = torch.randint(len(self.pool["family"]), shape, generator=rng)
+            return {name: value[index] for name, value in self.pool.items()}
+        return {
+            "image": torch.randint(len(self.images), shape, generator=rng),
+            "image_corner": torch.randint(self.size + 1, (*shape, 2), generator=rng),
+        }
+
+    def lay_behind(self, canvas, params):
+        """Canvases (B, V, S, S) in [0, 1] with their backgrounds behind: as bright as ink is opaque there."""
+        if self.kind == "black":
+            return canvas
+        if self.kind == "texture":
+            behind = render_textures(params, self.size, canvas.device)
+        else:
+            index, corner = (params[name].to(canvas.device) for name in ("image", "image_corner"))
+            behind = cut(self.images, index[..., None], corner[..., None, :], self.size)[:, :, 0]
+            behind = 0.45 * behind / 255
+        return canvas + (1 - canvas) * behind
+
+
+def draw_textures(rng, shape, size):
+    """Parameters of random textures: CPU tensors, `shape` first.
+
+    `family` indexes TEXTURES; `wave` (…, WAVES, 3) holds plane waves, two numbers of cycles a pixel and a
+    phase in radians; `ring_centre` (…, 2) is in pixels; `dark` and `bright` are the
+    texture's darkest and brightest grey, below ink's 0.5.
+    """
+    u = torch.rand((7, *shape), generator=rng)
+    family = (u[0] * len(TEXTURES)).long()
+    period = 4 + 12 * u[1]  # pixels
+    v = torch.rand((3, *shape, WAVES), generator=rng)
+    # noise and blobs: waves of all directions and about one length; else the first wave counts alone
+    angle, spread = 2 * math.pi * v[0], 0.7 + 0.6 * v[1]
+    frequency = (spread / period[..., None])[..., None] * torch.stack([angle.sin(), angle.cos()], -1)
+    return {
+        "family": family,
+        "wave": torch.cat([frequency, 2 * math.pi * v[2][..., None]], -1),
+        "ring_centre": size * torch.stack([u[2], u[3]], -1),
+        "dark": 0.15 * u[4],
+        "bright": 0.25 + 0.2 * u[5],
+    }
+
+
+def render_textures(params, size, device):
+    """Textures (…, size, size) of the parameters that `draw_textures` drew, between dark and bright."""
+    family = params["family"].flatten()  # on the CPU: only what a family needs is computed
+    wave, centre = (params[name].flatten(0, params["family"].ndim - 1).to(device) for name in ("wave", "ring_centre"))
+    pixel = torch.arange(size, device=device, dtype=torch.float32)
+    out = torch.empty(len(family), size, size, device=device)
+    for number, name in enumerate(TEXTURES):
+        rows = (family == number).nonzero()[:, 0].to(device)
+        if len(rows) == 0:
+            continue
+        w, c = wave[rows], centre[rows]
+        if name == "rings":
+            distance = torch.hypot(pixel[:, None] - c[:, :1, None], pixel - c[:, 1:, None])
+            t = torch.sin(2 * math.pi * w[:, 0, :2].norm(dim=-1)[:, None, None] * distance)
+        elif name in ("noise", "blobs"):
+            t = sum_of_waves(w, pixel) * math.sqrt(2 / WAVES)  # of variance 1
+            t = torch.tanh(4 * t) if name == "blobs" else t.div(2.5).clamp(-1, 1)
+        else:
+            t = sum_of_waves(w[:, :1], pixel)
+            if name != "grating":  # crossed with a wave at a right angle
+                crossed = torch.stack([w[:, 0, 1], -w[:, 0, 0], w[:, 1, 2]], -1)[:, None]
+                t = t * sum_of_waves(crossed, pixel)
+                t = torch.tanh(8 * t) if name == "checks" else t
+        out[rows] = t
+    dark, bright = (params[name].flatten().to(device)[:, None, None] for name in ("dark", "bright"))
+    return (dark + (bright - dark) * (out + 1) / 2).view(*params["family"].shape, size, size)
+
+
+def sum_of_waves(wave, pixel):
+    """Sum of plane waves (n, K, 3) on a grid of pixels: (n, size, size).
+
+    sin(a + b) = sin a cos b + cos a sin b, so the sum is one product of matrices.
+    """
+    y = 2 * math.pi * wave[..., :1] * pixel + wave[..., 2:]  # (n, K, size)
+    x = 2 * math.pi * wave[..., 1:2] * pixel
+    return torch.cat([y.sin(), y.cos()], 1).mT @ torch.cat([x.cos(), x.sin()], 1)
+
+
+def read_folder(folder, size, least=8):
+    """All images below a folder, grey, their shorter side brought to size and cut square: (N, size, size) uint8.
+
+    Raises ValueError if there is none, or one that cannot be read or has a side of less than `least`.
+    """
+    files = []
+    for path, _, names in sorted(os.walk(folder)):
+        files += [os.path.join(path, name) for name in sorted(names) if name.lower().endswith(IMAGE_ENDINGS)]
+    if not files:
+        what = f"no image ({', '.join(IMAGE_ENDINGS)}) lies in it" if os.path.isdir(folder) else "there is no such folder"
+        raise ValueError(f"--background {folder}: {what}; black, texture or a folder of images is wanted")
+    images = []
+    for file in files:
+        try:
+            image = Image.open(file).convert("L")
+            if min(image.size) < least:
+                raise ValueError(f"{image.width}×{image.height} pixels are too few, {least} a side the least")
+            images.append(np.asarray(ImageOps.fit(image, (size, size))))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"--background {folder}: {file} cannot be read ({one_line(error)})") from error
+    return torch.from_numpy(np.stack(images))
+
+
 # --------------------------------------------------------------------------------- the views
 
 
@@ -298,12 +506,13 @@ def crop_plan(views, crops, symmetric=False):
     return plan, teacher, student, pairs
 
 
-def draw_crops(rng, plan, position, canvas_size, image_size,
+def draw_crops(rng, plan, batch, position, canvas_size, image_size,
                global_crops_scale=(0.5, 1.0), local_crops_scale=(0.1, 0.4), rotation=15.0, blur=(0.1, 2.0)):
     """Parameters of the crops in `plan` for each image (section III.B).
 
     Args:
-        position: (B, V, 2), the digit's corner on each canvas, where local crops are centred.
+        batch: B. position: (B, V, 2), the digit's corner on each canvas, where local crops are
+            centred; None for photographs, where they lie anywhere.
         global_crops_scale, local_crops_scale: range of a crop's share of the canvas's area.
         rotation: largest angle, degrees. blur: range of the Gaussian's sigma, pixels at 224;
             half of the crops are blurred.
@@ -312,43 +521,45 @@ def draw_crops(rng, plan, position, canvas_size, image_size,
     in canvas pixels, `side` (B, C) likewise, `angle` (B, C) radians, `sigma` (B, C) pixels of
     the finished crop, 0 where it is not blurred.
     """
-    shape = (len(position), len(plan))
+    shape = (batch, len(plan))
     u = torch.rand((7, *shape), generator=rng)
     local = torch.tensor([kind == "local" for _, kind in plan])
     low = torch.where(local, local_crops_scale[0], global_crops_scale[0])
     high = torch.where(local, local_crops_scale[1], global_crops_scale[1])
     side = canvas_size * (low + (high - low) * u[0]).sqrt()
-    anywhere = side[..., None] / 2 + (canvas_size - side[..., None]) * u[1:3].movedim(0, -1)
-    canvas = torch.tensor([v for v, _ in plan])
-    on_digit = position[:, canvas] + 14.0  # (B, C, 2)
+    centre = side[..., None] / 2 + (canvas_size - side[..., None]) * u[1:3].movedim(0, -1)
+    if position is not None:
+        canvas = torch.tensor([v for v, _ in plan])
+        centre = torch.where(local[:, None], position[:, canvas] + 14.0, centre)  # (B, C, 2)
     sigma = (blur[0] + (blur[1] - blur[0]) * u[3]) * image_size / 224
     return {
-        "centre": torch.where(local[:, None], on_digit, anywhere),
+        "centre": centre,
         "side": side,
         "angle": math.radians(rotation) * (2 * u[4] - 1),
         "sigma": torch.where(u[5] < 0.5, sigma, 0.0),
     }
 
 
-def render_crops(canvases, crops, image_size, max_blur=2.0):
+def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     """Cut, turn, resize and blur: each crop of each image, from its canvas.
 
     Crop, rotation and resizing are one affine map and so one bilinear resampling; where the
-    crop shrinks, the canvas is smoothed first, so that thin strokes do not break up. Outside
-    the canvas lies black.
+    crop shrinks, the canvas is smoothed first, so that thin strokes do not break up.
 
     Args:
-        canvases: (B, C, S, S) float32, the canvas of each crop.
+        canvases: (B, C, channels, S, S) float32, the canvas of each crop.
         crops: as `draw_crops` returns, or any rows of it.
         max_blur: the largest sigma that they were drawn from, pixels at 224.
+        outside: what lies beyond the canvas, "zeros" (black) or "reflection".
 
-    Returns (B, C, image_size, image_size) float32 in [0, 1].
+    Returns (B, C, channels, image_size, image_size) float32 in [0, 1].
     """
-    B, C, S, _ = canvases.shape
-    x = canvases.reshape(B * C, 1, S, S)
+    B, C, channels, S, _ = canvases.shape
+    x = canvases.reshape(B * C, channels, S, S)
     crops = {name: value.flatten(0, 1) for name, value in crops.items()}
     shrink = crops["side"] / image_size  # canvas pixels to an image pixel
-    x = gaussian_blur(x, smoothing(shrink), smoothing(torch.tensor(S / image_size)).item())
+    if S > image_size:
+        x = gaussian_blur(x.clone(), smoothing(shrink), smoothing(torch.tensor(S / image_size)).item())
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
     cos, sin = half * crops["angle"].cos(), half * crops["angle"].sin()
     row, column = (2 * crops["centre"] / S - 1).unbind(-1)
@@ -359,8 +570,8 @@ def render_crops(canvases, crops, image_size, max_blur=2.0):
     grid = torch.empty(B * C, image_size, image_size, 2, device=x.device)  # column, row
     torch.add(cos * u, column - sin * v, out=grid[..., 0])
     torch.add(sin * u, row + cos * v, out=grid[..., 1])
-    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return gaussian_blur(x, crops["sigma"], max_blur * image_size / 224).view(B, C, image_size, image_size)
+    x = F.grid_sample(x, grid, mode="bilinear", padding_mode=outside, align_corners=False)
+    return gaussian_blur(x, crops["sigma"], max_blur * image_size / 224).unflatten(0, (B, C))
 
 
 def smoothing(shrink):
@@ -369,10 +580,10 @@ def smoothing(shrink):
 
 
 def gaussian_blur(x, sigma, max_sigma):
-    """Blur each image (B, 1, n, n) by its own sigma (B,) in pixels, a CPU tensor; 0 leaves it.
+    """Blur each image (B, channels, n, n) by its own sigma (B,) in pixels, a CPU tensor; 0 leaves it.
 
-    Along rows, then along columns, each image a group of one convolution. Borders are mirrored.
-    No sigma is above `max_sigma`, which says how wide the kernels are, so that the blur of an
+    Along rows, then along columns, each channel a group of one convolution. Borders are mirrored.
+    x itself may be changed. No sigma is above `max_sigma`, which says how wide the kernels are, so that the blur of an
     image does not depend on its neighbours in the batch.
     """
     some = (sigma > 0).nonzero()[:, 0]  # known on the CPU: the device is not asked
@@ -381,23 +592,75 @@ def gaussian_blur(x, sigma, max_sigma):
     radius = min(math.ceil(6 * max_sigma), x.shape[-1] - 1)  # what lies beyond counts for nothing
     distance = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (distance / sigma[some, None]) ** 2)  # (b, 2·radius + 1)
+    kernel[kernel < 1e-9] = 0  # numbers too small for float32's normal range make a CPU ten times slower
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=True)
+    kernel = kernel.repeat_interleave(x.shape[1], dim=0)
     some = some.to(x.device, non_blocking=True)
-    blurred = F.pad(x[some], (radius,) * 4, mode="reflect").transpose(0, 1)  # (1, b, …)
-    blurred = F.conv2d(blurred, kernel[:, None, None, :], groups=len(some))
-    blurred = F.conv2d(blurred, kernel[:, None, :, None], groups=len(some))
-    return x.index_copy(0, some, blurred.transpose(0, 1))
+    blurred = F.pad(x[some], (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # (1, b·channels, …)
+    blurred = F.conv2d(blurred, kernel[:, None, None, :], groups=len(kernel))
+    blurred = F.conv2d(blurred, kernel[:, None, :, None], groups=len(kernel))
+    blurred = blurred.view(len(some), *x.shape[1:])
+    return x.index_copy_(0, some, blurred)
+
+
+def draw_colours(rng, shape, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
+    """Parameters of the colours of photographs, as DINO changes them; each a CPU tensor of this shape.
+
+    With probability 0.8 brightness, contrast and saturation are multiplied by up to 1 ± their
+    value, and the hue is turned by up to ± `hue` of the circle; with probability 0.2 the crop
+    becomes `grey`; with 0.5 it is mirrored, `flip`.
+    """
+    u = torch.rand((7, *shape), generator=rng)
+    jitter = u[0] < 0.8
+    factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    params = {"hue": torch.where(jitter, hue * (2 * u[4] - 1), 0.0), "grey": u[5] < 0.2, "flip": u[6] < 0.5}
+    for k, (name, most) in enumerate(factors.items(), 1):
+        params[name] = torch.where(jitter, 1 + most * (2 * u[k] - 1), 1.0)
+    return params
+
+
+def change_colours(photos, params):
+    """Photographs (…, 3, h, w) in [0, 1] with the colours that `draw_colours` drew for each.
+
+    In the order brightness, contrast, saturation, hue, grey, flip, as torchvision defines each. None
+    but contrast, which keeps the mean, depends on the place, so they may come before the crop.
+    """
+    p = {name: params[name].to(photos.device, non_blocking=True)[..., None, None, None] for name in
+         ("brightness", "contrast", "saturation", "hue", "grey", "flip")}
+    x = (photos * p["brightness"]).clamp(0, 1)
+    x = torch.lerp(grey(x).mean((-2, -1), keepdim=True), x, p["contrast"]).clamp_(0, 1)
+    x = torch.lerp(grey(x), x, p["saturation"]).clamp_(0, 1)
+    x = turn_hue(x, p["hue"])
+    x = torch.where(p["grey"], grey(x), x)
+    return torch.where(p["flip"], x.flip(-1), x)
+
+
+def grey(x):
+    """Luminance of (…, 3, h, w), as (…, 1, h, w)."""
+    return (x * torch.tensor([0.2989, 0.587, 0.114], device=x.device)[:, None, None]).sum(-3, keepdim=True)
+
+
+def turn_hue(x, turn):
+    """Images (…, 3, h, w) in [0, 1], their hue turned by this share of the circle, a tensor (…, 1, 1, 1)."""
+    r, g, b = x.split(1, dim=-3)
+    value, least = x.amax(-3, keepdim=True), x.amin(-3, keepdim=True)
+    chroma = value - least
+    sixth = torch.where(value == r, (g - b), torch.where(value == g, b - r, r - g)) / chroma.clamp(min=1e-12)
+    sixth = sixth + torch.where(value == r, 0.0, torch.where(value == g, 2.0, 4.0)) + 6 * turn
+    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + sixth) % 6  # red, green, blue
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def normalise(x):
-    """Grey images (…, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
+    """Images (…, 1 or 3, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(x.device, non_blocking=True)[..., None, None]
-    return torch.addcmul(-mean / std, x.unsqueeze(-3), 1 / std)  # (x - mean) / std in one pass
+    return torch.addcmul(-mean / std, x, 1 / std)  # (x - mean) / std in one pass
 
 
 def denormalise(x):
-    """The inverse of `normalise`: (…, 3, h, w) back to grey (…, h, w) in [0, 1]."""
-    return x[..., 0, :, :] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
+    """The inverse of `normalise`: (…, 3, h, w) back to [0, 1]."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=x.device)[..., None, None]
+    return x * std + mean
 
 
 class TrainingViews:
@@ -405,71 +668,108 @@ class TrainingViews:
 
     Args:
         config: the run's settings (a dict, see train.py): seed, views, crops, symmetric,
-            batch_size, image_size, canvas_size, num_distractors, distractor_size,
-            global_crops_scale, local_crops_scale, rotation, blur.
-        digits: the digits of `split`; views are rendered on the device of their images.
+            batch_size, image_size, global_crops_scale, local_crops_scale, rotation, blur; of
+            cluttered digits canvas_size, num_distractors, distractor_size and background, of
+            photographs `dataset` = "stl10".
+        split: the digits or photographs to draw from, and its name.
+        device: what views are rendered on.
     """
 
-    def __init__(self, config, digits, split="train"):
-        self.config, self.digits, self.split = config, digits, split
-        self.canvases = CanvasSampler(
-            digits, config["canvas_size"], config["num_distractors"], config["distractor_size"]
-        )
+    def __init__(self, config, split, name="train", device=None):
+        self.config, self.split, self.name = config, split, name
+        self.device = device or split.images.device
+        self.photos = config.get("dataset") == "stl10"
+        self.canvas_size = split.images.shape[-1] if self.photos else config["canvas_size"]
+        if not self.photos:
+            self.canvases = CanvasSampler(
+                split, config["canvas_size"], config["num_distractors"], config["distractor_size"]
+            )
+            self.background = Background(config, name, self.device)
         plan = crop_plan(config["views"], config["crops"], config["symmetric"])
         self.plan, self.teacher, self.student, self.pairs = plan
 
     def draw(self, step):
         """Parameters of the whole batch of `step`: CPU tensors, batch first."""
         c = self.config
-        rng = generator(c["seed"], self.split, step)
-        index = draw_digits(c["seed"], step, len(self.digits), c["batch_size"])
-        params = self.canvases.draw(rng, index, canvases=2 if c["views"] == "different" else 1)
-        return params | draw_crops(
-            rng, self.plan, params["position"], c["canvas_size"], c["image_size"],
+        rng = generator(c["seed"], self.name, step)
+        index = draw_digits(c["seed"], step, len(self.split), c["batch_size"])
+        params = {"photo": index}
+        if not self.photos:
+            params = self.canvases.draw(rng, index, canvases=2 if c["views"] == "different" else 1)
+        params |= draw_crops(
+            rng, self.plan, len(index), params.get("position"), self.canvas_size, c["image_size"],
             c["global_crops_scale"], c["local_crops_scale"], c["rotation"], c["blur"],
         )
+        if self.photos:
+            return params | draw_colours(rng, (len(index), len(self.plan)))
+        return params | self.background.draw(rng, params["position"].shape[:2])
 
     def render(self, params):
         """Crops (C, B, 3, image_size, image_size), normalised, of the drawn rows; C as in plan."""
         c = self.config
-        canvas, _, _ = render_canvases(params, self.digits.images, c["canvas_size"], c["distractor_size"])
-        canvas = torch.stack([canvas[:, v] for v, _ in self.plan], dim=1)  # (B, C, S, S)
         crops = {name: params[name] for name in ("centre", "side", "angle", "sigma")}
-        return normalise(render_crops(canvas, crops, c["image_size"], c["blur"][1]).transpose(0, 1))
+        if self.photos:
+            canvas = read_photos(self.split, params["photo"], self.device)[:, None].expand(-1, len(self.plan), -1, -1, -1)
+            first = c["image_size"] > self.canvas_size  # colours are changed where there are fewer pixels
+            canvas = change_colours(canvas, params) if first else canvas
+            views = render_crops(canvas, crops, c["image_size"], c["blur"][1], "reflection")
+            return normalise((views if first else change_colours(views, params)).transpose(0, 1))
+        canvas, _, _ = render_canvases(params, self.split.images, c["canvas_size"], c["distractor_size"])
+        canvas = self.background.lay_behind(canvas, params)
+        canvas = torch.stack([canvas[:, v] for v, _ in self.plan], dim=1)[:, :, None]  # (B, C, 1, S, S)
+        outside = "zeros" if self.background.kind == "black" else "reflection"
+        return normalise(render_crops(canvas, crops, c["image_size"], c["blur"][1], outside).transpose(0, 1))
 
 
-def evaluation_batches(config, digits, n, layout="matched", split="test", batch_size=100):
-    """n whole canvases, neither cropped nor turned nor blurred, with what is where on them.
+def read_photos(split, index, device):
+    """STL-10's images of these indices as float32 (B, 3, 96, 96) in [0, 1]."""
+    return split.images[index.to(split.images.device)].to(device, non_blocking=True) / 255
 
-    The same for every run: they depend on the split, the layout and the canvas's size alone, and
-    fewer of them are the first of more. Digits are taken in order, from the first again when
-    there are fewer than n.
 
-    Yields dicts of up to batch_size rows b, with I = config["image_size"]: `images` (b, I, I)
-    float32 in [0, 1]; `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest
-    neighbour; `labels` (b,); `index` (b,), which digit of the split a canvas shows.
+def evaluation_batches(config, split, n, layout="matched", name="test", batch_size=100, device=None):
+    """n whole canvases or photographs, neither cropped nor turned nor blurred, with what is where on them.
+
+    The same for every run: they depend on the split, the layout and the canvas alone, and fewer of
+    them are the first of more. Digits and photographs are taken in order; digits from the first
+    again when there are fewer than n.
+
+    Yields dicts of up to batch_size rows b on `device` (None: the split's), with I =
+    config["image_size"]: `images` (b, 1 or 3, I, I) float32 in [0, 1]; `labels` (b,); `index` (b,), which digit or photograph of the split it shows;
+    of canvases also `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest neighbour.
     """
-    size, S = config["image_size"], config["canvas_size"]
-    sampler = CanvasSampler(digits, S, config["num_distractors"], config["distractor_size"], layout)
-    blocks = [
-        sampler.draw(generator("evaluation", split, layout, i), torch.arange(i, i + 100) % len(digits))
-        for i in range(0, n, 100)
-    ]
-    params = {name: torch.cat([block[name] for block in blocks])[:n] for name in blocks[0]}
+    size = config["image_size"]
+    if config.get("dataset") == "stl10":
+        for index in torch.arange(min(n, len(split))).split(batch_size):
+            photos = read_photos(split, index, device or split.images.device)
+            yield {"images": whole(photos, size), "labels": split.labels[index], "index": index}
+        return
+    S, background = config["canvas_size"], Background(config, name, split.images.device)
+    sampler = CanvasSampler(split, S, config["num_distractors"], config["distractor_size"], layout)
+    blocks = []
+    for start in range(0, n, 100):
+        rng = generator("evaluation", name, layout, start)
+        block = sampler.draw(rng, torch.arange(start, start + 100) % len(split))
+        blocks.append(block | background.draw(rng, (100, 1)))
+    params = {key: torch.cat([block[key] for block in blocks])[:n] for key in blocks[0]}
     for start in range(0, n, batch_size):
-        rows = {name: value[start : start + batch_size] for name, value in params.items()}
-        b = len(rows["digit"])
-        canvas, digit, clutter = render_canvases(rows, digits.images, S, config["distractor_size"])
-        whole = {
-            "centre": torch.full((b, 1, 2), S / 2),
-            "side": torch.full((b, 1), float(S)),
-            "angle": torch.zeros(b, 1),
-            "sigma": torch.zeros(b, 1),
-        }
+        rows = {key: value[start : start + batch_size] for key, value in params.items()}
+        canvas, digit, clutter = render_canvases(rows, split.images, S, config["distractor_size"])
         yield {
-            "images": render_crops(canvas, whole, size)[:, 0],
+            "images": whole(background.lay_behind(canvas, rows), size),
             "digit": F.interpolate(digit.float(), size=size, mode="nearest-exact")[:, 0] > 0.5,
             "clutter": F.interpolate(clutter.float(), size=size, mode="nearest-exact")[:, 0] > 0.5,
-            "labels": digits.labels[rows["digit"].to(digits.labels.device)],
+            "labels": split.labels[rows["digit"].to(split.labels.device)],
             "index": rows["digit"],
         }
+
+
+def whole(images, image_size):
+    """Images (b, channels, S, S) brought to image_size as crops are, but uncropped."""
+    b, S = len(images), images.shape[-1]
+    crops = {
+        "centre": torch.full((b, 1, 2), S / 2),
+        "side": torch.full((b, 1), float(S)),
+        "angle": torch.zeros(b, 1),
+        "sigma": torch.zeros(b, 1),
+    }
+    return render_crops(images[:, None], crops, image_size)[:, 0]

@@ -59,6 +59,7 @@ PRESETS = {
         "head_norm": False,
         "out_dim": 65_536,
         "dino": {},  # what is different with --loss dino
+        "stl10": {"images_per_epoch": 100_000, "epochs": 10},  # and with --dataset stl10; figures 2 and 3
     },
     "laptop": {
         "image_size": 56,
@@ -88,11 +89,11 @@ PRESETS = {
         "out_dim": 1024,
         # DINO's τ_s; and a teacher as fast as above collapses: it has no negatives to keep it up
         "dino": {"temperature": 0.1, "momentum_teacher": 0.99},
+        "stl10": {},
     },
 }
 # What both presets share, and no flag changes.
 COMMON = {
-    "dataset": "clutter",
     "global_crops_scale": (0.5, 1.0),  # share of the canvas's area
     "rotation": 15.0,  # degrees either way
     "blur": (0.1, 2.0),  # sigma in pixels at 224
@@ -121,10 +122,19 @@ def parse_args(argv):
     add("--views", choices=["same", "different"], default="same",
         help="both branches see crops of one canvas, or of two with the same digit; section III.B [same]")
     add("--crops", type=int, choices=[1, 2, 4], help="crops a branch, section III.C [same: paper 4, laptop 2; different: 1]")
+    add("--dataset", choices=["clutter", "stl10"], default="clutter",
+        help="digits in clutter, or photographs without labels; section II.C [clutter]")
+    add("--split", choices=["unlabeled", "train"], default="unlabeled",
+        help="of STL-10: the 100,000 unlabelled images or the 5,000 labelled ones; section II.C [unlabeled]")
+    add("--background", default="black", metavar="{black,texture,DIR}",
+        help="what lies behind digit and clutter: nothing, textures that are drawn, or a folder's images; figure 5 [black]")
+    add("--texture-pool", type=int, default=0, metavar="N",
+        help="so many textures in all; 0: every canvas has one of its own [0]")
     add("--digits", choices=["auto", "mnist", "sklearn"], default="auto",
         help="MNIST (section II.C), or the 1,797 digits of scikit-learn; auto: MNIST if it can be had [auto]")
     add("--weights", metavar="{dino,none,FILE}",
-        help=f"what the backbone starts from: DINO's ViT-S/8 (section III), random, or a file {default('weights')}")
+        help="what the backbone starts from: DINO's ViT-S/8 (section III), random, a file, or another of DINO's: "
+        f"{', '.join(name for name in vit.DINO_FILES if name not in ('dino', 'dino_vits8'))} {default('weights')}")
     add("--preset", choices=list(PRESETS),
         help="the defaults of the flags in [ ], and the model's size [paper where CUDA is, else laptop]")
     add("--image-size", type=int, help=f"side of a crop fed to the network, pixels; section III {default('image_size')}")
@@ -148,17 +158,22 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def make_config(args):
+def make_config(args, shape=None):
     """All settings of the run in one flat dict: the preset, the flags over it, and what follows.
+
+    `shape` is what the weights to start from prescribe (patch_size, dim, depth, pos_size, heads).
 
     Raises ValueError for values that cannot work, before anything is read or written.
     """
     flags = {name: value for name, value in vars(args).items() if value is not None and name != "output"}
     preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
     defaults = dict(PRESETS[preset])
-    with_dino = defaults.pop("dino")
+    with_dino, with_stl10 = defaults.pop("dino"), defaults.pop("stl10")
     if args.loss == "dino":
         defaults |= with_dino
+    if args.dataset == "stl10":
+        defaults |= with_stl10
+    defaults |= shape or {}
     config = {**COMMON, **defaults, **flags, "preset": preset, "fallbacks": []}
     c = config
     if args.crops is None:
@@ -177,6 +192,12 @@ def make_config(args):
         raise ValueError(f"--keep-epochs {c['keep_epochs']} is no list of epochs such as 1,5,10") from None
     if not set(c["keep_epochs"]) <= set(range(c["epochs"] + 1)):
         raise ValueError(f"--keep-epochs {args.keep_epochs}: epochs go from 0, before the first step, to {c['epochs']}")
+    if c["dataset"] == "stl10" and c["views"] == "different":
+        raise ValueError("--views different needs two canvases with one digit, a photograph of stl10 is one: --views same")
+    if c["dataset"] == "stl10" and c["background"] != "black":
+        raise ValueError("--background is for --dataset clutter: photographs have their own")
+    if c["texture_pool"] < 0 or (c["texture_pool"] and c["background"] != "texture"):
+        raise ValueError(f"--texture-pool {c['texture_pool']}: a number of textures, with --background texture, is wanted")
     if c["dim"] % c["heads"]:
         raise ValueError(f"--heads {c['heads']} does not divide the width {c['dim']}: {vit.divisors(c['dim'])} do")
     if c["loss"] == "nce" and c["batch_size"] < 2:
@@ -184,7 +205,10 @@ def make_config(args):
     if c["batch_size"] > c["images_per_epoch"]:
         raise ValueError(f"--batch-size {c['batch_size']} is larger than --images-per-epoch {c['images_per_epoch']}")
     # ViT-S/8 keeps its positions on the grid of 224 px, as DINO's weights do, whatever the input.
-    c["pos_size"] = 224 if preset == "paper" and 224 % c["patch_size"] == 0 else c["image_size"]
+    if shape is None:
+        c["pos_size"] = 224 if preset == "paper" and 224 % c["patch_size"] == 0 else c["image_size"]
+    elif c["patch_size"] != shape["patch_size"]:
+        raise ValueError(f"--patch-size {c['patch_size']}: the weights have patches of {shape['patch_size']}")
     return config
 
 
@@ -261,20 +285,20 @@ def loss_of(config, loss_fn, student, teacher, crops, views, progress):
 
 
 class Validation:
-    """A fixed set of validation canvases, and what is measured on it again and again.
+    """A fixed set of validation canvases or photographs, and what is measured on it again and again.
 
-    The canvases are the same for every run of a preset. Attention is measured on the layout
+    They are the same for every run of a preset. Attention to digits is measured on the layout
     `matched`; k-NN classifies the same canvases by KNN_BANK training canvases.
     """
 
-    def __init__(self, config, splits):
-        self.config = config
-        held_out, n = splits["validation"], visualize.VALIDATION_IMAGES
+    def __init__(self, config, splits, device):
+        self.config, held_out, bank = config, splits["validation"], splits.get("bank", splits["train"])
+        n = visualize.VALIDATION_IMAGES
         # kept, for drawing them anew each epoch would cost as much as looking at them
-        self.canvases = list(data.evaluation_batches(config, held_out, n, "matched", "validation"))
-        self.bank = list(data.evaluation_batches(config, splits["train"], KNN_BANK, "matched", "train"))
+        self.canvases = list(data.evaluation_batches(config, held_out, n, "matched", "validation", device=device))
+        self.bank = list(data.evaluation_batches(config, bank, KNN_BANK, "matched", "train", device=device))
         batch = min(config["batch_size"], n, len(held_out))  # as in training: the loss depends on it
-        self.views = data.TrainingViews(config | {"batch_size": batch, "seed": 0}, held_out, "validation")
+        self.views = data.TrainingViews(config | {"batch_size": batch, "seed": 0}, held_out, "validation", device)
         self.drawn = [self.views.draw(step) for step in range(n // batch)]
 
     @torch.no_grad()
@@ -304,9 +328,9 @@ def train(config, student, splits, folder):
     checkpoint is written there. Returns the teacher and the lines of log.jsonl. Raises
     FloatingPointError if the loss or the attention is no number.
     """
-    c, device = config, splits["train"].images.device
-    views = data.TrainingViews(c, splits["train"])
-    validate = Validation(c, splits)
+    c, device = config, student.backbone.cls_token.device
+    views = data.TrainingViews(c, splits["train"], device=device)
+    validate = Validation(c, splits, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = make_optimizer(student)
     loss_fn = (NCELoss(c["temperature"]) if c["loss"] == "nce" else DINOLoss(c["out_dim"], c["temperature"])).to(device)
@@ -402,7 +426,8 @@ def new_folder(config, output):
     visualize.make_folder(output or "runs")
     if output:
         return output
-    name = os.path.join("runs", f"{config['dataset']}-{config['loss']}-{config['views']}")
+    texture = "" if config["background"] == "black" else "-texture"
+    name = os.path.join("runs", f"{config['dataset']}-{config['loss']}-{config['views']}{texture}")
     number = 1
     while True:
         folder = name if number == 1 else f"{name}-{number}"
@@ -419,18 +444,23 @@ def prepare(args):
     if args.output and os.path.exists(os.path.join(args.output, "ckpt.pth")):
         raise ValueError(f"--output {args.output} already holds a run: name a new folder")
     device = vit.find_device(config["device"])
-    student = vit.build_network(config)
+    weights = None
     if config["weights"] != "none":
-        own_heads = vit.load_pretrained(student.backbone, config["weights"])
-        if own_heads != config["heads"]:
+        weights, heads = vit.read_weights(config["weights"])
+        config = make_config(args, vit.shape_of(weights) | {"heads": heads})  # its width and depth are theirs
+        if heads != config["heads"]:
             config["fallbacks"].append(
-                f"--heads {config['heads']}: the q, k and v of --weights {config['weights']} were trained for {own_heads}"
+                f"--heads {config['heads']}: the q, k and v of --weights {config['weights']} were trained for {heads}"
             )
-    splits, config["digits"], warning = data.load_digits(config["digits"], config["data_root"])
+    student = vit.build_network(config)
+    if weights:
+        vit.load_backbone(student.backbone, weights, f"--weights {config['weights']}")
+    if config["background"] not in ("black", "texture"):
+        data.Background(config, "train", device)  # raises if the folder is of no use
+    splits, warning = data.load_dataset(config, device)
     if warning:
         config["fallbacks"].append(warning)
     data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if there are too few
-    splits = {name: split.to(device) for name, split in splits.items()}
     return config, student.to(device), splits, new_folder(config, args.output)
 
 

@@ -47,6 +47,13 @@ VALIDATION_IMAGES = 512  # pick the best head, and draw the curves
 BANK_IMAGES = 10_000
 TITLE = "Where [CLS] of the last block looks"
 
+# What a run's settings must say for its network, its canvases and its views to be made again.
+SETTINGS = (
+    "seed", "loss", "views", "crops", "symmetric", "epochs", "batch_size", "weights", "digits", "image_size", "patch_size",
+    "dim", "depth", "heads", "pos_size", "init_std", "out_dim", "head_hidden_dim", "head_layers", "bottleneck_dim",
+    "head_norm", "canvas_size", "num_distractors", "distractor_size", "global_crops_scale", "local_crops_scale", "rotation",
+    "blur",
+)
 # What weights that somebody else trained are shown: the paper's canvas.
 PAPER_CANVAS = {"image_size": 224, "canvas_size": 100, "num_distractors": 6, "distractor_size": 9, "digits": "auto"}
 
@@ -208,10 +215,11 @@ def with_interval(means, images):
     return {"value": value if math.isfinite(value) else None, "low": low, "high": high, "images": int(images)}
 
 
-def canvases(config, digits, n, layout, split):
-    """`data.evaluation_batches` behind a progress bar."""
-    with tqdm(total=n, desc=f"{split} canvases, layout {layout}", unit="image", leave=False, disable=None) as bar:
-        for batch in data.evaluation_batches(config, digits, n, layout, split):
+def canvases(config, backbone, split, n, layout, name):
+    """`data.evaluation_batches` for a network, on its device, behind a progress bar."""
+    device = backbone.cls_token.device
+    with tqdm(total=n, desc=f"{name} images {layout}", unit="image", leave=False, disable=None) as bar:
+        for batch in data.evaluation_batches(config, split, n, layout, name, device=device):
             yield batch
             bar.update(len(batch["index"]))
 
@@ -235,34 +243,43 @@ def measure(backbone, batches, untrained=None, resamples=1000):
     Metrics: those of `attention_metrics`, and
         selectivity: mean digit density ÷ mean clutter density, over images that have clutter;
         diversity (rows mean and untrained): between the heads; None for one head.
+    Of photographs, which have no masks, entropy and diversity alone, and no references but untrained.
     """
-    area = backbone.patch_size**2
-    columns = []
+    columns, networks = [], [network for network in (backbone, untrained) if network is not None]
     for batch in batches:
         images = data.normalise(batch["images"])
-        heads = [cls_maps(network, images) for network in (backbone, untrained) if network is not None]
-        counts = [patch_sums(batch[name], backbone.patch_size) for name in ("digit", "clutter", "images")]
-        columns.append([*(x.cpu() for x in (*heads, *counts)), batch["index"].cpu()])
-    heads, *others, digit, clutter, intensity, index = (torch.cat(column) for column in zip(*columns))
+        regions = [batch["digit"], batch["clutter"], batch["images"].mean(1)] if "digit" in batch else []
+        counts = [patch_sums(region, backbone.patch_size) for region in regions]
+        maps = [cls_maps(network, images) for network in networks]
+        columns.append([x.cpu() for x in (*maps, *counts, batch["index"])])
+    *columns, index = (torch.cat(column) for column in zip(*columns))
+    heads, others, regions = columns[0], columns[1 : len(networks)], columns[len(networks) :]
 
     mean = heads.mean(1)  # (n, patches)
     rows = {"mean": mean}
     rows |= {f"head_{h + 1}": map_ for h, map_ in enumerate(heads.unbind(1))}
-    rows |= {"uniform": torch.ones_like(mean), "ink": (digit + clutter > 0).float(), "brightness": intensity + 1e-9}
-    rows["shuffled"] = mean.roll(1, dims=0)
+    if regions:
+        digit, clutter, intensity = regions
+        rows |= {"uniform": torch.ones_like(mean), "ink": (digit + clutter > 0).float(), "brightness": intensity + 1e-9}
+        rows["shuffled"] = mean.roll(1, dims=0)
     rows |= {"untrained": other.mean(1) for other in others}
     maps = torch.stack([map_ / map_.sum(-1, keepdim=True) for map_ in rows.values()], dim=1)  # (n, rows, patches)
-    pieces = [attention_metrics(*piece, area) for piece in zip(maps.split(100), digit.split(100), clutter.split(100))]
-    values = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-    values["beside_clutter"] = values["digit_density"].where(~values["clutter_density"].isnan(), torch.nan)
-    values["diversity"] = torch.full_like(values["auroc"], torch.nan)
+    if regions:
+        pieces = [part for part in zip(maps.split(100), digit.split(100), clutter.split(100))]
+        pieces = [attention_metrics(*piece, backbone.patch_size**2) for piece in pieces]
+        values = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        values["beside_clutter"] = values["digit_density"].where(~values["clutter_density"].isnan(), torch.nan)
+    else:
+        values = {"entropy": entropy(maps.double())}
+    values["diversity"] = torch.full_like(values["entropy"], torch.nan)
     for row, several in (("mean", heads), *(("untrained", other) for other in others)):
         values["diversity"][:, list(rows).index(row)] = diversity(several.double())
 
     means = dict(zip(values, bootstrap(torch.stack(list(values.values()), dim=1), index, resamples).unbind(1)))
     images = {name: (~value.isnan()).sum(0) for name, value in values.items()}
-    means = {"selectivity": means.pop("beside_clutter") / means["clutter_density"], **means}
-    images["selectivity"] = images.pop("beside_clutter")
+    if regions:
+        means = {"selectivity": means.pop("beside_clutter") / means["clutter_density"], **means}
+        images["selectivity"] = images.pop("beside_clutter")
     table = {
         row: {name: with_interval(means[name][:, r], images[name][r]) for name in means} for r, row in enumerate(rows)
     }
@@ -275,13 +292,17 @@ def attention_in_numbers(config, backbone, splits, untrained=None):
     """Layouts matched and paper of the test split: {"matched": table, "paper": table, "best_head": name}.
 
     Tables are those of `measure`. The best head is the most selective one on validation canvases.
+    Of photographs {"photographs": table}.
     """
-    held_out = canvases(config, splits["validation"], VALIDATION_IMAGES, "matched", "validation")
+    if config.get("dataset") == "stl10":
+        photographs = canvases(config, backbone, splits["test"], TEST_IMAGES, "", "test")
+        return {"photographs": measure(backbone, photographs, untrained)}
+    held_out = canvases(config, backbone, splits["validation"], VALIDATION_IMAGES, "matched", "validation")
     validation = measure(backbone, held_out, resamples=0)
     heads = [f"head_{h + 1}" for h in range(backbone.heads)]
     result = {"best_head": max(heads, key=lambda head: validation[head]["selectivity"]["value"] or 0)}
     for layout in ("matched", "paper"):
-        batches = canvases(config, splits["test"], TEST_IMAGES, layout, "test")
+        batches = canvases(config, backbone, splits["test"], TEST_IMAGES, layout, "test")
         result[layout] = measure(backbone, batches, untrained)
     return result
 
@@ -318,13 +339,14 @@ def probe_classify(bank, bank_labels, queries):
 
 
 def features_in_numbers(config, backbone, splits):
-    """How well the features tell the ten digits apart, training canvases to test canvases.
+    """How well the features tell the ten classes apart, training images to test images.
 
     Returns {"knn", "linear_probe": accuracy with its interval}, and the test features and labels.
     """
-    n = min(BANK_IMAGES, len(splits["train"]))
-    bank, bank_labels, _ = features(backbone, canvases(config, splits["train"], n, "paper", "train"))
-    points, labels, index = features(backbone, canvases(config, splits["test"], TEST_IMAGES, "paper", "test"))
+    bank = splits.get("bank", splits["train"])
+    bank_images = canvases(config, backbone, bank, min(BANK_IMAGES, len(bank)), "paper", "train")
+    bank, bank_labels, _ = features(backbone, bank_images)
+    points, labels, index = features(backbone, canvases(config, backbone, splits["test"], TEST_IMAGES, "paper", "test"))
     result = {}
     for name, classify in (("knn", knn_classify), ("linear_probe", probe_classify)):
         right = (classify(bank, bank_labels, points) == labels).double()
@@ -338,18 +360,24 @@ ACCURACIES = {"knn": "k-NN", "linear_probe": "linear probe"}
 QUESTION = "Does it look at the digit, rather than at all that is white?"
 REFERENCES = ("brightness", "shuffled", "untrained", "ink", "uniform")
 LEGEND = """
-selectivity  how much denser the attention is on the digit than on the clutter; 1: alike
-auroc        chance that a pixel of the digit gets more attention than one of the clutter
-pointing     share of images whose most attended patch holds more digit than clutter
-density      of the attention on a region, 1 if it were uniform; far: patches without any ink
-jaccard60    overlap of the digit with the patches that hold 60% of the attention
-entropy      1: spread evenly over the image, 0: all on one patch
-brightness   a map of each patch's brightness: understands nothing, yet prefers digits, which
-             are denser strokes; a network has found the digit only if it is above this
-shuffled     the network's maps, each laid on another image: what position alone earns
-untrained    the same network before its first step
-ink          the same attention on all ink;  uniform: the same everywhere
-[a, b]       95% interval, over digits; above: the intervals do not even touch
+selectivity   how much denser the attention is on the digit than on the clutter; 1: alike
+above         its selectivity is higher than that of brightness or shuffled, the intervals apart
+auroc         chance that a pixel of the digit gets more attention than one of the clutter
+pointing      share of images whose most attended patch holds more digit than clutter
+density       of the attention on a region, 1 if it were uniform; far: patches without any ink
+jaccard60     overlap of the digit with the patches that hold 60% of the attention;
+best_jaccard  the highest overlap that any set of patches has
+entropy       1: spread evenly over the image, 0: all on one patch
+diversity     how much the heads differ, bits; 0: alike, 1: they share nothing
+(best)        the head most selective on validation canvases, which are others than these
+brightness    a map of each patch's brightness: understands nothing, yet prefers digits, which
+              are denser strokes; a network has found the digit only if it is above this
+shuffled      the network's maps, each laid on another image: what position alone earns
+untrained     the same network before its first step
+ink           the same attention on all ink;  uniform: the same everywhere
+matched       clutter lies where digits lie;  paper: anywhere, as in the paper
+k-NN, probe   share of test canvases whose digit the features tell; chance is 10%
+[a, b]        95% interval, over digits
 """
 
 
@@ -363,9 +391,9 @@ def show(metric):
 
 
 def above(table, row, reference):
-    """Whether the selectivity of a row is above that of another, their intervals apart."""
+    """Whether the selectivity of a row is above that of another, their intervals apart as they are printed."""
     low, high = table[row]["selectivity"]["low"], table[reference]["selectivity"]["high"]
-    return low is not None and high is not None and low > high
+    return low is not None and high is not None and round(low, 2) > round(high, 2)
 
 
 def row_name(row, best):
@@ -381,8 +409,16 @@ def verdict(result):
         return "Cannot be told: no canvas has both digit and clutter."
     text = f"attention {own['value']:.2f} times as dense on the digit as on the clutter"
     if above(table, "mean", "brightness") and above(table, "mean", "shuffled"):
-        return f"Yes: {text}, more than brightness alone ({brightness:.2f}) or position explain."
-    if own["high"] < 1:
+        auroc = [table[row]["auroc"] for row in ("mean", "brightness")]
+        text = f"Yes: {text}, more than brightness alone ({brightness:.2f}) or position explain."
+        if auroc[0]["low"] <= auroc[1]["high"]:
+            text += " By auroc, ranks alone, it is not above brightness "
+            text += f"({auroc[0]['value']:.2f}, {auroc[1]['value']:.2f})."
+        return text
+    if table["mean"]["digit_density"]["high"] < 1:
+        least = table["mean"]["digit_density"]["value"]
+        text = f"No, it looks past the ink: attention on the digit is {least:.2f} times what an even map gives it."
+    elif own["high"] < 1:
         text = f"No, it prefers the clutter: {text}."
     elif above(table, "mean", "shuffled"):
         text = f"Not more than brightness explains: {text}; brightness alone earns {brightness:.2f}."
@@ -410,22 +446,35 @@ def format_table(result):
 
     table = result["matched"]
     rows = [row for row in table if row not in REFERENCES] + [row for row in REFERENCES if row in table]
+    rows = rows if "head_2" in table else [row for row in rows if row != "head_1"]  # one head is its own mean
     images = table["mean"]["entropy"]["images"]
     lines = [QUESTION, *textwrap.wrap(verdict(result), 100)]
     lines += ["", f"{images:,} test canvases, layout matched: clutter lies where digits lie, so position tells nothing"]
     lines += first_columns(table, rows)
     regions = ("digit", "clutter", "background", "far_background")
-    lines += ["", f"{'':16}density on", f"{'':16}{''.join(f'{region:16}' for region in regions)}{'jaccard60':12}entropy"]
+    lines += ["", f"{'':16}density on", "".join(f"{title:16}" for title in ("", *regions)) + "jaccard60   entropy"]
     for row in rows:
         cells = [f"{show(table[row][f'{region}_density'] | {'low': None}):16}" for region in regions]
         cells += [f"{show(table[row]['jaccard60'] | {'low': None}):12}", show(table[row]["entropy"] | {"low": None})]
         lines.append(f"{row_name(row, best):16}" + "".join(cells))
     lines += ["", f"highest jaccard60 that any set of patches could have: {show(table['mean']['best_jaccard'])}"]
-    lines += [f"diversity of the heads, bits (0: alike, 1: nothing shared): {show(table['mean']['diversity'])}"]
-    lines[-1] += f", untrained {show(table['untrained']['diversity'] | {'low': None})}" if "untrained" in table else ""
+    lines += [format_diversity(table)]
     lines += ["", "layout paper: clutter lies anywhere, so that a map which knows nothing of the image can score"]
     lines += first_columns(result["paper"], [row for row in rows if row not in ("ink", "uniform")])
     return "\n".join(lines)
+
+
+def format_photographs(result):
+    """What can be said of attention to photographs, whose truth nobody knows."""
+    table = result["photographs"]
+    lines = ["there are no masks to measure the attention to photographs against", "", f"{'':16}entropy"]
+    lines += [f"{row_name(row, None):16}{show(table[row]['entropy'])}" for row in table]
+    return "\n".join([*lines, "", format_diversity(table)])
+
+
+def format_diversity(table):
+    text = f"diversity of the heads, bits (0: alike, 1: nothing shared): {show(table['mean']['diversity'])}"
+    return text + (f", untrained {show(table['untrained']['diversity'] | {'low': None})}" if "untrained" in table else "")
 
 
 def format_features(result):
@@ -491,9 +540,18 @@ def describe(config, epoch=None):
     parts = []
     if "loss" in config:
         crops = "1 crop" if config["crops"] == 1 else f"{config['crops']} crops"
-        parts = [f"{config['loss'].upper()} loss", f"{config['views']} views", f"{crops} a canvas"]
+        of = "an image" if config.get("dataset") == "stl10" else "a canvas"
+        parts = [f"{config['loss'].upper()} loss", f"{config['views']} views", f"{crops} {of}"]
+    else:
+        parts = [{"none": "random weights"}.get(config["weights"], f"weights {config['weights']}")]
     parts += [f"{config['image_size']} px", f"patch {config['patch_size']}"]
-    parts += {"mnist": ["MNIST"], "sklearn": ["scikit-learn's digits"]}.get(config["digits"], [])
+    if config.get("dataset") == "stl10":
+        parts.append("STL-10")
+    else:
+        parts += {"mnist": ["MNIST"], "sklearn": ["scikit-learn's digits"]}.get(config["digits"], [])
+        if config.get("background", "black") != "black":
+            pool = f", {config['texture_pool']} in all" if config.get("texture_pool") else ""
+            parts.append(f"background {config['background']}{pool}")
     if epoch is not None:
         parts.append(f"epoch {epoch} of {config['epochs']}")
     return ", ".join(parts)
@@ -505,11 +563,11 @@ def save_figure(figure, path):
     print(f"wrote {path}")
 
 
-def draw_views(config, digits, path, images=4):
+def draw_views(config, split, path, images=4):
     """views.png: the crops that each branch is fed in the first training step, a row an image."""
-    views = data.TrainingViews(config, digits)
+    views = data.TrainingViews(config, split)
     params = {name: value[:images] for name, value in views.draw(step=0).items()}
-    crops = data.denormalise(views.render(params)).cpu().numpy()  # (C, images, size, size)
+    crops = data.denormalise(views.render(params)).movedim(2, -1).clamp(0, 1).cpu().numpy()  # (C, images, size, size, 3)
     if views.teacher == views.student:
         columns = [("both", crop) for crop in views.teacher]
     else:
@@ -524,7 +582,7 @@ def draw_views(config, digits, path, images=4):
         where = f"canvas {'ab'[canvas]}" if config["views"] == "different" else ""
         axes[0, column].set_title(f"{branch}, {kind}\n{where}".strip(), fontsize=8)
         for row in range(images):
-            axes[row, column].imshow(crops[crop, row], cmap="gray", vmin=0, vmax=1)
+            axes[row, column].imshow(crops[crop, row])
             axes[row, column].axis("off")
     figure.suptitle("What each branch is fed\n" + caption(config), fontsize=8)
     save_figure(figure, path)
@@ -583,47 +641,53 @@ def draw_map(axis, group, row, head):
 
 
 def draw_curves(history, config, path):
-    """curves.png: the lines of log.jsonl against epochs, validation canvases of the layout matched."""
+    """curves.png: the lines of log.jsonl against epochs, on validation canvases of the layout matched or photographs."""
     epochs = [line["epoch"] for line in history]
     held_out = [line["validation"] for line in history]
     heads = [row for row in held_out[0] if row.startswith("head_")]
-    figure, axes = plt.subplots(2, 4, figsize=(14, 6.6), layout="constrained")
-    (loss, *_), (*_, knn, legend) = axes
-    loss.plot(epochs[1:], [line["loss"] for line in history[1:]], color="grey", label="training")
-    loss.plot(epochs, [line["loss"] for line in held_out], color="black", label="validation")
-    if config["loss"] == "nce":
-        loss.axhline(math.log(config["batch_size"]), color="grey", linestyle=":", label="chance, ln(batch)")
-    loss.set_title("loss")
-    loss.legend(fontsize=8)
+    measured = [name for name in ("selectivity", "auroc", "pointing", "entropy") if name in held_out[0]["mean"]]
+    panels = ["loss", *measured, *(["diversity"] if len(heads) > 1 else []), "k-NN accuracy", "legend"]
+    columns = -(-len(panels) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.5 * columns, 6.6), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    axes = dict(zip(panels, axes.flat))
 
     def values(row, name):
         return [line[row][name] if line[row][name] is not None else math.nan for line in held_out]
 
-    names = ("selectivity", "auroc", "pointing", "entropy")
-    for axis, name in zip((*axes[0, 1:], axes[1, 1]), names):
+    axes["loss"].plot(epochs[1:], [line["loss"] for line in history[1:]], ".-", color="grey", label="training")
+    axes["loss"].plot(epochs, [line["loss"] for line in held_out], ".-", color="black", label="validation")
+    if config["loss"] == "nce":
+        axes["loss"].axhline(math.log(config["batch_size"]), color="grey", linestyle=":", label="chance, ln(batch)")
+    axes["loss"].legend(fontsize=8)
+    for name in measured:
         for number, head in enumerate(heads if len(heads) > 1 else []):
-            axis.plot(epochs, values(head, name), color=f"C{number}", linewidth=1, label=head.replace("_", " "))
-        axis.plot(epochs, values("mean", name), color="black", linewidth=2, label="mean of heads")
-        if name in ("selectivity", "auroc", "pointing"):
-            axis.plot(epochs, values("brightness", name), color="darkorange", linestyle="--", label="brightness")
-            axis.plot(epochs, values("shuffled", name), color="purple", linestyle="--", label="shuffled")
-        axis.axhline(values("mean", name)[0], color="grey", linestyle="--", label="untrained")
-        axis.set_title({"entropy": "entropy (1: spread evenly)"}.get(name, name))
-    axes[0, 1].axhline(1, color="silver", linestyle=":", label="ink, uniform")
-    axes[0, 2].axhline(0.5, color="silver", linestyle=":")
+            axes[name].plot(epochs, values(head, name), color=f"C{number}", linewidth=1, label=head.replace("_", " "))
+        axes[name].plot(epochs, values("mean", name), color="black", linewidth=2, label="mean of heads")
+        axes[name].axhline(values("mean", name)[0], color="grey", linestyle="--", label="untrained")
+        if name != "entropy":
+            axes[name].plot(epochs, values("brightness", name), color="darkorange", linestyle="--", label="brightness")
+            axes[name].plot(epochs, values("shuffled", name), color="purple", linestyle="--", label="shuffled")
+    for name, chance in (("selectivity", 1), ("auroc", 0.5)):
+        if name in measured:
+            axes[name].axhline(chance, color="silver", linestyle=":", label="ink, uniform")
+    if "diversity" in axes:
+        axes["diversity"].plot(epochs, values("mean", "diversity"), color="black", linewidth=2)
+        axes["diversity"].axhline(values("mean", "diversity")[0], color="grey", linestyle="--")
+    axes["k-NN accuracy"].plot(epochs, [100 * line["knn"] for line in held_out], color="black", linewidth=2)
+    axes["k-NN accuracy"].axhline(100 * held_out[0]["knn"], color="grey", linestyle="--")
 
-    axes[1, 0].plot(epochs, values("mean", "diversity"), color="black", linewidth=2)
-    axes[1, 0].axhline(values("mean", "diversity")[0], color="grey", linestyle="--")
-    axes[1, 0].set_title("diversity of the heads, bits")
-    knn.plot(epochs, [100 * line["knn"] for line in held_out], color="black", linewidth=2)
-    knn.axhline(100 * held_out[0]["knn"], color="grey", linestyle="--")
-    knn.set_title("k-NN accuracy, %")
+    units = {"entropy": " (1: spread evenly)", "diversity": " of the heads, bits", "k-NN accuracy": ", %"}
+    legend = axes.pop("legend")
     legend.axis("off")
-    legend.legend(*axes[0, 1].get_legend_handles_labels(), loc="center", fontsize=9)
-    for axis in axes.flat[:-1]:
+    legend.legend(*axes[measured[0]].get_legend_handles_labels(), loc="center", fontsize=9)
+    for name, axis in axes.items():
+        axis.set_title(name + units.get(name, ""), fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(f"{held_out[0]['images']} validation canvases, teacher's attention\n" + caption(config), fontsize=9)
+        axis.ticklabel_format(axis="y", useOffset=False)
+    figure.suptitle(f"{held_out[0]['images']} validation images, teacher's attention\n" + caption(config), fontsize=9)
     save_figure(figure, path)
 
 
@@ -644,8 +708,12 @@ def open_image(path, image_size, patch_size):
     try:
         picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "is not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
-        raise ValueError(f"--images {path} {reason}; PNG and JPEG files are") from error
+        reason = f"cannot be read ({error})"
+        if isinstance(error, (FileNotFoundError, UnidentifiedImageError)):
+            reason = "is not there" if isinstance(error, FileNotFoundError) else "is not a picture; PNG and JPEG files are"
+        raise ValueError(f"--images {path} {reason}") from error
+    if min(picture.size) < patch_size:
+        raise ValueError(f"--images {path}: {picture.width}×{picture.height} pixels are less than a patch of {patch_size}")
     scale = image_size / max(picture.size)
     size = [max(1, round(side * scale / patch_size)) * patch_size for side in picture.size]
     pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
@@ -665,7 +733,8 @@ def parse_args(argv):
         help="ckpt.pth of train.py, a checkpoint of DINO, or a ViT state dict in its names; several are set side by side")
     add("--weights", metavar="{dino,none,FILE}",
         help="also look at weights that were not fine-tuned, on the first checkpoint's canvases, else on the paper's: "
-        "DINO's ViT-S/8, random ones, or a file (default: none are looked at)")
+        "DINO's ViT-S/8 or another of its networks by name (dino_vits16, dino_vitb8, dino_vitb16), random ones, or a file "
+        "(default: none are looked at)")
     add("--images", nargs="+", metavar="FILE", help="draw the attention over these pictures instead")
     add("--image-size", type=int, help="side in pixels that images are brought to (default: as trained, else 224)")
     add("--digits", choices=["auto", "mnist", "sklearn"], help="where digits come from (default: as trained)")
@@ -684,8 +753,8 @@ class Subject:
     backbone: vit.VisionTransformer
     epoch: int | None = None  # None: not from a run of train.py
     history: list | None = None  # the run's log
-    has_canvas: bool = True  # False: nobody knows what it was trained on, so nothing is measured
-    splits: dict | None = None  # the digits that it is shown
+    known: bool = True  # False: nobody knows what it was trained on; drawn on the paper's canvases, not measured
+    splits: dict | None = None  # the digits or photographs that it is shown
 
 
 def read_backbone(path):
@@ -699,7 +768,11 @@ def open_checkpoint(path, args):
     """The Subject in a checkpoint: its teacher, under the settings it was trained with."""
     checkpoint, backbone = read_backbone(path)
     if "config" not in checkpoint or "metrics" not in checkpoint:
-        return Subject(path, settings(PAPER_CANVAS, backbone, args), backbone, has_canvas=False)
+        config = settings(PAPER_CANVAS, backbone, args) | {"weights": os.path.basename(path)}
+        return Subject(path, config, backbone, known=False)
+    lost = [name for name in SETTINGS if name not in checkpoint["config"]] + ["epoch"] * ("epoch" not in checkpoint)
+    if lost:
+        raise ValueError(f"{path} lacks {', '.join(lost)}, which train.py writes: it is no checkpoint of this program")
     config = settings(checkpoint["config"], backbone, args)
     return Subject(path, config, backbone, checkpoint["epoch"], checkpoint["metrics"])
 
@@ -710,8 +783,9 @@ def open_weights(source, args, like=None):
         torch.manual_seed(0)
         backbone = vit.build_network(like.config).backbone if like else vit.VisionTransformer()
     else:
-        _, backbone = read_backbone(vit.dino_file() if source == "dino" else source)
-    names = (*PAPER_CANVAS, "data_root")
+        weights, heads = vit.read_weights(source)
+        backbone = vit.backbone_like(weights, source, heads)
+    names = (*PAPER_CANVAS, "dataset", "split", "background", "texture_pool", "data_root")
     config = {name: like.config[name] for name in names if name in like.config} if like else dict(PAPER_CANVAS)
     patch = backbone.patch_size
     config["image_size"] = max(1, round(config["image_size"] / patch)) * patch
@@ -726,7 +800,7 @@ def settings(config, backbone, args):
     if config["image_size"] < 1 or config["image_size"] % config["patch_size"]:
         near = max(1, round(config["image_size"] / config["patch_size"])) * config["patch_size"]
         raise ValueError(
-            f"--image-size {config['image_size']} is not a multiple of the patch size {config['patch_size']}: {near} is"
+            f"--image-size {config['image_size']} is no positive multiple of the patch size {config['patch_size']}: {near} is"
         )
     return config
 
@@ -756,13 +830,13 @@ def visualize(args):
     """Everything that `python visualize.py` does; raises ValueError or OSError on bad input."""
     subjects = [open_checkpoint(path, args) for path in args.checkpoints]
     if args.weights is not None:
-        subjects.append(open_weights(args.weights, args, next((s for s in subjects if s.has_canvas), None)))
+        subjects.append(open_weights(args.weights, args, next((s for s in subjects if s.known), None)))
     if not subjects:
         raise ValueError("nothing to look at: name a ckpt.pth, or give --weights dino, none or a file")
     device = vit.find_device(args.device)
     for subject in subjects:
         subject.backbone.to(device).eval()
-    if args.output or args.checkpoints or args.weights not in ("dino", "none"):
+    if args.output or args.checkpoints or args.weights not in ("none", *vit.DINO_FILES):
         folder = args.output or os.path.dirname(args.checkpoints[0] if args.checkpoints else args.weights) or "."
     else:
         folder = os.path.join("runs", f"weights-{args.weights}")
@@ -780,9 +854,9 @@ def visualize(args):
     load_splits(subjects, device)
     make_folder(folder)
     for subject in subjects:
-        if not subject.has_canvas:
-            print(f"{subject.name} was not trained on canvases: there are no masks to measure its attention against "
-                  f"(--weights {subject.name} measures it on the paper's)")
+        if not subject.known:
+            print(f"{subject.name} does not say what it was trained on: there are no masks of its own to measure against, "
+                  f"so it is drawn on the paper's canvases; --weights {subject.name} measures it on those")
     if len(subjects) == 1:
         look(subjects[0], folder)
     else:
@@ -790,14 +864,14 @@ def visualize(args):
 
 
 def load_splits(subjects, device):
-    """Give each subject the digits that its settings ask for; the same ones are read once."""
+    """Give each subject the digits or photographs that its settings ask for; the same ones are read once."""
     read = {}
     for subject in subjects:
         config = subject.config
-        source = config["digits"], config.get("data_root", "data")
+        source = tuple(config.get(name) for name in ("dataset", "split", "digits", "data_root"))
         if source not in read:
-            splits, found, warning = data.load_digits(*source)
-            read[source] = {name: split.to(device) for name, split in splits.items()}, found, warning
+            splits, warning = data.load_dataset(config, device)
+            read[source] = splits, config["digits"], warning
             if warning and warning not in config["fallbacks"]:
                 print(f"warning: {warning}", file=sys.stderr)
         subject.splits, config["digits"], warning = read[source]
@@ -817,14 +891,14 @@ def make_folder(folder):
 def look(subject, folder):
     """All figures and numbers of one network."""
     title = caption(subject.config, subject.epoch)
+    group, row_names = attention_over_epochs(subject)  # first, since it finds what is damaged
     if subject.history:
         draw_views(subject.config, subject.splits["train"], os.path.join(folder, "views.png"))
         if "validation" in subject.history[0]:
             draw_curves(subject.history, subject.config, os.path.join(folder, "curves.png"))
-    group, row_names = attention_over_epochs(subject)
-    path = os.path.join(folder, "attention.png")
-    draw_attention([group], path, f"{TITLE} (digit outlined green, clutter red)\n{title}", row_names)
-    if subject.has_canvas:
+    outlines = " (digit outlined green, clutter red)" if group["masks"] else ""
+    draw_attention([group], os.path.join(folder, "attention.png"), f"{TITLE}{outlines}\n{title}", row_names)
+    if subject.known:
         untrained = untrained_backbone(subject.config) if subject.history else None
         result, points, labels = report(subject, untrained, folder)
         accuracy = result["features"]["knn"]["value"]
@@ -833,54 +907,61 @@ def look(subject, folder):
 
 def attention_over_epochs(subject):
     """What `draw_attention` takes: canvases through the network, and through each epoch that the run kept."""
-    stages, device = [], subject.splits["test"].images.device
+    stages, device = [], subject.backbone.cls_token.device
     for epoch in subject.config.get("keep_epochs", []):
         path = os.path.join(os.path.dirname(subject.name), f"epoch-{epoch}.pth")
         if epoch < subject.epoch and os.path.exists(path):
             stages.append((epoch, read_backbone(path)[1].to(device)))
     if not stages:
-        return draw_canvases(subject, "", images=8), None
+        return draw_examples(subject, "", images=8), None
     stages.append((subject.epoch, subject.backbone))
     images = max(2, 12 // len(stages))
-    groups = [draw_canvases(replace(subject, backbone=network), "", images) for _, network in stages]
+    groups = [draw_examples(replace(subject, backbone=network), "", images) for _, network in stages]
     order = [(image, stage) for image in range(images) for stage in range(len(stages))]
     group = groups[0] | {
         "images": [groups[stage]["images"][image] for image, stage in order],
         "maps": [groups[stage]["maps"][image] for image, stage in order],
-        "masks": [[mask[image] for image, _ in order] for mask in groups[0]["masks"]],
+        "masks": [[mask[image] for image, _ in order] for mask in groups[0]["masks"] or []],
     }
     return group, [f"epoch {stages[stage][0]}" for _, stage in order]
 
 
 def compare(subjects, folder):
-    """The same canvases through several networks, and their numbers side by side."""
-    groups = [draw_canvases(subject, number, images=8) for subject, number in zip(subjects, numbers(subjects))]
+    """The same images through several networks, and their numbers side by side."""
+    named = list(zip(numbers(subjects), subjects))
+    groups = [draw_examples(subject, number, images=8) for number, subject in named]
     path = os.path.join(folder, "attention-compared.png")
-    draw_attention(groups, path, f"{TITLE} (digit outlined green, clutter red)\n{captions(subjects)}")
-    measured = [(number, subject) for number, subject in zip(numbers(subjects), subjects) if subject.has_canvas]
-    if not measured:
-        return
-    results, circumstances = [], []
-    for number, subject in measured:
-        result = numbers_of(subject, untrained_backbone(subject.config) if subject.history else None)
-        results.append(result | {"features": features_in_numbers(subject.config, subject.backbone, subject.splits)[0]})
-        c = subject.config
-        circumstances.append({
-            "canvas": f"{c['canvas_size']} px, clutter {c['num_distractors']}",
-            "input": f"{c['image_size']} px, patch {c['patch_size']}",
-            "digits": c["digits"],
-        })
-    print(f"\n{QUESTION}")
-    for (number, subject), result in zip(measured, results):
-        print(f"{number} {subject.name}")
-        for text in (describe(subject.config, subject.epoch), verdict(result)):
-            print(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
-    print(format_comparison([number for number, _ in measured], results, circumstances))
-    different = [key for key in circumstances[0] if len({each[key] for each in circumstances}) > 1]
-    if different:
-        print(f"\nThey differ in {' and '.join(different)}: each is measured at its own, so read across with care.")
-    print(LEGEND)
-    write_json(os.path.join(folder, "metrics-compared.json"), results)
+    draw_attention(groups, path, f"{TITLE} (of canvases: digit outlined green, clutter red)\n{captions(subjects)}")
+    results, circumstances = {}, {}
+    for number, subject in named:
+        if subject.known:
+            untrained = untrained_backbone(subject.config) if subject.history else None
+            result = results[number] = numbers_of(subject, untrained)
+            add_features(result, subject, untrained)
+            print(f"\n{number} {subject.name}\n{textwrap.fill(describe(subject.config, subject.epoch), 100)}")
+            if "matched" in result:
+                c = subject.config
+                print(textwrap.fill(f"{QUESTION} {verdict(result)}", 100))
+                circumstances[number] = {
+                    "canvas": f"{c['canvas_size']} px, clutter {c['num_distractors']}",
+                    "background": c.get("background", "black")[:18],
+                    "input": f"{c['image_size']} px, patch {c['patch_size']}",
+                    "digits": c["digits"],
+                }
+            else:
+                print(f"{format_photographs(result)}\n{format_features(result)}")
+    if circumstances:
+        columns = list(circumstances)
+        print("\n" + format_comparison(columns, [results[c] for c in columns], list(circumstances.values())))
+        shown = list(circumstances.values())
+        different = [key for key in shown[0] if len({each[key] for each in shown}) > 1]
+        if different:
+            print(f"\nThey differ in {' and '.join(different)}: each is measured at its own, so read across with care.")
+        print(LEGEND)
+    if results:
+        path = os.path.join(folder, "metrics-compared.json")
+        write_json(path, list(results.values()))
+        print(f"wrote {path}")
 
 
 def numbers(subjects):
@@ -896,23 +977,21 @@ def captions(subjects):
     return "\n".join([*lines, *dict.fromkeys(line for s in subjects for line in s.config["fallbacks"])])
 
 
-def draw_canvases(subject, name, images):
-    """A group of `draw_attention`: the first test canvases of the layout `matched`."""
+def draw_examples(subject, name, images):
+    """A group of `draw_attention`: the first test photographs, or canvases of the layout `matched`."""
     batch = next(data.evaluation_batches(subject.config, subject.splits["test"], images))
-    masks = [list(batch[region].cpu()) for region in ("digit", "clutter")]
-    inputs = [image.expand(3, -1, -1) for image in batch["images"]]
-    return draw_group(subject, name, inputs, list(batch["images"].cpu())) | {"masks": masks}
+    shown = batch["images"].expand(-1, 3, -1, -1)
+    group = draw_group(subject, name, list(shown), list(shown.movedim(1, -1).clamp(0, 1).cpu()))
+    return group | {"masks": [list(batch[region].cpu()) for region in ("digit", "clutter") if region in batch]}
 
 
 def draw_group(subject, name, pictures, images):
     """A group of `draw_attention` of pictures (3, H, W) in [0, 1], shown as `images`."""
-    device = subject.backbone.cls_token.device
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    maps = []
+    device, maps = subject.backbone.cls_token.device, []
     with naming(subject.name):
         for picture in pictures:
             grid = [side // subject.backbone.patch_size for side in picture.shape[1:]]
-            map_ = cls_maps(subject.backbone, ((picture.to(device) - mean) / std)[None])
+            map_ = cls_maps(subject.backbone, data.normalise(picture[None].to(device)))
             maps.append(map_[0].unflatten(-1, grid).cpu())
     return {"name": name, "images": images, "maps": maps, "masks": None}
 
@@ -920,7 +999,7 @@ def draw_group(subject, name, pictures, images):
 def numbers_of(subject, untrained):
     """What metrics.json holds of a network, but for its features."""
     if untrained is not None:
-        untrained.to(subject.splits["test"].images.device).eval()
+        untrained.to(subject.backbone.cls_token.device).eval()
     with naming(subject.name):
         tables = attention_in_numbers(subject.config, subject.backbone, subject.splits, untrained)
     config = dict(subject.config)
@@ -928,16 +1007,25 @@ def numbers_of(subject, untrained):
     return {"checkpoint": subject.name, "epoch": subject.epoch, "fallbacks": fallbacks, "settings": config, **tables}
 
 
-def report(subject, untrained, folder):
-    """Print the numbers of a network and write metrics.json; returns them, and the test features and labels."""
-    path = os.path.join(folder, "metrics.json")
-    result = numbers_of(subject, untrained)
-    print(f"\n{subject.name}\n{describe(subject.config, subject.epoch)}\n{format_table(result)}\n")
-    write_json(path, result)  # the features may take long
+def add_features(result, subject, untrained):
+    """Complete what `numbers_of` returned by the features; returns those of the test images, and their labels."""
     result["features"], points, labels = features_in_numbers(subject.config, subject.backbone, subject.splits)
     if untrained is not None:
         result["untrained_features"] = features_in_numbers(subject.config, untrained, subject.splits)[0]
-    print(f"{format_features(result)}\n{LEGEND}")
+    return points, labels
+
+
+def report(subject, untrained, folder):
+    """Print the numbers of a network and write metrics.json; returns them, and the test features and labels."""
+    path = os.path.join(folder, "metrics.json")
+    bank = min(BANK_IMAGES, len(subject.splits.get("bank", subject.splits["train"])))
+    print(f"measuring the attention to {TEST_IMAGES:,} images, then the features of {bank + TEST_IMAGES:,}", flush=True)
+    result = numbers_of(subject, untrained)
+    text = format_table(result) if "matched" in result else format_photographs(result)
+    print(f"\n{subject.name}\n{textwrap.fill(describe(subject.config, subject.epoch), 100)}\n{text}\n")
+    write_json(path, result)  # the features may take long
+    points, labels = add_features(result, subject, untrained)
+    print(format_features(result) + (f"\n{LEGEND}" if "matched" in result else ""))
     write_json(path, result)
     print(f"wrote {path}")
     return result, points, labels
@@ -955,6 +1043,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"visualize.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nvisualize.py: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

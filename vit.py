@@ -13,7 +13,6 @@ import http.client
 import math
 import os
 import socket
-import sys
 import tempfile
 import urllib.parse
 
@@ -22,9 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# DINO's published backbone for the paper's ViT-S/8: where it lies and how many bytes it has.
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
-DINO_BYTES = 86_728_949
+# DINO's published backbones by the names of its hub; `dino` is the paper's ViT-S/8.
+DINO_HOST = "https://dl.fbaipublicfiles.com/dino"
+DINO_FILES = {
+    "dino": "dino_deitsmall8_pretrain",
+    "dino_vits8": "dino_deitsmall8_pretrain",
+    "dino_vits16": "dino_deitsmall16_pretrain",
+    "dino_vitb8": "dino_vitbase8_pretrain",
+    "dino_vitb16": "dino_vitbase16_pretrain",
+}
+DINO_BYTES = {"dino_deitsmall8_pretrain": 86_728_949}  # of the others the size is not checked
 NO_ANSWER_SECONDS = 15  # a host that stays silent this long counts as unreachable
 
 
@@ -277,36 +283,38 @@ def build_network(config):
 # ------------------------------------------------------------------------------- the weights
 
 
-def dino_file():
-    """Path of DINO's ViT-S/8 weights in torch.hub's folder, downloaded if they are not there.
+def dino_file(name="dino"):
+    """Path of DINO's weights of that name in torch.hub's folder, downloaded if they are not there.
 
     The file gets its name only when all its bytes have come, so one that is there is whole.
     Raises OSError, with the ways out, if it cannot be had.
     """
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(DINO_URL))
+    file = DINO_FILES[name]
+    size = DINO_BYTES.get(file)
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{file}.pth")
     if os.path.exists(path):
-        if os.path.getsize(path) != DINO_BYTES:
+        if size and os.path.getsize(path) != size:
             raise OSError(
-                f"--weights dino: {path} has {os.path.getsize(path):,} bytes, not the {DINO_BYTES:,} of "
-                "DINO's ViT-S/8: delete it, so that it is fetched again"
+                f"--weights {name}: {path} has {os.path.getsize(path):,} bytes, not the {size:,} of "
+                "DINO's: delete it, so that it is fetched again"
             )
         return path
-    print(f"fetching DINO's ViT-S/8 weights to {path}", file=sys.stderr)
+    print(f"fetching DINO's weights to {path}", flush=True)
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NO_ANSWER_SECONDS)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
             part = os.path.join(folder, "part")
-            torch.hub.download_url_to_file(DINO_URL, part)
-            if os.path.getsize(part) != DINO_BYTES:
-                raise OSError(f"{os.path.getsize(part):,} bytes came, {DINO_BYTES:,} were expected")
+            torch.hub.download_url_to_file(f"{DINO_HOST}/{file}/{file}.pth", part)
+            if size and os.path.getsize(part) != size:
+                raise OSError(f"{os.path.getsize(part):,} bytes came, {size:,} were expected")
             os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-        host = urllib.parse.urlparse(DINO_URL).netloc
+        host = urllib.parse.urlparse(DINO_HOST).netloc
         raise OSError(
-            f"--weights dino: could not be fetched from {host} ({error}); use --weights none to "
-            "train from random weights, or --weights FILE with a copy of the file"
+            f"--weights {name}: could not be fetched from {host} ({error}); use --weights none for "
+            "random weights, or --weights FILE with a copy of the file"
         ) from error
     finally:
         socket.setdefaulttimeout(silence)
@@ -332,7 +340,7 @@ def read_checkpoint(path):
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         kind = type(error).__name__
         raise ValueError(
-            f"{path} is not a PyTorch checkpoint, or holds more than weights ({kind}); "
+            f"{path} is not a PyTorch checkpoint, is cut off, or holds more than weights ({kind}); "
             "one that torch.save wrote, of tensors and plain values, is wanted"
         ) from error
 
@@ -376,13 +384,20 @@ def load_backbone(backbone, weights, path):
     backbone.load_state_dict(weights)
 
 
+def shape_of(weights):
+    """What the shapes of `backbone_weights` say of the ViT: patch_size, dim, depth, pos_size."""
+    patch_size = weights["patch_embed.proj.weight"].shape[-1]
+    return {
+        "patch_size": patch_size,
+        "dim": weights["cls_token"].shape[-1],
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "pos_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size,
+    }
+
+
 def backbone_like(weights, path, heads):
     """A VisionTransformer with `weights` in it, its width, depth and patch read off their shapes."""
-    dim = weights["cls_token"].shape[-1]
-    patch_size = weights["patch_embed.proj.weight"].shape[-1]
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
-    backbone = VisionTransformer(patch_size, dim, depth, heads, pos_size=grid * patch_size)
+    backbone = VisionTransformer(**shape_of(weights), heads=heads)
     load_backbone(backbone, weights, path)
     return backbone
 
@@ -393,16 +408,23 @@ def heads_of(checkpoint, dim):
     return config["heads"] if isinstance(config, dict) and "heads" in config else max(1, dim // 64)
 
 
-def load_pretrained(backbone, source):
-    """Fill `backbone` from `--weights`: "dino" or a file that `backbone_weights` understands.
+def read_weights(source):
+    """What `--weights` names, one of DINO_FILES or a file: the backbone's state dict, and its heads.
 
-    Returns the number of heads that the weights were trained with. It does not show in their
-    shapes, so any number that divides the width loads; another one cuts q, k and v anew.
+    The number of heads does not show in the shapes, so any that divides the width loads; another
+    one cuts q, k and v anew.
     """
-    path = dino_file() if source == "dino" else source
+    path = dino_file(source) if source in DINO_FILES else source
     checkpoint = read_checkpoint(path)
-    load_backbone(backbone, backbone_weights(checkpoint, path), f"--weights {source}")
-    return heads_of(checkpoint, backbone.dim)
+    weights = backbone_weights(checkpoint, path)
+    return weights, heads_of(checkpoint, weights["cls_token"].shape[-1])
+
+
+def load_pretrained(backbone, source):
+    """Fill `backbone` from `--weights`; returns the number of heads that they were trained with."""
+    weights, heads = read_weights(source)
+    load_backbone(backbone, weights, f"--weights {source}")
+    return heads
 
 
 def find_device(name):

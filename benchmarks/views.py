@@ -19,27 +19,54 @@ import torch
 import torchvision
 import torchvision.transforms as T
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
 
-def torchvision_views(canvases, image_size):
+def torchvision_views(pictures, image_size, photos):
     """As lists of transforms are commonly written: one PIL image at a time."""
+    colours = [
+        T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+    ]
     transform = T.Compose([
         T.RandomResizedCrop(image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
         T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
+        *(colours if photos else []),
         T.RandomApply([T.GaussianBlur(23, sigma=(0.1, 2.0))], p=0.5),
-        T.Grayscale(3),
+        *([] if photos else [T.Grayscale(3)]),
         T.ToTensor(),
         T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
     ])
-    return torch.stack([transform(canvas) for canvas in canvases])
+    return torch.stack([transform(picture) for picture in pictures])
 
 
-def our_views(rng, canvases, plan, position, image_size):
-    crops = data.draw_crops(rng, plan, position, canvases.shape[-1], image_size)
-    return data.normalise(data.render_crops(canvases, crops, image_size))
+def our_views(rng, canvases, position, image_size, photos):
+    """One global crop of each of canvases (B, channels, S, S)."""
+    crops = data.draw_crops(rng, [(0, "global")], len(canvases), position, canvases.shape[-1], image_size)
+    views = canvases[:, None]
+    if photos:
+        views = data.change_colours(views, data.draw_colours(rng, (len(canvases), 1)))
+    return data.normalise(data.render_crops(views, crops, image_size, outside="reflection" if photos else "zeros"))
+
+
+def lightly_views(image_size):
+    """lightly's DINO transform of a list of pictures, two global views each; None if lightly is not installed."""
+    try:
+        from lightly.transforms import DINOTransform
+    except ImportError:
+        return None
+    transform = DINOTransform(global_crop_size=image_size, global_crop_scale=(0.5, 1.0), n_local_views=0, rr_degrees=15)
+    return lambda pictures: [transform(picture) for picture in pictures]
+
+
+def photographs(n):
+    """Crops of scikit-learn's two photographs, (n, 3, 96, 96) uint8, as large as STL-10's images."""
+    photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+    return torch.stack([photos[i % 2][:, 5 * i % 300 : 5 * i % 300 + 96, 7 * i % 500 : 7 * i % 500 + 96] for i in range(n)])
 
 
 def main():
@@ -47,35 +74,44 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32, help="the paper's batch by default")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dataset", choices=["clutter", "stl10"], default="clutter", help="stl10: with colours and flips")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    digits = data.load_digits("sklearn")[0]["train"]
-    rng = data.generator(0, "benchmark")
-    params = data.CanvasSampler(digits).draw(rng, torch.arange(args.batch_size))
-    canvases, _, _ = data.render_canvases(params, digits.images, 100)  # (B, 1, 100, 100)
-    pictures = [Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases]
-    plan = [(0, "global")]
+    rng, photos = data.generator(0, "benchmark"), args.dataset == "stl10"
+    if photos:
+        images, position = photographs(args.batch_size), None
+        canvases = images / 255  # (B, 3, 96, 96)
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    else:
+        digits = data.load_digits("sklearn")[0]["train"]
+        params = data.CanvasSampler(digits).draw(rng, torch.arange(args.batch_size))
+        canvases, position = data.render_canvases(params, digits.images, 100)[0], params["position"]  # (B, 1, 100, 100)
+        pictures = [Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases]
+    lightly = lightly_views(args.image_size) if photos else None
 
     def milliseconds_a_view(function, *arguments):
         start = time.perf_counter()
         function(*arguments)
         return 1000 * (time.perf_counter() - start) / args.batch_size
 
-    ours, theirs = [], []
-    for repeat in range(-1, args.repeats):  # the first is a warm-up
-        a = milliseconds_a_view(our_views, rng, canvases, plan, params["position"], args.image_size)
-        b = milliseconds_a_view(torchvision_views, pictures, args.image_size)
-        if repeat >= 0:
-            ours.append(a)
-            theirs.append(b)
-    ours, theirs = statistics.median(ours), statistics.median(theirs)
-    print(f"data.py      {ours:7.2f} ms a view")
-    print(f"torchvision  {theirs:7.2f} ms a view")
-    print(f"ratio        {theirs / ours:7.1f}")
+    times = {"data.py": [], "torchvision": []} | ({"lightly": []} if lightly else {})
+    for repeat in range(-5, args.repeats):  # the first ones are a warm-up
+        runs = [
+            milliseconds_a_view(our_views, rng, canvases, position, args.image_size, photos),
+            milliseconds_a_view(torchvision_views, pictures, args.image_size, photos),
+        ]
+        if lightly:
+            runs.append(milliseconds_a_view(lightly, pictures) / 2)  # it makes two views of each
+        for name, run in zip(times, runs):
+            times[name] += [run] if repeat >= 0 else []
+    medians = {name: statistics.median(runs) for name, runs in times.items()}
+    for name, median in medians.items():
+        print(f"{name:12}{median:7.2f} ms a view, {median / medians['data.py']:5.1f} times ours")
     print(json.dumps({
-        "ours_ms": round(ours, 3), "torchvision_ms": round(theirs, 3), "ratio": round(theirs / ours, 2),
-        "batch_size": args.batch_size, "image_size": args.image_size, "threads": 1,
+        "ms_a_view": {name: round(median, 3) for name, median in medians.items()},
+        "ratio": {name: round(median / medians["data.py"], 2) for name, median in medians.items() if name != "data.py"},
+        "dataset": args.dataset, "batch_size": args.batch_size, "image_size": args.image_size, "threads": 1,
         "torch": torch.__version__, "torchvision": torchvision.__version__,
     }))
 

@@ -216,7 +216,8 @@ def test_each_epoch_is_measured_on_the_same_validation_canvases(tmp_path):
 
 def test_validation_canvases_are_the_same_for_every_seed():
     splits = data.load_digits("sklearn")[0]
-    one, other = (train.Validation(config_of(*SMALL, "--seed", seed), splits) for seed in ("0", "1"))
+    device = torch.device("cpu")
+    one, other = (train.Validation(config_of(*SMALL, "--seed", seed), splits, device) for seed in ("0", "1"))
     assert torch.equal(one.canvases[0]["images"], other.canvases[0]["images"])
     crops = [v.views.render(v.drawn[0]) for v in (one, other)]
     assert torch.equal(*crops)
@@ -295,7 +296,7 @@ def test_weights_of_another_run_and_another_number_of_heads(tmp_path, capsys):
     (["--keep-epochs", "1,99"], "--keep-epochs 1,99: epochs go from 0, before the first step, to 10"),
     (["--weights", "missing.pth"], "missing.pth: no such file"),
     (["--weights", "text.pth"], "text.pth is not a PyTorch checkpoint"),
-    (["--weights", "other.pth"], "--weights other.pth: cls_token has shape (1, 1, 64)"),
+    (["--weights", "other.pth", "--patch-size", "8"], "--patch-size 8: the weights have patches of 7"),
     (["--digits", "mnist", "--data-root", "nowhere"], "no MNIST in nowhere/MNIST/raw"),
     (["--device", "cuda:77"], "--device cuda:77 is not to be had here"),
     (["--output", "taken"], "--output taken already holds a run"),

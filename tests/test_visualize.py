@@ -381,6 +381,24 @@ def test_the_verdict_is_in_plain_words(mean, best, says):
     assert ("But head" in text) == (best is not None)
 
 
+def test_attention_on_the_background_is_told():
+    result = result_of((0.8, 0.7, 0.9))
+    result["matched"]["mean"]["digit_density"] = {"value": 0.3, "low": 0.2, "high": 0.4, "images": 9}
+    assert visualize.verdict(result).startswith("No, it looks past the ink: attention on the digit is 0.30 times")
+
+
+def test_the_verdict_says_when_ranks_do_not_agree():
+    result = result_of((1.9, 1.8, 2.0))
+    assert "By auroc, ranks alone, it is not above brightness (0.25, 0.25)." in visualize.verdict(result)
+    result["matched"]["mean"]["auroc"] = {"value": 0.7, "low": 0.69, "high": 0.71, "images": 9}
+    assert "By auroc" not in visualize.verdict(result)
+
+
+def test_above_is_what_the_printed_intervals_say():
+    result = result_of((1.004, 1.0041, 1.005), shuffled=(1.001, 0.999, 1.0039))
+    assert not visualize.above(result["matched"], "mean", "shuffled")
+
+
 def test_above_brightness_but_not_above_shuffled_is_no_yes():
     assert visualize.verdict(result_of((1.9, 1.8, 2.0), shuffled=(1.8, 1.7, 1.9))).startswith("No: attention 1.90")
 
@@ -483,8 +501,11 @@ def test_pictures_keep_their_shape_and_fit_the_patches(tmp_path):
     image = visualize.open_image(tmp_path / "wide.png", 56, 7)
     assert image.shape == (3, 21, 56)  # 22.4 is nearest to three patches
     torch.testing.assert_close(image.mean((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
-    Image.new("L", (3, 900)).save(tmp_path / "thin.png")
+    Image.new("L", (7, 900)).save(tmp_path / "thin.png")
     assert visualize.open_image(tmp_path / "thin.png", 56, 7).shape == (3, 56, 7)
+    Image.new("L", (6, 900)).save(tmp_path / "thinner.png")
+    with pytest.raises(ValueError, match="thinner.png: 6×900 pixels are less than a patch of 7"):
+        visualize.open_image(tmp_path / "thinner.png", 56, 7)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -573,7 +594,7 @@ def test_attention_over_training_has_a_row_an_epoch(run_folder, tmp_path):
     assert not torch.equal(group["images"][0], group["images"][3])
     untrained = vit.build_network(subject.config).backbone
     for row, network in ((0, untrained), (2, subject.backbone), (3, untrained)):
-        maps = visualize.cls_maps(network, data.normalise(group["images"][row])[None])[0]
+        maps = visualize.cls_maps(network, data.normalise(group["images"][row].movedim(-1, 0))[None])[0]
         torch.testing.assert_close(group["maps"][row].flatten(1), maps, atol=1e-6, rtol=1e-4)
     assert not torch.allclose(group["maps"][0], group["maps"][2], atol=1e-6)
     (tmp_path / "ckpt.pth").write_bytes((run_folder / "ckpt.pth").read_bytes())  # carried off alone
@@ -637,8 +658,18 @@ def test_a_checkpoint_without_a_canvas_is_drawn_and_not_measured(look_at, tmp_pa
 
     torch.save(tiny().state_dict(), tmp_path / "bare.pth")
     status, printed, out = look_at(tmp_path / "bare.pth", "--image-size", "64", "--digits", "sklearn")
-    assert status == 0 and "there are no masks to measure its attention against" in printed.out
+    assert status == 0 and "there are no masks of its own to measure against" in printed.out
     assert [p.name for p in out.iterdir()] == ["attention.png"]
+
+
+@pytest.mark.parametrize("lost", ["canvas_size", "loss", "dim", "epoch"])
+def test_a_checkpoint_that_lost_a_setting_is_told(run_folder, look_at, tmp_path, lost):
+    checkpoint = vit.read_checkpoint(run_folder / "ckpt.pth")
+    del (checkpoint if lost == "epoch" else checkpoint["config"])[lost]
+    torch.save(checkpoint, tmp_path / "lost.pth")
+    status, printed, out = look_at(tmp_path / "lost.pth")
+    assert status == 2 and f"lost.pth lacks {lost}" in printed.err and printed.err.count("\n") == 1
+    assert not out.exists()
 
 
 def test_attention_that_is_not_finite_names_its_checkpoint(run_folder, look_at, tmp_path):
@@ -711,7 +742,7 @@ def test_round_trip_as_dinos_script_reads(tmp_path):
     (["text.pth"], "text.pth is not a PyTorch checkpoint"),
     (["CKPT", "--images", "text.pth"], "--images text.pth is not a picture"),
     (["CKPT", "--images", "missing.png"], "--images missing.png"),
-    (["CKPT", "--image-size", "50"], "--image-size 50 is not a multiple of the patch size 7"),
+    (["CKPT", "--image-size", "50"], "--image-size 50 is no positive multiple of the patch size 7: 49 is"),
     (["CKPT", "--digits", "mnist", "--data-root", "nowhere"], "no MNIST in nowhere"),
     (["CKPT", "--device", "cuda:77"], "--device cuda:77"),
     (["."], ".: is a folder"),

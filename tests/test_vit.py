@@ -231,8 +231,8 @@ def hub(tmp_path, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(vit, "DINO_URL", f"http://127.0.0.1:{server.server_port}/dino_deitsmall8_pretrain.pth")
-    monkeypatch.setattr(vit, "DINO_BYTES", len(content))
+    monkeypatch.setattr(vit, "DINO_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(vit, "DINO_BYTES", {"dino_deitsmall8_pretrain": len(content)})
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     served.folder = tmp_path / "hub" / "checkpoints"
     served.stop = lambda: (server.shutdown(), server.server_close())
@@ -281,7 +281,7 @@ def test_a_server_that_never_answers_counts_as_unreachable(hub, monkeypatch):
 
     silent = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setattr(vit, "NO_ANSWER_SECONDS", 0.3)
-    monkeypatch.setattr(vit, "DINO_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/dino_deitsmall8_pretrain.pth")
+    monkeypatch.setattr(vit, "DINO_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
     with pytest.raises(OSError, match="could not be fetched"):
         vit.load_pretrained(tiny(), "dino")
     silent.close()
