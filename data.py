@@ -589,7 +589,7 @@ def gaussian_blur(x, sigma, max_sigma):
     some = (sigma > 0).nonzero()[:, 0]  # known on the CPU: the device is not asked
     if len(some) == 0:
         return x
-    radius = min(math.ceil(6 * max_sigma), x.shape[-1] - 1)  # what lies beyond counts for nothing
+    radius = min(math.ceil(5 * max_sigma), x.shape[-1] - 1)  # what lies beyond counts for nothing
     distance = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (distance / sigma[some, None]) ** 2)  # (b, 2·radius + 1)
     kernel[kernel < 1e-9] = 0  # numbers too small for float32's normal range make a CPU ten times slower
@@ -637,7 +637,8 @@ def change_colours(photos, params):
 
 def grey(x):
     """Luminance of (…, 3, h, w), as (…, 1, h, w)."""
-    return (x * torch.tensor([0.2989, 0.587, 0.114], device=x.device)[:, None, None]).sum(-3, keepdim=True)
+    r, g, b = x.split(1, dim=-3)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def turn_hue(x, turn):
@@ -645,10 +646,12 @@ def turn_hue(x, turn):
     r, g, b = x.split(1, dim=-3)
     value, least = x.amax(-3, keepdim=True), x.amin(-3, keepdim=True)
     chroma = value - least
-    sixth = torch.where(value == r, (g - b), torch.where(value == g, b - r, r - g)) / chroma.clamp(min=1e-12)
-    sixth = sixth + torch.where(value == r, 0.0, torch.where(value == g, 2.0, 4.0)) + 6 * turn
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + sixth) % 6  # red, green, blue
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    scale = 1 / chroma.clamp(min=1e-12)
+    sixth = torch.where(
+        value == r, (g - b) * scale, torch.where(value == g, (b - r) * scale + 2, (r - g) * scale + 4)
+    ) + 6 * turn
+    k = (sixth + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]).remainder_(6)  # red, green, blue
+    return torch.addcmul(value, chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
 def normalise(x):
