@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 
 NO_ANSWER_SECONDS = 15  # a host that stays silent this long counts as unreachable
 MIN_WINDOW_INK = 5  # ink pixels a distractor must hold
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what DINO's weights were trained to expect
 IMAGENET_STD = (0.229, 0.224, 0.225)

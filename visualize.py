@@ -691,12 +691,12 @@ def draw_curves(history, config, path):
     save_figure(figure, path)
 
 
-def draw_tsne(points, labels, accuracy, path, title):
+def draw_tsne(points, labels, accuracy, path, title, classes=range(10)):
     """tsne.png: features (n, dim) in the plane, coloured by class (section III.A, perplexity 20)."""
     plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.numpy())
     figure, axis = plt.subplots(figsize=(6, 6.4), layout="constrained")
     dots = axis.scatter(*plane.T, c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
-    figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
+    figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8).ax.set_yticklabels(classes)
     axis.set_xticks([])
     axis.set_yticks([])
     figure.suptitle(f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%\n{title}", fontsize=8)
@@ -902,7 +902,8 @@ def look(subject, folder):
         untrained = untrained_backbone(subject.config) if subject.history else None
         result, points, labels = report(subject, untrained, folder)
         accuracy = result["features"]["knn"]["value"]
-        draw_tsne(points, labels, accuracy, os.path.join(folder, "tsne.png"), title)
+        classes = data.STL10_CLASSES if subject.config.get("dataset") == "stl10" else range(10)
+        draw_tsne(points, labels, accuracy, os.path.join(folder, "tsne.png"), title, classes)
 
 
 def attention_over_epochs(subject):

@@ -217,7 +217,8 @@ def test_views_with_textures(digits, views):
     crops = maker.render(params)
     assert crops.shape == (2, 8, 3, 56, 56)
     assert torch.equal(maker.render({k: v[2:5] for k, v in params.items()}), crops[:, 2:5])
-    assert data.denormalise(crops).amin((-1, -2)).max() > 0.02  # no black anywhere on some: mirrored beyond the canvas
+    corners = data.denormalise(crops)[..., 0, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners < 1e-3).double().mean() < 0.05  # beyond the canvas the texture is mirrored, not black
     if views == "different":
         assert not torch.equal(params["wave"][:, 0], params["wave"][:, 1])
 

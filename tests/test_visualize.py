@@ -339,6 +339,32 @@ def test_heads_mean_and_untrained_are_rows_of_their_own(splits, monkeypatch):
     assert table["mean"]["diversity"]["value"] == pytest.approx(1) and table["untrained"]["diversity"]["value"] is None
 
 
+def test_selectivity_is_over_images_that_have_clutter(monkeypatch):
+    """A canvas without any, looked at wherever, does not count."""
+    image = torch.zeros(2, 1, 56, 56)
+    digit, clutter = torch.zeros(2, 2, 56, 56, dtype=torch.bool)
+    digit[:, :7, :7] = clutter[0, 7:14, :7] = True
+    maps = torch.stack([torch.full((3, 64), 1 / 64), on(0)[0].expand(3, -1)])
+    monkeypatch.setattr(visualize, "cls_maps", lambda network, images: maps)
+    batch = {"images": image, "digit": digit, "clutter": clutter, "index": torch.arange(2)}
+    row = visualize.measure(vit.build_network(laptop()).backbone, [batch], resamples=10)["mean"]
+    assert row["selectivity"]["value"] == pytest.approx(1) and row["selectivity"]["images"] == 1
+    assert row["digit_density"]["value"] == pytest.approx((1 + 64) / 2) and row["digit_density"]["images"] == 2
+
+
+def test_the_best_head_is_the_most_selective_on_validation(monkeypatch):
+    selectivity = {"validation split": (1.0, 3.0, 2.0), "test split": (5.0, 1.0, 0.5)}
+
+    def measure(backbone, split, *args, **kwargs):
+        return {f"head_{h}": {"selectivity": {"value": s}} for h, s in enumerate(selectivity[split], 1)}
+
+    monkeypatch.setattr(visualize, "canvases", lambda config, backbone, split, *args: split)
+    monkeypatch.setattr(visualize, "measure", measure)
+    splits = {name: f"{name} split" for name in ("validation", "test")}
+    result = visualize.attention_in_numbers(laptop(), vit.build_network(laptop()).backbone, splits)
+    assert result["best_head"] == "head_2" and result["matched"]["head_1"]["selectivity"]["value"] == 5
+
+
 def test_attention_that_is_not_finite_is_refused():
     backbone = vit.VisionTransformer(7, 24, 2, 3, 56)
     with torch.no_grad():
