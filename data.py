@@ -197,8 +197,8 @@ def read_stl10(folder, name):
     if name != "unlabeled":
         labels = np.fromfile(os.path.join(folder, f"{name}_y.bin"), dtype=np.uint8).astype(np.int64) - 1
         if len(labels) != n or not (0 <= labels.min() and labels.max() <= 9):
-            raise OSError(f"{folder}/{name}_y.bin is damaged: a label from 1 to 10 for each of the {n:,} images of "
-                          f"{name}_X.bin is wanted; delete both, so that they are fetched again")
+            raise OSError(f"{folder}/{name}_y.bin or {name}_X.bin is damaged: {len(labels):,} labels, of which each "
+                          f"must be 1 to 10, for {n:,} images; delete both, so that they are fetched again")
     images = np.memmap(path, dtype=np.uint8, mode="c", shape=(n, 3, 96, 96))
     return Split(torch.from_numpy(images).mT, torch.from_numpy(labels))
 
@@ -219,7 +219,7 @@ def draw_digits(seed, step, n, batch_size):
     batch, where it would be its own negative.
     """
     if batch_size > n:
-        raise ValueError(f"--batch-size {batch_size} is larger than the data set of {n:,} digits: at most {n:,}")
+        raise ValueError(f"--batch-size {batch_size} is larger than the data set of {n:,} images: at most {n:,}")
     epoch, k = divmod(step, n // batch_size)
     return torch.randperm(n, generator=generator(seed, "order", epoch))[k * batch_size : (k + 1) * batch_size]
 
@@ -458,11 +458,11 @@ def read_folder(folder, size, least=8):
     for file in files:
         try:
             image = Image.open(file).convert("L")
-            if min(image.size) < least:
-                raise ValueError(f"{image.width}×{image.height} pixels are too few, {least} a side the least")
-            images.append(np.asarray(ImageOps.fit(image, (size, size))))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"--background {folder}: {file} cannot be read ({one_line(error)})") from error
+        if min(image.size) < least:
+            raise ValueError(f"--background {folder}: {file} is too small, {image.width}×{image.height} pixels; {least} a side do")
+        images.append(np.asarray(ImageOps.fit(image, (size, size))))
     return torch.from_numpy(np.stack(images))
 
 
@@ -551,7 +551,7 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
         canvases: (B, C, channels, S, S) float32, the canvas of each crop.
         crops: as `draw_crops` returns, or any rows of it.
         max_blur: the largest sigma that they were drawn from, pixels at 224.
-        outside: what lies beyond the canvas, "zeros" (black) or "reflection".
+        outside: what lies beyond the canvas, "zeros" (black), "reflection" or "border" (its last pixels).
 
     Returns (B, C, channels, image_size, image_size) float32 in [0, 1].
     """
@@ -776,4 +776,4 @@ def whole(images, image_size):
         "angle": torch.zeros(b, 1),
         "sigma": torch.zeros(b, 1),
     }
-    return render_crops(images[:, None], crops, image_size)[:, 0]
+    return render_crops(images[:, None], crops, image_size, outside="border")[:, 0]

@@ -141,8 +141,8 @@ def parse_args(argv):
     add("--patch-size", type=int, help=f"side of a patch, pixels; section III {default('patch_size')}")
     add("--heads", type=int, help=f"attention heads a block; section IV {default('heads')}")
     add("--batch-size", type=int, help=f"images a step; section III {default('batch_size')}")
-    add("--epochs", type=int, help=f"length of the run; figure 4 {default('epochs')}")
-    add("--images-per-epoch", type=int, help=f"section II.C {default('images_per_epoch')}")
+    add("--epochs", type=int, help=f"length of the run; figure 4 {default('epochs')[:-1]}; with stl10 paper 10, figures 2, 3]")
+    add("--images-per-epoch", type=int, help=f"section II.C {default('images_per_epoch')[:-1]}; with stl10 paper 100000]")
     add("--lr", type=float, help="peak learning rate; section III [paper 0.0005 × batch/64, laptop "
         f"{PRESETS['laptop']['base_lr']} × batch/64; above batch 256 by the square root from there]")
     add("--temperature", type=float, help="τ of eq. (3), τ_s of eq. (1); section III [0.1; laptop with nce "
@@ -153,8 +153,8 @@ def parse_args(argv):
         help="of autocast; auto: bfloat16 where the device has it, else float16 on CUDA, else float32 [auto]")
     add("--keep-epochs", default="", metavar="1,5,10",
         help="keep the teacher after these epochs too, so that visualize.py shows its attention over training [none]")
-    add("--data-root", default="data", help="folder that holds, or will hold, MNIST/raw/ [data]")
-    add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, then -2, -3]")
+    add("--data-root", default="data", help="folder that holds, or will hold, MNIST/raw/ or stl10_binary/ [data]")
+    add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, of textures …-texture; then -2, -3]")
     return parser.parse_args(argv)
 
 
@@ -193,7 +193,7 @@ def make_config(args, shape=None):
     if not set(c["keep_epochs"]) <= set(range(c["epochs"] + 1)):
         raise ValueError(f"--keep-epochs {args.keep_epochs}: epochs go from 0, before the first step, to {c['epochs']}")
     if c["dataset"] == "stl10" and c["views"] == "different":
-        raise ValueError("--views different needs two canvases with one digit, a photograph of stl10 is one: --views same")
+        raise ValueError("--views different shows a digit on two canvases; stl10 has one photograph of a thing: --views same")
     if c["dataset"] == "stl10" and c["background"] != "black":
         raise ValueError("--background is for --dataset clutter: photographs have their own")
     if c["texture_pool"] < 0 or (c["texture_pool"] and c["background"] != "texture"):
@@ -450,7 +450,7 @@ def prepare(args):
         config = make_config(args, vit.shape_of(weights) | {"heads": heads})  # its width and depth are theirs
         if heads != config["heads"]:
             config["fallbacks"].append(
-                f"--heads {config['heads']}: the q, k and v of --weights {config['weights']} were trained for {heads}"
+                f"--heads {config['heads']}: the q, k and v of --weights {config['weights']} count as {heads}"
             )
     student = vit.build_network(config)
     if weights:

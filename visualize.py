@@ -531,8 +531,8 @@ def format_comparison(names, results, circumstances):
 
 def caption(config, epoch=None):
     """What a figure was made from, with everything that was replaced on the way."""
-    replaced = [textwrap.fill(textwrap.shorten(line, 160), 80) for line in config["fallbacks"]]
-    return "\n".join([describe(config, epoch), *replaced])
+    replaced = [textwrap.fill(textwrap.shorten(line, 160), 88) for line in config["fallbacks"]]
+    return "\n".join([textwrap.fill(describe(config, epoch), 88), *replaced])
 
 
 def describe(config, epoch=None):
@@ -653,6 +653,8 @@ def draw_curves(history, config, path):
         axis.remove()
     axes = dict(zip(panels, axes.flat))
 
+    colours = plt.get_cmap("tab10" if len(heads) <= 10 else "tab20")
+
     def values(row, name):
         return [line[row][name] if line[row][name] is not None else math.nan for line in held_out]
 
@@ -663,7 +665,7 @@ def draw_curves(history, config, path):
     axes["loss"].legend(fontsize=8)
     for name in measured:
         for number, head in enumerate(heads if len(heads) > 1 else []):
-            axes[name].plot(epochs, values(head, name), color=f"C{number}", linewidth=1, label=head.replace("_", " "))
+            axes[name].plot(epochs, values(head, name), color=colours(number), linewidth=1, label=head.replace("_", " "))
         axes[name].plot(epochs, values("mean", name), color="black", linewidth=2, label="mean of heads")
         axes[name].axhline(values("mean", name)[0], color="grey", linestyle="--", label="untrained")
         if name != "entropy":
@@ -681,7 +683,8 @@ def draw_curves(history, config, path):
     units = {"entropy": " (1: spread evenly)", "diversity": " of the heads, bits", "k-NN accuracy": ", %"}
     legend = axes.pop("legend")
     legend.axis("off")
-    legend.legend(*axes[measured[0]].get_legend_handles_labels(), loc="center", fontsize=9)
+    handles, names = axes[measured[0]].get_legend_handles_labels()
+    legend.legend(handles, names, loc="center", fontsize=9, ncols=1 if len(names) <= 12 else 2)
     for name, axis in axes.items():
         axis.set_title(name + units.get(name, ""), fontsize=11)
         axis.set_xlabel("epoch")
@@ -738,7 +741,8 @@ def parse_args(argv):
     add("--images", nargs="+", metavar="FILE", help="draw the attention over these pictures instead")
     add("--image-size", type=int, help="side in pixels that images are brought to (default: as trained, else 224)")
     add("--digits", choices=["auto", "mnist", "sklearn"], help="where digits come from (default: as trained)")
-    add("--data-root", help="folder that holds MNIST/raw/ (default: as trained, else data)")
+    add("--background", metavar="{black,texture,DIR}", help="what lies behind digit and clutter (default: as trained)")
+    add("--data-root", help="folder that holds MNIST/raw/ or stl10_binary/ (default: as trained, else data)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--output", help="folder for what is written (default: the first checkpoint's, or runs/weights-…)")
     return parser.parse_args(argv)
@@ -795,7 +799,7 @@ def open_weights(source, args, like=None):
 def settings(config, backbone, args):
     """A checkpoint's settings with the flags over them; ValueError for an image size that does not fit."""
     config = {"fallbacks": [], **config, "patch_size": backbone.patch_size, "heads": backbone.heads}
-    flags = {name: getattr(args, name) for name in ("image_size", "digits", "data_root")}
+    flags = {name: getattr(args, name) for name in ("image_size", "digits", "background", "data_root")}
     config |= {name: value for name, value in flags.items() if value is not None}
     if config["image_size"] < 1 or config["image_size"] % config["patch_size"]:
         near = max(1, round(config["image_size"] / config["patch_size"])) * config["patch_size"]
@@ -875,6 +879,8 @@ def load_splits(subjects, device):
             if warning and warning not in config["fallbacks"]:
                 print(f"warning: {warning}", file=sys.stderr)
         subject.splits, config["digits"], warning = read[source]
+        if config.get("background", "black") not in ("black", "texture"):
+            data.Background(config, "test", device)  # raises if its folder is not where it was
         if warning and warning not in config["fallbacks"]:
             config["fallbacks"] = [*config["fallbacks"], warning]
 
@@ -932,7 +938,8 @@ def compare(subjects, folder):
     named = list(zip(numbers(subjects), subjects))
     groups = [draw_examples(subject, number, images=8) for number, subject in named]
     path = os.path.join(folder, "attention-compared.png")
-    draw_attention(groups, path, f"{TITLE} (of canvases: digit outlined green, clutter red)\n{captions(subjects)}")
+    outlines = " (digit outlined green, clutter red)" if any(group["masks"] for group in groups) else ""
+    draw_attention(groups, path, f"{TITLE}{outlines}\n{captions(subjects)}")
     results, circumstances = {}, {}
     for number, subject in named:
         if subject.known:
@@ -1020,7 +1027,7 @@ def report(subject, untrained, folder):
     """Print the numbers of a network and write metrics.json; returns them, and the test features and labels."""
     path = os.path.join(folder, "metrics.json")
     bank = min(BANK_IMAGES, len(subject.splits.get("bank", subject.splits["train"])))
-    print(f"measuring the attention to {TEST_IMAGES:,} images, then the features of {bank + TEST_IMAGES:,}", flush=True)
+    print(f"measuring the attention to test images, then the features of {bank:,} training images and theirs", flush=True)
     result = numbers_of(subject, untrained)
     text = format_table(result) if "matched" in result else format_photographs(result)
     print(f"\n{subject.name}\n{textwrap.fill(describe(subject.config, subject.epoch), 100)}\n{text}\n")

@@ -74,8 +74,8 @@ def test_photographs_stay_bytes_and_are_mapped(stl10):
 
 @pytest.mark.parametrize("file,change,says", [
     ("unlabeled_X.bin", lambda raw: raw[:-1], "unlabeled_X.bin is damaged: 1,105,919 bytes"),
-    ("test_X.bin", lambda raw: raw[: -3 * 96 * 96], "test_y.bin is damaged: a label from 1 to 10 for each of the 79"),
-    ("train_y.bin", lambda raw: b"\0" + raw[1:], "train_y.bin is damaged"),
+    ("test_X.bin", lambda raw: raw[: -3 * 96 * 96], "test_y.bin or test_X.bin is damaged: 80 labels, .* for 79 images"),
+    ("train_y.bin", lambda raw: b"\0" + raw[1:], "train_y.bin or train_X.bin is damaged"),
     ("train_X.bin", lambda raw: b"", "train_X.bin is damaged: 0 bytes"),
 ])
 def test_damaged_files_are_told(tmp_path, file, change, says):
@@ -136,6 +136,13 @@ def settings(**changes):
         "num_distractors": 3, "distractor_size": 9, "global_crops_scale": (0.5, 1.0), "local_crops_scale": (0.1, 0.4),
         "rotation": 15.0, "blur": (0.1, 2.0),
     } | changes
+
+
+@pytest.mark.parametrize("image_size", [56, 84, 112, 224])
+def test_whole_images_have_no_rim(image_size):
+    """Brought to another size, a white image is white to its last pixel."""
+    white = torch.ones(1, 3, 96, 96)
+    torch.testing.assert_close(data.whole(white, image_size), torch.ones(1, 3, image_size, image_size))
 
 
 def test_views_of_photographs(stl10):
@@ -236,7 +243,7 @@ def test_a_folder_of_images_lies_behind(tmp_path, digits):
 @pytest.mark.parametrize("make,says", [
     (lambda folder: None, "no image"),
     (lambda folder: (folder / "a.png").write_text("no"), "a.png cannot be read"),
-    (lambda folder: Image.new("L", (4, 90)).save(folder / "a.png"), "a.png cannot be read .4×90 pixels are too few"),
+    (lambda folder: Image.new("L", (4, 90)).save(folder / "a.png"), "a.png is too small, 4×90 pixels; 8 a side do"),
     (lambda folder: folder.rmdir(), "there is no such folder"),
 ])
 def test_folders_of_no_use_are_told(tmp_path, make, says):
@@ -312,7 +319,7 @@ def test_weights_prescribe_width_depth_and_patch(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags,says", [
-    (["--dataset", "stl10", "--views", "different"], "--views different needs two canvases"),
+    (["--dataset", "stl10", "--views", "different"], "--views different shows a digit on two canvases"),
     (["--dataset", "stl10", "--background", "texture"], "--background is for --dataset clutter"),
     (["--dataset", "stl10", "--data-root", "nowhere"], "no STL-10 in nowhere/stl10_binary"),
     (["--background", "nowhere"], "--background nowhere: there is no such folder"),
