@@ -24,20 +24,22 @@ class NCELoss(nn.Module):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student, teacher, pairs):
-        """Mean over pairs and images: a scalar, in nats.
+    def forward(self, student, teacher, pairs, first=0):
+        """Mean over pairs and the student's images: a scalar, in nats.
 
         Args:
-            student: (student crops, B, dim), the student's projections.
+            student: (student crops, b, dim), the student's projections of b of the B images.
             teacher: (teacher crops, B, dim), the teacher's; no gradient flows into them.
             pairs: list of (i, j): student crop i against teacher crop j.
+            first: the place in the batch of the student's first image. All negatives come from
+                the teacher, so the student's images may be computed a few at a time.
         """
         student = F.normalize(student, dim=-1)
         teacher = F.normalize(teacher.detach(), dim=-1)
-        own_image = torch.arange(student.shape[1], device=student.device)
+        own_image = first + torch.arange(student.shape[1], device=student.device)
         total = 0
         for i, j in pairs:
-            similarity = student[i] @ teacher[j].T / self.temperature  # (B, B), positives on the diagonal
+            similarity = student[i] @ teacher[j].T / self.temperature  # (b, B)
             total = total + F.cross_entropy(similarity, own_image)
         return total / len(pairs)
 
@@ -78,9 +80,9 @@ class DINOLoss(nn.Module):
         return total / len(pairs)
 
     @torch.no_grad()
-    def update_center(self, teacher):
-        """Move the centre towards the mean of this step's teacher logits, (crops, B, K).
+    def update_center(self, mean):
+        """Move the centre towards `mean` (K,), that of this step's teacher logits over crops and images.
 
         Apart from `forward`, so that a step computed in pieces uses one centre throughout.
         """
-        self.center.lerp_(teacher.mean(dim=(0, 1)).to(self.center), 1 - self.center_momentum)
+        self.center.lerp_(mean.to(self.center), 1 - self.center_momentum)

@@ -141,6 +141,10 @@ def parse_args(argv):
     add("--patch-size", type=int, help=f"side of a patch, pixels; section III {default('patch_size')}")
     add("--heads", type=int, help=f"attention heads a block; section IV {default('heads')}")
     add("--batch-size", type=int, help=f"images a step; section III {default('batch_size')}")
+    add("--micro-batch", type=int,
+        help="images computed at a time: the gradient of the whole batch in the memory of so many; section IV [all]")
+    add("--checkpoint-blocks", action="store_true",
+        help="keep no activations inside the blocks but compute them again: less memory, a third more time")
     add("--epochs", type=int, help=f"length of the run; figure 4 {default('epochs')[:-1]}; with stl10 paper 10, figures 2, 3]")
     add("--images-per-epoch", type=int, help=f"section II.C {default('images_per_epoch')[:-1]}; with stl10 paper 100000]")
     add("--lr", type=float, help="peak learning rate; section III [paper 0.0005 × batch/64, laptop "
@@ -174,7 +178,7 @@ def make_config(args, shape=None):
     if args.dataset == "stl10":
         defaults |= with_stl10
     defaults |= shape or {}
-    config = {**COMMON, **defaults, **flags, "preset": preset, "fallbacks": []}
+    config = {**COMMON, **defaults, "micro_batch": 0, **flags, "preset": preset, "fallbacks": []}
     c = config
     if args.crops is None:
         c["crops"] = c["same_crops"] if c["views"] == "same" else 1
@@ -183,6 +187,8 @@ def make_config(args, shape=None):
     for name in ("image_size", "patch_size", "heads", "batch_size", "epochs", "images_per_epoch", "lr", "temperature"):
         if not (c[name] > 0 and math.isfinite(c[name])):
             raise ValueError(f"{flag(name)} {c[name]} must be above 0")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        raise ValueError(f"--micro-batch {args.micro_batch} must be above 0")
     if c["image_size"] % c["patch_size"]:
         near = max(1, round(c["image_size"] / c["patch_size"])) * c["patch_size"]
         raise ValueError(f"--image-size {c['image_size']} is not divisible by --patch-size {c['patch_size']}: {near} is")
@@ -264,24 +270,48 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def loss_of(config, loss_fn, student, teacher, crops, views, progress):
-    """The loss of a batch, and the teacher's outputs (crops, B, dim).
-
-    `crops` is what `views` rendered; `progress`, from 0 to 1, is how much of the run is done.
-    """
+def embed(config, network, crops, numbers):
+    """The crops of these numbers, each (B, 3, H, W), through a network in one pass: (len(numbers), B, dim)."""
     dtype = autocast_dtype(config["precision"], crops.device)
+    with torch.autocast(crops.device.type, dtype, enabled=dtype != torch.float32):
+        out = network(torch.cat([crops[i] for i in numbers]))
+    out = out if out.dtype == torch.float64 else out.float()  # the losses divide by small temperatures
+    return out.unflatten(0, (len(numbers), -1))
 
-    def embed(network, numbers):  # crops (B, 3, H, W) of these numbers to (crops, B, dim), all in one pass
-        with torch.autocast(crops.device.type, dtype, enabled=dtype != torch.float32):
-            out = network(torch.cat([crops[i] for i in numbers]))
-        return out.float().unflatten(0, (len(numbers), -1))  # the losses divide by small temperatures
 
-    with torch.no_grad():
-        targets = embed(teacher, views.teacher)
-    outputs = embed(student, views.student)
-    if config["loss"] == "nce":
-        return loss_fn(outputs, targets, views.pairs), targets
-    return loss_fn(outputs, targets, views.pairs, teacher_temperature(config, progress)), targets
+def loss_of(config, loss_fn, student, teacher, views, params, progress, backward=None):
+    """The loss of the batch that `params` describe, computed `micro_batch` images at a time.
+
+    The pieces give exactly the loss and the gradient of the whole. NCE compares each image with
+    all others, but those come from the teacher, which has no gradient: its projections of the
+    whole batch come first, a few numbers an image. The images are rendered again for the student
+    rather than kept. `progress`, from 0 to 1, is how much of the run is done; `backward` is called
+    with the loss of each piece.
+
+    Returns the loss, detached, and with DINO the mean of the teacher's logits (K,), else None.
+    """
+    images = len(params["centre"])
+    size = min(config["micro_batch"] or images, images)
+    pieces = [{name: value[i : i + size] for name, value in params.items()} for i in range(0, images, size)]
+    keys, loss, logits = None, 0.0, 0.0
+    if config["loss"] == "nce" and len(pieces) > 1:
+        with torch.no_grad():
+            keys = torch.cat([embed(config, teacher, views.render(piece), views.teacher) for piece in pieces], dim=1)
+    for k, piece in enumerate(pieces):
+        crops = views.render(piece)
+        with torch.no_grad():
+            targets = embed(config, teacher, crops, views.teacher) if keys is None else keys
+        outputs = embed(config, student, crops, views.student)
+        if config["loss"] == "nce":
+            part = loss_fn(outputs, targets, views.pairs, first=k * size)
+        else:
+            part = loss_fn(outputs, targets, views.pairs, teacher_temperature(config, progress))
+            logits = logits + targets.sum(dim=(0, 1)) / (len(targets) * images)
+        part = part * (len(piece["centre"]) / images)
+        if backward:
+            backward(part)
+        loss = loss + part.detach()
+    return loss, logits if config["loss"] == "dino" else None
 
 
 class Validation:
@@ -305,7 +335,7 @@ class Validation:
     def __call__(self, student, teacher, loss_fn, progress):
         """The validation loss, the teacher's attention in numbers, and its k-NN accuracy, for log.jsonl."""
         losses = [
-            loss_of(self.config, loss_fn, student, teacher, self.views.render(params), self.views, progress)[0].item()
+            loss_of(self.config, loss_fn, student, teacher, self.views, params, progress)[0].item()
             for params in self.drawn
         ]
         table = visualize.measure(teacher.backbone, self.canvases, resamples=0)
@@ -332,6 +362,7 @@ def train(config, student, splits, folder):
     views = data.TrainingViews(c, splits["train"], device=device)
     validate = Validation(c, splits, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
+    student.backbone.checkpoint_blocks = c["checkpoint_blocks"]
     optimizer = make_optimizer(student)
     loss_fn = (NCELoss(c["temperature"]) if c["loss"] == "nce" else DINOLoss(c["out_dim"], c["temperature"])).to(device)
     dtype = autocast_dtype(c["precision"], device)
@@ -368,13 +399,12 @@ def train(config, student, splits, folder):
             optimizer.param_groups[0]["weight_decay"] = cosine(c["weight_decay"], c["weight_decay_end"], progress)
             momentum = cosine(c["momentum_teacher"], 1.0, progress)
 
-            crops = views.render(views.draw(step))
-            loss, targets = loss_of(c, loss_fn, student, teacher, crops, views, progress)
-            if c["loss"] == "dino":
-                loss_fn.update_center(targets)
-
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            loss, logits = loss_of(
+                c, loss_fn, student, teacher, views, views.draw(step), progress, lambda part: scaler.scale(part).backward()
+            )
+            if c["loss"] == "dino":
+                loss_fn.update_center(logits)
             if c["loss"] == "dino" and epoch == 0:  # DINO holds its last layer still at first
                 student.head.last_layer.weight_v.grad = None
             scaler.unscale_(optimizer)
@@ -383,7 +413,7 @@ def train(config, student, splits, folder):
             scaler.update()
             update_teacher(teacher, student, momentum)
 
-            total += loss.detach()
+            total += loss
             bar.update(c["batch_size"])
             if step % 20 == 0:  # reading the loss waits for the device
                 bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")

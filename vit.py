@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # DINO's published backbones by the names of its hub; `dino` is the paper's ViT-S/8.
 DINO_HOST = "https://dl.fbaipublicfiles.com/dino"
@@ -135,6 +136,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image size {pos_size} is not divisible by the patch size {patch_size}")
         self.patch_size, self.dim, self.depth, self.heads = patch_size, dim, depth, heads
         self.grid = pos_size // patch_size
+        self.checkpoint_blocks = False  # True: activations are computed again on the way back, not kept
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
@@ -172,7 +174,7 @@ class VisionTransformer(nn.Module):
         """Images (B, 3, H, W), normalised, to the [CLS] feature (B, dim)."""
         x = self.embed(images)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_blocks else block(x)
         x = self.blocks[-1](x, queries=1)  # nothing reads the patch tokens after the last block
         return self.norm(x)[:, 0]
 

@@ -235,6 +235,72 @@ def test_measuring_changes_nothing_of_the_run(tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def loss_and_gradient(config, micro_batch):
+    """Of the first step of a run, in float64, computed so many images at a time; and what moves DINO's centre."""
+    config = config | {"micro_batch": micro_batch, "precision": "float32"}
+    student = vit.build_network(config).double()
+    teacher = vit.build_network(config | {"seed": 1}).double()
+    views = data.TrainingViews(config, data.load_digits("sklearn")[0]["train"])
+    render = views.render
+    views.render = lambda params: render(params).double()
+    loss_fn = train.NCELoss(0.1) if config["loss"] == "nce" else train.DINOLoss(config["out_dim"]).double()
+    if config["loss"] == "dino":
+        loss_fn.center += torch.randn(loss_fn.center.shape, generator=torch.Generator().manual_seed(0)) / 100
+    loss, logits = train.loss_of(
+        config, loss_fn, student, teacher, views, views.draw(3), 0.5, lambda part: part.backward()
+    )
+    return loss, torch.cat([p.grad.flatten() for p in student.parameters()]), logits
+
+
+@pytest.mark.parametrize("loss", ["nce", "dino"])
+@pytest.mark.parametrize("views,crops", [("same", 4), ("different", 1)])
+def test_pieces_give_the_gradient_of_the_whole_batch(loss, views, crops):
+    """To 1e-10 in float64, for pieces that do not divide the batch too, as if nothing had been cut."""
+    flags = ["--preset", "laptop", "--loss", loss, "--views", views, "--crops", str(crops), "--batch-size", "12"]
+    config = config_of(*flags)
+    whole, gradient, logits = loss_and_gradient(config, 0)
+    assert gradient.norm() > 1e-3
+    for size in (1, 5, 6, 100):
+        piecewise, same, same_logits = loss_and_gradient(config, size)
+        assert piecewise.item() == pytest.approx(whole.item(), abs=1e-10)
+        torch.testing.assert_close(same, gradient, atol=1e-10, rtol=0)
+        if loss == "dino":
+            torch.testing.assert_close(same_logits, logits, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["nce", "dino"])
+def test_a_run_in_pieces_is_the_run(tmp_path, loss):
+    flags = [*SMALL, "--loss", loss, "--epochs", "2", "--images-per-epoch", "24", "--precision", "float32"]
+    weights = []
+    for extra in ([], ["--micro-batch", "3"], ["--checkpoint-blocks"]):
+        folder = str(tmp_path / "-".join(["run", *extra]))
+        assert train.main([*flags, *extra, "--output", folder]) == 0
+        weights.append(vit.read_checkpoint(folder + "/ckpt.pth")["teacher"])
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(other[name], value, atol=2e-4, rtol=0)
+
+
+def test_checkpointed_blocks_keep_less_and_give_the_same_gradient():
+    backbone = vit.VisionTransformer(7, 48, 6, 3, 56)
+    images, kept, gradients = torch.randn(2, 3, 56, 56), [], []
+    for on in (False, True):
+        backbone.checkpoint_blocks, sizes = on, []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        backbone.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = backbone(images).square().sum()
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < 0.35 * kept[0]
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_of_the_papers_network(tmp_path, monkeypatch, precision):
     """ViT-S/8 at 224 px with DINO's head, in full precision and in autocast."""
@@ -292,6 +358,7 @@ def test_weights_of_another_run_and_another_number_of_heads(tmp_path, capsys):
     (["--batch-size", "64", "--images-per-epoch", "32"], "--batch-size 64 is larger than --images-per-epoch 32"),
     (["--epochs", "0"], "--epochs 0 must be above 0"),
     (["--lr", "nan"], "--lr nan must be above 0"),
+    (["--micro-batch", "0"], "--micro-batch 0 must be above 0"),
     (["--keep-epochs", "1,x"], "--keep-epochs 1,x is no list of epochs such as 1,5,10"),
     (["--keep-epochs", "1,99"], "--keep-epochs 1,99: epochs go from 0, before the first step, to 10"),
     (["--weights", "missing.pth"], "missing.pth: no such file"),
