@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import os
+import signal
 import sys
 import time
 
@@ -92,8 +93,21 @@ PRESETS = {
         "stl10": {},
     },
 }
-# What both presets share, and no flag changes.
+# What both presets share. The first ones have flags.
 COMMON = {
+    "loss": "nce",
+    "views": "same",
+    "dataset": "clutter",
+    "split": "unlabeled",
+    "background": "black",
+    "texture_pool": 0,
+    "digits": "auto",
+    "micro_batch": 0,  # the whole batch at once
+    "checkpoint_blocks": False,
+    "seed": 0,
+    "precision": "auto",
+    "keep_epochs": "",
+    "data_root": "data",
     "global_crops_scale": (0.5, 1.0),  # share of the canvas's area
     "rotation": 15.0,  # degrees either way
     "blur": (0.1, 2.0),  # sigma in pixels at 224
@@ -118,19 +132,19 @@ def parse_args(argv):
         prog="train.py", description="Train a ViT on cluttered digits without labels. Sections are the paper's."
     )
     add = parser.add_argument
-    add("--loss", choices=["nce", "dino"], default="nce", help="eq. (3), or DINO's cross-entropy, eqs. (1, 2) [nce]")
-    add("--views", choices=["same", "different"], default="same",
+    add("--loss", choices=["nce", "dino"], help="eq. (3), or DINO's cross-entropy, eqs. (1, 2) [nce]")
+    add("--views", choices=["same", "different"],
         help="both branches see crops of one canvas, or of two with the same digit; section III.B [same]")
     add("--crops", type=int, choices=[1, 2, 4], help="crops a branch, section III.C [same: paper 4, laptop 2; different: 1]")
-    add("--dataset", choices=["clutter", "stl10"], default="clutter",
+    add("--dataset", choices=["clutter", "stl10"],
         help="digits in clutter, or photographs without labels; section II.C [clutter]")
-    add("--split", choices=["unlabeled", "train"], default="unlabeled",
+    add("--split", choices=["unlabeled", "train"],
         help="of STL-10: the 100,000 unlabelled images or the 5,000 labelled ones; section II.C [unlabeled]")
-    add("--background", default="black", metavar="{black,texture,DIR}",
+    add("--background", metavar="{black,texture,DIR}",
         help="what lies behind digit and clutter: nothing, textures that are drawn, or a folder's images; figure 5 [black]")
-    add("--texture-pool", type=int, default=0, metavar="N",
+    add("--texture-pool", type=int, metavar="N",
         help="so many textures in all; 0: every canvas has one of its own [0]")
-    add("--digits", choices=["auto", "mnist", "sklearn"], default="auto",
+    add("--digits", choices=["auto", "mnist", "sklearn"],
         help="MNIST (section II.C), or the 1,797 digits of scikit-learn; auto: MNIST if it can be had [auto]")
     add("--weights", metavar="{dino,none,FILE}",
         help="what the backbone starts from: DINO's ViT-S/8 (section III), random, a file, or another of DINO's: "
@@ -143,7 +157,7 @@ def parse_args(argv):
     add("--batch-size", type=int, help=f"images a step; section III {default('batch_size')}")
     add("--micro-batch", type=int,
         help="images computed at a time: the gradient of the whole batch in the memory of so many; section IV [all]")
-    add("--checkpoint-blocks", action="store_true",
+    add("--checkpoint-blocks", action="store_true", default=None,
         help="keep no activations inside the blocks but compute them again: less memory, a third more time")
     add("--epochs", type=int, help=f"length of the run; figure 4 {default('epochs')[:-1]}; with stl10 paper 10, figures 2, 3]")
     add("--images-per-epoch", type=int, help=f"section II.C {default('images_per_epoch')[:-1]}; with stl10 paper 100000]")
@@ -151,13 +165,16 @@ def parse_args(argv):
         f"{PRESETS['laptop']['base_lr']} × batch/64; above batch 256 by the square root from there]")
     add("--temperature", type=float, help="τ of eq. (3), τ_s of eq. (1); section III [0.1; laptop with nce "
         f"{PRESETS['laptop']['temperature']}]")
-    add("--seed", type=int, default=0, help="decides the initial weights and every image [0]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train [cuda if there, else cpu]")
-    add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+    add("--seed", type=int, help="decides the initial weights and every image [0]")
+    add("--device", help="where to train [cuda if there, else cpu]")
+    add("--precision", choices=["auto", "float32", "bfloat16", "float16"],
         help="of autocast; auto: bfloat16 where the device has it, else float16 on CUDA, else float32 [auto]")
-    add("--keep-epochs", default="", metavar="1,5,10",
+    add("--keep-epochs", metavar="1,5,10",
         help="keep the teacher after these epochs too, so that visualize.py shows its attention over training [none]")
-    add("--data-root", default="data", help="folder that holds, or will hold, MNIST/raw/ or stl10_binary/ [data]")
+    add("--data-root", help="folder that holds, or will hold, MNIST/raw/ or stl10_binary/ [data]")
+    add("--resume", metavar="RUN",
+        help="go on with a run that was stopped, from its folder, with its settings; --epochs, --device and --data-root may "
+        "be others")
     add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, of textures …-texture; then -2, -3]")
     return parser.parse_args(argv)
 
@@ -169,17 +186,15 @@ def make_config(args, shape=None):
 
     Raises ValueError for values that cannot work, before anything is read or written.
     """
-    flags = {name: value for name, value in vars(args).items() if value is not None and name != "output"}
+    flags = given(args)
     preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
-    defaults = dict(PRESETS[preset])
+    defaults = COMMON | {"device": "cuda" if torch.cuda.is_available() else "cpu"} | PRESETS[preset]
     with_dino, with_stl10 = defaults.pop("dino"), defaults.pop("stl10")
     if args.loss == "dino":
         defaults |= with_dino
     if args.dataset == "stl10":
         defaults |= with_stl10
-    defaults |= shape or {}
-    config = {**COMMON, **defaults, "micro_batch": 0, **flags, "preset": preset, "fallbacks": []}
-    c = config
+    config = c = {**defaults, **(shape or {}), **flags, "preset": preset, "fallbacks": []}
     if args.crops is None:
         c["crops"] = c["same_crops"] if c["views"] == "same" else 1
     if args.lr is None:
@@ -216,6 +231,11 @@ def make_config(args, shape=None):
     elif c["patch_size"] != shape["patch_size"]:
         raise ValueError(f"--patch-size {c['patch_size']}: the weights have patches of {shape['patch_size']}")
     return config
+
+
+def given(args):
+    """The flags that were given, by their names in the settings."""
+    return {name: v for name, v in vars(args).items() if v is not None and name not in ("output", "resume")}
 
 
 def flag(name):
@@ -351,12 +371,16 @@ class Validation:
         }
 
 
-def train(config, student, splits, folder):
+def train(config, student, splits, folder, checkpoint=None, stop=None):
     """Train `student` on views of the training digits, all on one device.
 
+    With a `checkpoint` of the run it goes on from there, as if it had not stopped: all that chance
+    decides is a function of the seed and the step. `stop` is a Stopper, or None.
+
     Before the first epoch and after each, a line goes to log.jsonl in `folder`; after each, the
-    checkpoint is written there. Returns the teacher and the lines of log.jsonl. Raises
-    FloatingPointError if the loss or the attention is no number.
+    checkpoint is written there, and also when the run is told to stop. Returns the teacher and the
+    lines of log.jsonl. Raises FloatingPointError if the loss or the attention is no number, and
+    Stopped once it has stopped.
     """
     c, device = config, student.backbone.cls_token.device
     views = data.TrainingViews(c, splits["train"], device=device)
@@ -369,7 +393,15 @@ def train(config, student, splits, folder):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps_per_epoch = c["images_per_epoch"] // c["batch_size"]
     steps = c["epochs"] * steps_per_epoch
-    history = []
+    history, start, total = [], 0, torch.zeros((), device=device)
+    if checkpoint:
+        for name, part in (("student", student), ("teacher", teacher), ("optimizer", optimizer), ("loss", loss_fn), ("scaler", scaler)):
+            part.load_state_dict(checkpoint[name])
+        history, start = checkpoint["metrics"], checkpoint["step"]
+        total += checkpoint["epoch_loss"]
+        with open(os.path.join(folder, "log.jsonl"), "w") as file:  # cut back to the checkpoint
+            file.writelines(json.dumps(line) + "\n" for line in history)
+    stop = stop or Stopper()
 
     def check(loss, epoch):
         if not math.isfinite(loss):
@@ -388,11 +420,28 @@ def train(config, student, splits, folder):
             kept = {"config": c, "epoch": line["epoch"], "teacher": teacher.state_dict(), "metrics": history}
             save_checkpoint(os.path.join(folder, f"epoch-{line['epoch']}.pth"), kept)
 
-    log({"epoch": 0, "step": 0}, progress=0)
-    bar = tqdm(total=steps * c["batch_size"], unit="image", unit_scale=True, smoothing=0.05)
-    for epoch in range(c["epochs"]):
-        started, total = time.perf_counter(), torch.zeros((), device=device)
-        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+    def save(step):
+        """Write all that the run needs to go on after `step` steps."""
+        save_checkpoint(os.path.join(folder, "ckpt.pth"), {
+            "config": c,
+            "step": step,
+            "epoch": step // steps_per_epoch,
+            "student": student.state_dict(),
+            "teacher": teacher.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "loss": loss_fn.state_dict(),
+            "scaler": scaler.state_dict(),
+            "metrics": history,
+            "epoch_loss": total.item(),  # the sum over the steps of an epoch that is not over
+            "threads": torch.get_num_threads(),  # on which the last bits of a sum depend
+        })
+
+    if not checkpoint:
+        log({"epoch": 0, "step": 0}, progress=0)
+    bar = tqdm(total=steps * c["batch_size"], initial=start * c["batch_size"], unit="image", unit_scale=True, smoothing=0.05)
+    for epoch in range(start // steps_per_epoch, c["epochs"]):
+        started, first = time.perf_counter(), max(start, epoch * steps_per_epoch)
+        for step in range(first, (epoch + 1) * steps_per_epoch):
             progress = step / steps
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(c, progress)
@@ -417,6 +466,9 @@ def train(config, student, splits, folder):
             bar.update(c["batch_size"])
             if step % 20 == 0:  # reading the loss waits for the device
                 bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+            if stop.signal and step + 1 < (epoch + 1) * steps_per_epoch:
+                save(step + 1)
+                raise Stopped(stop.signal)
         mean_loss = total.item() / steps_per_epoch  # waits for the device
         seconds = time.perf_counter() - started
         check(mean_loss, epoch + 1)
@@ -427,28 +479,52 @@ def train(config, student, splits, folder):
             "lr": optimizer.param_groups[0]["lr"],
             "weight_decay": optimizer.param_groups[0]["weight_decay"],
             "momentum_teacher": momentum,
-            "images_per_second": steps_per_epoch * c["batch_size"] / seconds,
+            "images_per_second": (step + 1 - first) * c["batch_size"] / seconds,
             "seconds": seconds,
         }, progress)
-        save_checkpoint(os.path.join(folder, "ckpt.pth"), {
-            "config": c,
-            "step": step + 1,
-            "epoch": epoch + 1,
-            "student": student.state_dict(),
-            "teacher": teacher.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "loss": loss_fn.state_dict(),
-            "scaler": scaler.state_dict(),
-            "metrics": history,
-        })
+        total = torch.zeros((), device=device)
+        save(step + 1)
+        if stop.signal and epoch + 1 < c["epochs"]:
+            raise Stopped(stop.signal)
     bar.close()
     return teacher, history
 
 
+class Stopped(Exception):
+    """The run was told to stop by a signal, its argument, and has written its checkpoint."""
+
+
+class Stopper:
+    """Notes, in a `with` block, that SIGINT or SIGTERM came, so that a step can end; a second SIGINT stops at once."""
+
+    signal = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def save_checkpoint(path, content):
-    """Write whole or not at all: to a temporary file, then renamed over the old one."""
-    torch.save(content, path + ".tmp")
+    """Write whole or not at all: to a temporary file, then renamed; the old one stays as ….prev.pth."""
+    with open(path + ".tmp", "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.path.exists(path):
+        os.replace(path, previous(path))
     os.replace(path + ".tmp", path)
+
+
+def previous(path):
+    return path.removesuffix(".pth") + ".prev.pth"
 
 
 def new_folder(config, output):
@@ -468,8 +544,44 @@ def new_folder(config, output):
             number += 1
 
 
+def read_run(args):
+    """The checkpoint that --resume names, its settings with the flags over them; the one before it if it is damaged."""
+    folder = args.resume if os.path.isdir(args.resume) else os.path.dirname(args.resume) or "."
+    path = os.path.join(folder, "ckpt.pth")
+    if args.output:
+        raise ValueError(f"--output {args.output}: a resumed run goes on in its own folder, {folder}")
+    try:
+        checkpoint = vit.read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        if not os.path.exists(previous(path)):
+            raise
+        checkpoint = vit.read_checkpoint(previous(path))
+        print(f"warning: {error}; going on from {previous(path)}", file=sys.stderr)
+    lost = [name for name in ("config", "step", "student", "optimizer", "metrics", "epoch_loss", "threads") if name not in checkpoint]
+    if lost:
+        raise ValueError(f"--resume {path} lacks {', '.join(lost)}: a checkpoint of a run of train.py is wanted")
+    config = checkpoint["config"]
+    torch.set_num_threads(checkpoint["threads"])
+    if args.epochs and args.epochs != config["epochs"]:
+        print(f"{args.epochs} epochs instead of {config['epochs']}: the schedules are planned anew from here on")
+    for name, value in given(args).items():
+        if name in ("epochs", "device", "data_root"):
+            config[name] = value
+        elif config[name] != value:
+            raise ValueError(f"--resume {folder} has {flag(name)} {config[name]}, not {value}: leave the flag out")
+    steps_per_epoch = config["images_per_epoch"] // config["batch_size"]
+    if config["epochs"] * steps_per_epoch <= checkpoint["step"]:
+        raise ValueError(f"--resume {folder} has had its {config['epochs']} epochs: more --epochs go on with it")
+    return checkpoint, config, folder
+
+
 def prepare(args):
     """Everything that can fail for what the user gave: settings, device, weights, digits, folder."""
+    if args.resume:
+        checkpoint, config, folder = read_run(args)
+        device = vit.find_device(config["device"])
+        student = vit.build_network(config).to(device)
+        return config, student, data.load_dataset(config, device)[0], folder, checkpoint
     config = make_config(args)
     if args.output and os.path.exists(os.path.join(args.output, "ckpt.pth")):
         raise ValueError(f"--output {args.output} already holds a run: name a new folder")
@@ -491,17 +603,17 @@ def prepare(args):
     if warning:
         config["fallbacks"].append(warning)
     data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if there are too few
-    return config, student.to(device), splits, new_folder(config, args.output)
+    return config, student.to(device), splits, new_folder(config, args.output), None
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        config, student, splits, folder = prepare(args)
+        config, student, splits, folder, checkpoint = prepare(args)
     except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    why = "asked for" if args.preset else "CUDA is there" if config["preset"] == "paper" else "no CUDA here"
+    why = "resumed" if checkpoint else "asked for" if args.preset else "CUDA is there" if config["preset"] == "paper" else "no CUDA here"
     print(
         f"preset {config['preset']} ({why}): ViT of width {config['dim']}, {config['depth']} blocks, {config['heads']} "
         f"heads, {config['image_size']} px, patch {config['patch_size']}; {config['epochs']} epochs of "
@@ -510,14 +622,19 @@ def main(argv=None):
     for line in config["fallbacks"]:
         print(f"warning: {line}", file=sys.stderr)
 
-    untrained = copy.deepcopy(student.backbone)
+    untrained = None if checkpoint else copy.deepcopy(student.backbone)
     try:
-        teacher, history = train(config, student, splits, folder)
+        with Stopper() as stop:
+            teacher, history = train(config, student, splits, folder, checkpoint, stop)
+    except Stopped as stopped:
+        print(f"\nstopped; python train.py --resume {folder} goes on", file=sys.stderr)
+        return 128 + stopped.args[0]
     except FloatingPointError as error:
         print(f"\ntrain.py: error: {error}", file=sys.stderr)
         return 1
     path = os.path.join(folder, "ckpt.pth")
     visualize.draw_curves(history, config, os.path.join(folder, "curves.png"))
+    untrained = untrained or visualize.untrained_backbone(config)
     trained = visualize.Subject(path, config, teacher.backbone, config["epochs"], history, splits=splits)
     visualize.report(trained, untrained, folder)
     print(f"python visualize.py {path}")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +126,7 @@ def test_every_kind_of_run(tmp_path, monkeypatch, capsys, loss, views, crops):
     folder = tmp_path / "runs" / f"clutter-{loss}-{views}"
     checkpoint = vit.read_checkpoint(folder / "ckpt.pth")
     assert set(checkpoint) == {
-        "config", "step", "epoch", "student", "teacher", "optimizer", "loss", "scaler", "metrics"
+        "config", "step", "epoch", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "threads",
     }
     assert (checkpoint["step"], checkpoint["epoch"]) == (4, 2)
     assert checkpoint["config"]["crops"] == crops and checkpoint["config"]["digits"] == "sklearn"
@@ -192,7 +194,7 @@ def test_each_epoch_is_measured_on_the_same_validation_canvases(tmp_path):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 2), (2, 4)]
     assert sorted(p.name for p in folder.iterdir()) == [
-        "ckpt.pth", "curves.png", "epoch-0.pth", "epoch-2.pth", "log.jsonl", "metrics.json",
+        "ckpt.prev.pth", "ckpt.pth", "curves.png", "epoch-0.pth", "epoch-2.pth", "log.jsonl", "metrics.json",
     ]
     for line in (lines[0], lines[2]):
         kept = vit.read_checkpoint(folder / f"epoch-{line['epoch']}.pth")
@@ -347,6 +349,103 @@ def test_weights_of_another_run_and_another_number_of_heads(tmp_path, capsys):
         assert len(end["config"]["fallbacks"]) == warnings
 
 
+# ------------------------------------------------------------------------------ stop and go on
+
+
+def stop_after(monkeypatch, steps, number=signal.SIGTERM):
+    """Send this process a signal during that step of training; validation is not counted."""
+    loss_of, calls = train.loss_of, []
+
+    def counting(*args, **kwargs):
+        if len(args) > 7:  # with `backward`
+            calls.append(1)
+            if len(calls) == steps:
+                os.kill(os.getpid(), number)
+        return loss_of(*args, **kwargs)
+
+    monkeypatch.setattr(train, "loss_of", counting)
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+@pytest.mark.parametrize("flags", [["--loss", "nce"], ["--loss", "dino"], ["--micro-batch", "3"]])
+def test_a_run_that_was_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch, capsys, flags):
+    """Bit for bit: in the first step, in mid-epoch, at the end of an epoch, and twice."""
+    flags = [*SMALL, *flags, "--epochs", "2", "--images-per-epoch", "32"]  # 2 epochs of 4 steps
+    assert train.main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    whole = vit.read_checkpoint(tmp_path / "whole" / "ckpt.pth")
+    for stops in ([1], [4], [6], [2, 3]):
+        folder = str(tmp_path / f"stopped-{stops}")
+        start = [*flags, "--output", folder]
+        for steps in stops:
+            with monkeypatch.context() as patch:
+                stop_after(patch, steps)
+                assert train.main(start) == 128 + signal.SIGTERM
+            assert f"python train.py --resume {folder} goes on" in capsys.readouterr().err
+            start = ["--resume", folder]
+        assert vit.read_checkpoint(folder + "/ckpt.pth")["step"] == sum(stops)
+        assert train.main(start) == 0
+        resumed = vit.read_checkpoint(folder + "/ckpt.pth")
+        for part in ("student", "teacher", "loss"):
+            for name, value in whole[part].items():
+                assert torch.equal(resumed[part][name], value), (stops, name)
+        assert without_times(resumed["metrics"]) == without_times(whole["metrics"])
+        lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        assert lines == resumed["metrics"]
+        assert (tmp_path / folder / "metrics.json").exists()
+
+
+def test_signals_are_ours_during_training_alone():
+    before = signal.getsignal(signal.SIGINT)
+    with train.Stopper() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) == before  # a second one stops at once
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        flags = [*SMALL, "--epochs", "2", "--images-per-epoch", "16", "--output", str(folder)]
+        assert train.main(flags) == 128 + signal.SIGTERM
+    assert vit.read_checkpoint(folder / "ckpt.prev.pth")["step"] == 2
+    raw = (folder / "ckpt.pth").read_bytes()
+    (folder / "ckpt.pth").write_bytes(raw[: len(raw) // 2])
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert vit.read_checkpoint(folder / "ckpt.pth")["step"] == 4
+
+
+def test_more_epochs_go_on_with_a_run_that_has_ended(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "16", "--output", folder]) == 0
+    assert train.main(["--resume", folder, "--epochs", "2"]) == 0
+    assert "2 epochs instead of 1: the schedules are planned anew" in capsys.readouterr().out
+    assert [line["epoch"] for line in vit.read_checkpoint(folder + "/ckpt.pth")["metrics"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--resume", "RUN"], "has had its 1 epochs: more --epochs go on with it"),
+    (["--resume", "RUN", "--epochs", "2", "--loss", "dino"], "has --loss nce, not dino: leave the flag out"),
+    (["--resume", "RUN", "--epochs", "2", "--output", "x"], "--output x: a resumed run goes on in its own folder"),
+    (["--resume", "nowhere"], "no such file"),
+    (["--resume", "foreign"], "lacks config, step"),
+])
+def test_what_cannot_be_resumed_is_told(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    if "RUN" in flags:
+        assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", "RUN"]) == 0
+    (tmp_path / "foreign").mkdir()
+    torch.save({"student": {}, "metrics": []}, tmp_path / "foreign" / "ckpt.pth")
+    capsys.readouterr()
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 # -------------------------------------------------------------------------------- bad input
 
 
@@ -387,7 +486,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, flags, say
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.NCELoss, "forward", lambda *args: torch.tensor(math.nan, requires_grad=True))
+    monkeypatch.setattr(train.NCELoss, "forward", lambda *args, **kwargs: torch.tensor(math.nan, requires_grad=True))
     folder = tmp_path / "run"
     assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(folder)]) == 1
     assert "train.py: error: the loss of epoch 0 is nan; try a lower --lr" in capsys.readouterr().err
