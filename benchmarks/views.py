@@ -1,10 +1,13 @@
-"""How fast training views come out of data.py, against torchvision on PIL images.
+"""How fast training views come out of data.py, against torchvision on PIL images, and lightly.
 
     python benchmarks/views.py
+    pip install -r benchmarks/requirements.txt && python benchmarks/views.py --dataset stl10
 
-Both sides make the same thing on one CPU thread: a crop of random scale out of a 100×100
-canvas, resized to 224 px, turned by up to 15 degrees, half of them blurred with sigma U(0.1, 2),
-normalised, three channels. They alternate in one run; the medians and their ratio are printed.
+All sides make the same thing on one CPU thread: a crop of random scale out of a 100×100 canvas or a
+photograph of 96×96, resized to 224 px, turned by up to 15 degrees, half of them blurred with sigma
+U(0.1, 2), normalised, three channels; photographs also mirrored, their colours jittered and
+turned grey as DINO does it. lightly's DINOTransform, without its local views, has its own
+probabilities of blur. The sides alternate in one run; the medians and their ratios are printed.
 """
 
 import argparse
