@@ -532,7 +532,7 @@ def format_comparison(names, results, circumstances):
 def caption(config, epoch=None):
     """What a figure was made from, with everything that was replaced on the way."""
     replaced = [textwrap.fill(textwrap.shorten(line, 160), 88) for line in config["fallbacks"]]
-    return "\n".join([textwrap.fill(describe(config, epoch), 88), *replaced])
+    return "\n".join([textwrap.fill(describe(config, epoch), 94), *replaced])
 
 
 def describe(config, epoch=None):
