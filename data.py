@@ -11,6 +11,7 @@ crop, how blurred) of a whole batch on the CPU, from a generator seeded by (seed
 slice of a batch can be rendered anywhere, again and again, and is always the same.
 """
 
+import functools
 import hashlib
 import http.client
 import math
@@ -56,8 +57,11 @@ def load_dataset(config, device):
     """The splits that a run's settings ask for, on the device, and a line on what was replaced, or None.
 
     `config["digits"]` becomes what "auto" came to. STL-10 stays in the host's memory where the
-    device has no room for it. Raises OSError if the data cannot be had.
+    device has no room for it. Raises OSError if the data cannot be had, ValueError for a background
+    folder that is of no use.
     """
+    if config.get("background", "black") not in ("black", "texture"):
+        Background(config, "train", device)
     if config.get("dataset") == "stl10":
         splits, warning = load_stl10(config.get("data_root", "data"), config["split"])
         roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 3 * splits["train"].images.nbytes
@@ -443,6 +447,7 @@ def sum_of_waves(wave, pixel):
     return torch.cat([y.sin(), y.cos()], 1).mT @ torch.cat([x.cos(), x.sin()], 1)
 
 
+@functools.lru_cache(maxsize=1)  # every set of canvases asks for it
 def read_folder(folder, size, least=8):
     """All images below a folder, grey, their shorter side brought to size and cut square: (N, size, size) uint8.
 
@@ -738,8 +743,9 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
     again when there are fewer than n.
 
     Yields dicts of up to batch_size rows b on `device` (None: the split's), with I =
-    config["image_size"]: `images` (b, 1 or 3, I, I) float32 in [0, 1]; `labels` (b,); `index` (b,), which digit or photograph of the split it shows;
-    of canvases also `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest neighbour.
+    config["image_size"]: `images` (b, 1 or 3, I, I) float32 in [0, 1]; `labels` (b,); `index` (b,),
+    which digit or photograph of the split it shows; of canvases also `digit` and `clutter` (b, I, I)
+    bool, the masks at that size by nearest neighbour.
     """
     size = config["image_size"]
     if config.get("dataset") == "stl10":

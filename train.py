@@ -182,7 +182,8 @@ def parse_args(argv):
 def make_config(args, shape=None):
     """All settings of the run in one flat dict: the preset, the flags over it, and what follows.
 
-    `shape` is what the weights to start from prescribe (patch_size, dim, depth, pos_size, heads).
+    `shape` is what the weights to start from prescribe (patch_size, dim, depth, pos_size, heads);
+    None before they are read, when what depends on it is not checked yet.
 
     Raises ValueError for values that cannot work, before anything is read or written.
     """
@@ -204,7 +205,8 @@ def make_config(args, shape=None):
             raise ValueError(f"{flag(name)} {c[name]} must be above 0")
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError(f"--micro-batch {args.micro_batch} must be above 0")
-    if c["image_size"] % c["patch_size"]:
+    to_be_read = shape is None and args.weights not in (None, "none")
+    if c["image_size"] % c["patch_size"] and not to_be_read:
         near = max(1, round(c["image_size"] / c["patch_size"])) * c["patch_size"]
         raise ValueError(f"--image-size {c['image_size']} is not divisible by --patch-size {c['patch_size']}: {near} is")
     try:
@@ -219,7 +221,7 @@ def make_config(args, shape=None):
         raise ValueError("--background is for --dataset clutter: photographs have their own")
     if c["texture_pool"] < 0 or (c["texture_pool"] and c["background"] != "texture"):
         raise ValueError(f"--texture-pool {c['texture_pool']}: a number of textures, with --background texture, is wanted")
-    if c["dim"] % c["heads"]:
+    if c["dim"] % c["heads"] and not to_be_read:
         raise ValueError(f"--heads {c['heads']} does not divide the width {c['dim']}: {vit.divisors(c['dim'])} do")
     if c["loss"] == "nce" and c["batch_size"] < 2:
         raise ValueError("--batch-size 1 leaves --loss nce without negatives: 2 is the least")
@@ -372,7 +374,7 @@ class Validation:
 
 
 def train(config, student, splits, folder, checkpoint=None, stop=None):
-    """Train `student` on views of the training digits, all on one device.
+    """Train `student` on views of the training split, all on one device.
 
     With a `checkpoint` of the run it goes on from there, as if it had not stopped: all that chance
     decides is a function of the seed and the step. `stop` is a Stopper, or None.
@@ -395,7 +397,8 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
     steps = c["epochs"] * steps_per_epoch
     history, start, total = [], 0, torch.zeros((), device=device)
     if checkpoint:
-        for name, part in (("student", student), ("teacher", teacher), ("optimizer", optimizer), ("loss", loss_fn), ("scaler", scaler)):
+        parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_fn, "scaler": scaler}
+        for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         history, start = checkpoint["metrics"], checkpoint["step"]
         total += checkpoint["epoch_loss"]
@@ -557,7 +560,8 @@ def read_run(args):
             raise
         checkpoint = vit.read_checkpoint(previous(path))
         print(f"warning: {error}; going on from {previous(path)}", file=sys.stderr)
-    lost = [name for name in ("config", "step", "student", "optimizer", "metrics", "epoch_loss", "threads") if name not in checkpoint]
+    needed = ("config", "step", "student", "optimizer", "metrics", "epoch_loss", "threads")
+    lost = [name for name in needed if name not in checkpoint]
     if lost:
         raise ValueError(f"--resume {path} lacks {', '.join(lost)}: a checkpoint of a run of train.py is wanted")
     config = checkpoint["config"]
@@ -597,8 +601,6 @@ def prepare(args):
     student = vit.build_network(config)
     if weights:
         vit.load_backbone(student.backbone, weights, f"--weights {config['weights']}")
-    if config["background"] not in ("black", "texture"):
-        data.Background(config, "train", device)  # raises if the folder is of no use
     splits, warning = data.load_dataset(config, device)
     if warning:
         config["fallbacks"].append(warning)

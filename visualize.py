@@ -787,8 +787,7 @@ def open_weights(source, args, like=None):
         torch.manual_seed(0)
         backbone = vit.build_network(like.config).backbone if like else vit.VisionTransformer()
     else:
-        weights, heads = vit.read_weights(source)
-        backbone = vit.backbone_like(weights, source, heads)
+        _, backbone = read_backbone(vit.weights_file(source))
     names = (*PAPER_CANVAS, "dataset", "split", "background", "texture_pool", "data_root")
     config = {name: like.config[name] for name in names if name in like.config} if like else dict(PAPER_CANVAS)
     patch = backbone.patch_size
@@ -872,15 +871,13 @@ def load_splits(subjects, device):
     read = {}
     for subject in subjects:
         config = subject.config
-        source = tuple(config.get(name) for name in ("dataset", "split", "digits", "data_root"))
+        source = tuple(config.get(name) for name in ("dataset", "split", "digits", "background", "data_root"))
         if source not in read:
             splits, warning = data.load_dataset(config, device)
             read[source] = splits, config["digits"], warning
             if warning and warning not in config["fallbacks"]:
                 print(f"warning: {warning}", file=sys.stderr)
         subject.splits, config["digits"], warning = read[source]
-        if config.get("background", "black") not in ("black", "texture"):
-            data.Background(config, "test", device)  # raises if its folder is not where it was
         if warning and warning not in config["fallbacks"]:
             config["fallbacks"] = [*config["fallbacks"], warning]
 

@@ -410,13 +410,18 @@ def heads_of(checkpoint, dim):
     return config["heads"] if isinstance(config, dict) and "heads" in config else max(1, dim // 64)
 
 
+def weights_file(source):
+    """The file that `--weights` names: itself, or where one of DINO_FILES lies once it is downloaded."""
+    return dino_file(source) if source in DINO_FILES else source
+
+
 def read_weights(source):
     """What `--weights` names, one of DINO_FILES or a file: the backbone's state dict, and its heads.
 
     The number of heads does not show in the shapes, so any that divides the width loads; another
     one cuts q, k and v anew.
     """
-    path = dino_file(source) if source in DINO_FILES else source
+    path = weights_file(source)
     checkpoint = read_checkpoint(path)
     weights = backbone_weights(checkpoint, path)
     return weights, heads_of(checkpoint, weights["cls_token"].shape[-1])

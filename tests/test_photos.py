@@ -316,6 +316,31 @@ def test_weights_prescribe_width_depth_and_patch(tmp_path, capsys):
     config = vit.read_checkpoint(tmp_path / "run" / "ckpt.pth")["config"]
     assert [config[name] for name in ("patch_size", "dim", "depth", "heads", "pos_size")] == [8, 48, 3, 4, 32]
     assert visualize.main([str(tmp_path / "run" / "ckpt.pth"), "--device", "cpu"]) == 0
+    # what fits the weights need not fit the preset's own patch and width, and the other way round
+    flags[-1] = str(tmp_path / "other")
+    assert train.main([*QUICK, *flags, "--image-size", "64", "--heads", "16"]) == 0
+    assert train.main([*QUICK, *flags[:-2], "--image-size", "49"]) == 2
+    assert "--image-size 49 is not divisible by --patch-size 8: 48 is" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_longer_there_is_told_before_anything_is_written(tmp_path, capsys):
+    backgrounds = tmp_path / "backgrounds"
+    backgrounds.mkdir()
+    Image.new("L", (90, 90), 200).save(backgrounds / "a.png")
+    flags = ["--digits", "sklearn", "--background", str(backgrounds), "--output", str(tmp_path / "run")]
+    assert train.main([*QUICK, *flags]) == 0
+    data.read_folder.cache_clear()
+    (backgrounds / "a.png").unlink()
+    checkpoint = str(tmp_path / "run" / "ckpt.pth")
+    for main, command in (
+        (visualize.main, [checkpoint, "--device", "cpu", "--output", str(tmp_path / "out")]),
+        (train.main, ["--resume", checkpoint, "--epochs", "2"]),
+    ):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "no image" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert visualize.main([checkpoint, "--device", "cpu", "--background", "black", "--output", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("flags,says", [
