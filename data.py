@@ -225,7 +225,12 @@ def draw_digits(seed, step, n, batch_size):
     if batch_size > n:
         raise ValueError(f"--batch-size {batch_size} is larger than the data set of {n:,} images: at most {n:,}")
     epoch, k = divmod(step, n // batch_size)
-    return torch.randperm(n, generator=generator(seed, "order", epoch))[k * batch_size : (k + 1) * batch_size]
+    return order(seed, epoch, n)[k * batch_size : (k + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=1)  # it takes longer than all else that is drawn for a step
+def order(seed, epoch, n):
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
 
 
 class CanvasSampler:
@@ -290,12 +295,13 @@ class CanvasSampler:
         }
 
 
-def render_canvases(params, images, canvas_size, distractor_size=9):
+def render_canvases(params, images, canvas_size, distractor_size=9, masks=True):
     """Canvases and their masks from the parameters of `CanvasSampler.draw`.
 
     Args:
         params: as drawn, or any rows of it.
         images: (N, 28, 28) uint8, the digits of the same split; the device of the result.
+        masks: False leaves them out, which takes half the time: None stands for them.
 
     Returns, for V canvases of each of B digits, S = canvas_size:
         canvas (B, V, S, S) float32 in [0, 1];
@@ -305,15 +311,14 @@ def render_canvases(params, images, canvas_size, distractor_size=9):
     names = ("digit", "position", "source", "window", "corner")
     p = {name: params[name].to(images.device, non_blocking=True) for name in names}
     B, V, _ = p["source"].shape
-    # In integers, whose sums do not depend on the order that a GPU adds them in.
-    digit = torch.zeros(B, V, canvas_size, canvas_size, dtype=torch.int32, device=images.device)
-    clutter = torch.zeros_like(digit)
+    # Whole numbers up to 255, whose sums do not depend on the order that a GPU adds them in.
+    canvas = torch.zeros(B, V, canvas_size, canvas_size, device=images.device)
     whole = images[p["digit"]][:, None, None].expand(B, V, 1, 28, 28)
-    paste(digit, whole, p["position"][:, :, None])
-    paste(clutter, cut(images, p["source"], p["window"], distractor_size), p["corner"])
-    canvas = (digit + clutter).clamp(max=255)
-    digit_mask = digit > 127
-    return canvas / 255, digit_mask, (canvas > 127) & ~digit_mask
+    paste(canvas, whole, p["position"][:, :, None])
+    digit_mask = canvas > 127 if masks else None
+    paste(canvas, cut(images, p["source"], p["window"], distractor_size), p["corner"])
+    clutter_mask = (canvas > 127) & ~digit_mask if masks else None
+    return canvas.clamp_(max=255).div_(255), digit_mask, clutter_mask
 
 
 def places(corner, size, width):
@@ -586,13 +591,14 @@ def smoothing(shrink):
 
 
 def gaussian_blur(x, sigma, max_sigma):
-    """Blur each image (B, channels, n, n) by its own sigma (B,) in pixels, a CPU tensor; 0 leaves it.
+    """Blur each image (B, channels, n, n) by its own sigma (B,) in pixels, a CPU tensor; up to 0.3 leaves it.
 
-    Along rows, then along columns, each channel a group of one convolution. Borders are mirrored.
-    x itself may be changed. No sigma is above `max_sigma`, which says how wide the kernels are, so that the blur of an
-    image does not depend on its neighbours in the batch.
+    (A neighbour would count for less than half a percent.) Along rows, then along columns, each
+    channel a group of one convolution. Borders are mirrored. x itself may be changed. No sigma is
+    above `max_sigma`, which says how wide the kernels are, so that the blur of an image does not
+    depend on its neighbours in the batch.
     """
-    some = (sigma > 0).nonzero()[:, 0]  # known on the CPU: the device is not asked
+    some = (sigma > 0.3).nonzero()[:, 0]  # known on the CPU: the device is not asked
     if len(some) == 0:
         return x
     radius = min(math.ceil(5 * max_sigma), x.shape[-1] - 1)  # what lies beyond counts for nothing
@@ -663,7 +669,7 @@ def turn_hue(x, turn):
 def normalise(x):
     """Images (…, 1 or 3, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(x.device, non_blocking=True)[..., None, None]
-    return torch.addcmul(-mean / std, x, 1 / std)  # (x - mean) / std in one pass
+    return torch.sub(x, mean).div_(std)
 
 
 def denormalise(x):
@@ -723,7 +729,7 @@ class TrainingViews:
             canvas = change_colours(canvas, params) if first else canvas
             views = render_crops(canvas, crops, c["image_size"], c["blur"][1], "reflection")
             return normalise((views if first else change_colours(views, params)).transpose(0, 1))
-        canvas, _, _ = render_canvases(params, self.split.images, c["canvas_size"], c["distractor_size"])
+        canvas, _, _ = render_canvases(params, self.split.images, c["canvas_size"], c["distractor_size"], masks=False)
         canvas = self.background.lay_behind(canvas, params)
         canvas = torch.stack([canvas[:, v] for v, _ in self.plan], dim=1)[:, :, None]  # (B, C, 1, S, S)
         outside = "zeros" if self.background.kind == "black" else "reflection"
