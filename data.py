@@ -728,12 +728,12 @@ class TrainingViews:
             first = c["image_size"] > self.canvas_size  # colours are changed where there are fewer pixels
             canvas = change_colours(canvas, params) if first else canvas
             views = render_crops(canvas, crops, c["image_size"], c["blur"][1], "reflection")
-            return normalise((views if first else change_colours(views, params)).transpose(0, 1))
+            return normalise((views if first else change_colours(views, params)).transpose(0, 1).contiguous())
         canvas, _, _ = render_canvases(params, self.split.images, c["canvas_size"], c["distractor_size"], masks=False)
         canvas = self.background.lay_behind(canvas, params)
         canvas = torch.stack([canvas[:, v] for v, _ in self.plan], dim=1)[:, :, None]  # (B, C, 1, S, S)
         outside = "zeros" if self.background.kind == "black" else "reflection"
-        return normalise(render_crops(canvas, crops, c["image_size"], c["blur"][1], outside).transpose(0, 1))
+        return normalise(render_crops(canvas, crops, c["image_size"], c["blur"][1], outside).transpose(0, 1).contiguous())
 
 
 def read_photos(split, index, device):

@@ -12,6 +12,7 @@ Section and equation numbers are those of the paper; see the README.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -19,9 +20,12 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -104,6 +108,8 @@ COMMON = {
     "digits": "auto",
     "micro_batch": 0,  # the whole batch at once
     "checkpoint_blocks": False,
+    "compile": False,
+    "checkpoint_minutes": 10.0,
     "seed": 0,
     "precision": "auto",
     "keep_epochs": "",
@@ -159,6 +165,8 @@ def parse_args(argv):
         help="images computed at a time: the gradient of the whole batch in the memory of so many; section IV [all]")
     add("--checkpoint-blocks", action="store_true", default=None,
         help="keep no activations inside the blocks but compute them again: less memory, a third more time")
+    add("--compile", action="store_true", default=None,
+        help="compile the blocks by torch.compile before the first step; takes a minute and a C++ compiler [off]")
     add("--epochs", type=int, help=f"length of the run; figure 4 {default('epochs')[:-1]}; with stl10 paper 10, figures 2, 3]")
     add("--images-per-epoch", type=int, help=f"section II.C {default('images_per_epoch')[:-1]}; with stl10 paper 100000]")
     add("--lr", type=float, help="peak learning rate; section III [paper 0.0005 × batch/64, laptop "
@@ -172,9 +180,10 @@ def parse_args(argv):
     add("--keep-epochs", metavar="1,5,10",
         help="keep the teacher after these epochs too, so that visualize.py shows its attention over training [none]")
     add("--data-root", help="folder that holds, or will hold, MNIST/raw/ or stl10_binary/ [data]")
+    add("--checkpoint-minutes", type=float, help="write the checkpoint so often, beside the end of every epoch [10]")
     add("--resume", metavar="RUN",
-        help="go on with a run that was stopped, from its folder, with its settings; --epochs, --device and --data-root may "
-        "be others")
+        help="go on with a run that was stopped, from its folder or checkpoint, with its settings; --epochs, --device, "
+        "--data-root, --compile and --checkpoint-minutes may be others")
     add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, of textures …-texture; then -2, -3]")
     return parser.parse_args(argv)
 
@@ -200,39 +209,53 @@ def make_config(args, shape=None):
         c["crops"] = c["same_crops"] if c["views"] == "same" else 1
     if args.lr is None:
         c["lr"] = c["base_lr"] * min(c["batch_size"], 256) / 64 * math.sqrt(max(1, c["batch_size"] / 256))
-    for name in ("image_size", "patch_size", "heads", "batch_size", "epochs", "images_per_epoch", "lr", "temperature"):
-        if not (c[name] > 0 and math.isfinite(c[name])):
-            raise ValueError(f"{flag(name)} {c[name]} must be above 0")
     if args.micro_batch is not None and args.micro_batch < 1:
         raise ValueError(f"--micro-batch {args.micro_batch} must be above 0")
-    to_be_read = shape is None and args.weights not in (None, "none")
-    if c["image_size"] % c["patch_size"] and not to_be_read:
-        near = max(1, round(c["image_size"] / c["patch_size"])) * c["patch_size"]
-        raise ValueError(f"--image-size {c['image_size']} is not divisible by --patch-size {c['patch_size']}: {near} is")
     try:
         c["keep_epochs"] = sorted({int(epoch) for epoch in c["keep_epochs"].split(",") if c["keep_epochs"]})
     except ValueError:
         raise ValueError(f"--keep-epochs {c['keep_epochs']} is no list of epochs such as 1,5,10") from None
     if not set(c["keep_epochs"]) <= set(range(c["epochs"] + 1)):
         raise ValueError(f"--keep-epochs {args.keep_epochs}: epochs go from 0, before the first step, to {c['epochs']}")
-    if c["dataset"] == "stl10" and c["views"] == "different":
-        raise ValueError("--views different shows a digit on two canvases; stl10 has one photograph of a thing: --views same")
-    if c["dataset"] == "stl10" and c["background"] != "black":
-        raise ValueError("--background is for --dataset clutter: photographs have their own")
-    if c["texture_pool"] < 0 or (c["texture_pool"] and c["background"] != "texture"):
-        raise ValueError(f"--texture-pool {c['texture_pool']}: a number of textures, with --background texture, is wanted")
-    if c["dim"] % c["heads"] and not to_be_read:
-        raise ValueError(f"--heads {c['heads']} does not divide the width {c['dim']}: {vit.divisors(c['dim'])} do")
-    if c["loss"] == "nce" and c["batch_size"] < 2:
-        raise ValueError("--batch-size 1 leaves --loss nce without negatives: 2 is the least")
-    if c["batch_size"] > c["images_per_epoch"]:
-        raise ValueError(f"--batch-size {c['batch_size']} is larger than --images-per-epoch {c['images_per_epoch']}")
+    check_settings(c, weights_to_be_read=shape is None and c["weights"] != "none")
     # ViT-S/8 keeps its positions on the grid of 224 px, as DINO's weights do, whatever the input.
     if shape is None:
         c["pos_size"] = 224 if preset == "paper" and 224 % c["patch_size"] == 0 else c["image_size"]
     elif c["patch_size"] != shape["patch_size"]:
         raise ValueError(f"--patch-size {c['patch_size']}: the weights have patches of {shape['patch_size']}")
     return config
+
+
+def check_settings(config, weights_to_be_read=False):
+    """Raise ValueError, in one line, for settings that cannot work."""
+    c = config
+    positive = ("image_size", "patch_size", "heads", "batch_size", "epochs", "images_per_epoch", "lr", "temperature",
+                "checkpoint_minutes")
+    for name in positive:
+        if not (c[name] > 0 and math.isfinite(c[name])):
+            raise ValueError(f"{flag(name)} {c[name]} must be above 0")
+    ranks = place()[1]
+    if c["batch_size"] % ranks:
+        raise ValueError(f"--batch-size {c['batch_size']} cannot be shared by {ranks} ranks: a multiple of {ranks} can")
+    share = c["batch_size"] // ranks
+    if c["micro_batch"] and share % c["micro_batch"]:
+        whose = f"the share of a rank, {share}" if ranks > 1 else f"--batch-size {share}"
+        raise ValueError(f"--micro-batch {c['micro_batch']} does not divide {whose}: {vit.divisors(share)} do")
+    if c["image_size"] % c["patch_size"] and not weights_to_be_read:
+        near = max(1, round(c["image_size"] / c["patch_size"])) * c["patch_size"]
+        raise ValueError(f"--image-size {c['image_size']} is not divisible by --patch-size {c['patch_size']}: {near} is")
+    if c["dataset"] == "stl10" and c["views"] == "different":
+        raise ValueError("--views different shows a digit on two canvases; stl10 has one photograph of a thing: --views same")
+    if c["dataset"] == "stl10" and c["background"] != "black":
+        raise ValueError("--background is for --dataset clutter: photographs have their own")
+    if c["texture_pool"] < 0 or (c["texture_pool"] and c["background"] != "texture"):
+        raise ValueError(f"--texture-pool {c['texture_pool']}: a number of textures, with --background texture, is wanted")
+    if c["dim"] % c["heads"] and not weights_to_be_read:
+        raise ValueError(f"--heads {c['heads']} does not divide the width {c['dim']}: {vit.divisors(c['dim'])} do")
+    if c["loss"] == "nce" and c["batch_size"] < 2:
+        raise ValueError("--batch-size 1 leaves --loss nce without negatives: 2 is the least")
+    if c["batch_size"] > c["images_per_epoch"]:
+        raise ValueError(f"--batch-size {c['batch_size']} is larger than --images-per-epoch {c['images_per_epoch']}")
 
 
 def given(args):
@@ -296,7 +319,7 @@ def embed(config, network, crops, numbers):
     """The crops of these numbers, each (B, 3, H, W), through a network in one pass: (len(numbers), B, dim)."""
     dtype = autocast_dtype(config["precision"], crops.device)
     with torch.autocast(crops.device.type, dtype, enabled=dtype != torch.float32):
-        out = network(torch.cat([crops[i] for i in numbers]))
+        out = network(crops.flatten(0, 1) if len(numbers) == len(crops) else torch.cat([crops[i] for i in numbers]))
     out = out if out.dtype == torch.float64 else out.float()  # the losses divide by small temperatures
     return out.unflatten(0, (len(numbers), -1))
 
@@ -307,33 +330,125 @@ def loss_of(config, loss_fn, student, teacher, views, params, progress, backward
     The pieces give exactly the loss and the gradient of the whole. NCE compares each image with
     all others, but those come from the teacher, which has no gradient: its projections of the
     whole batch come first, a few numbers an image. The images are rendered again for the student
-    rather than kept. `progress`, from 0 to 1, is how much of the run is done; `backward` is called
-    with the loss of each piece.
+    rather than kept. `progress`, from 0 to 1, is how much of the run is done.
 
-    Returns the loss, detached, and with DINO the mean of the teacher's logits (K,), else None.
+    In training, `backward` is called with the loss of each piece, and where there are several
+    ranks each computes its share of the batch; `student` is then a DistributedDataParallel.
+
+    Returns the loss, detached, and with DINO the mean of the teacher's logits (K,), else None;
+    of several ranks, each one's part of the sum over all.
     """
+    rank, ranks = place() if backward else (0, 1)
     images = len(params["centre"])
-    size = min(config["micro_batch"] or images, images)
-    pieces = [{name: value[i : i + size] for name, value in params.items()} for i in range(0, images, size)]
+    share = images // ranks
+    size = min(config["micro_batch"] or share, share)
+    starts = range(rank * share, (rank + 1) * share, size)
+    pieces = [{name: value[i : min(i + size, (rank + 1) * share)] for name, value in params.items()} for i in starts]
     keys, loss, logits = None, 0.0, 0.0
     if config["loss"] == "nce" and len(pieces) > 1:
         with torch.no_grad():
             keys = torch.cat([embed(config, teacher, views.render(piece), views.teacher) for piece in pieces], dim=1)
-    for k, piece in enumerate(pieces):
+            keys = gather(keys, ranks)
+    for start, piece in zip(starts, pieces):
         crops = views.render(piece)
         with torch.no_grad():
             targets = embed(config, teacher, crops, views.teacher) if keys is None else keys
-        outputs = embed(config, student, crops, views.student)
+        more = piece is not pieces[-1]  # only after the last piece do the ranks add up their gradients
+        with student.no_sync() if more and ranks > 1 else contextlib.nullcontext():
+            outputs = embed(config, student, crops, views.student)
         if config["loss"] == "nce":
-            part = loss_fn(outputs, targets, views.pairs, first=k * size)
+            targets = gather(targets, ranks) if keys is None else keys
+            part = loss_fn(outputs, targets, views.pairs, first=start)
         else:
             part = loss_fn(outputs, targets, views.pairs, teacher_temperature(config, progress))
             logits = logits + targets.sum(dim=(0, 1)) / (len(targets) * images)
         part = part * (len(piece["centre"]) / images)
         if backward:
-            backward(part)
+            backward(part * ranks)  # DistributedDataParallel takes the mean over the ranks
         loss = loss + part.detach()
     return loss, logits if config["loss"] == "dino" else None
+
+
+def training_step(config, loss_fn, student, teacher, optimizer, scaler, views, params, step, steps):
+    """Step number `step` of `steps`, on the batch that `params` describe: changes student, teacher and centre.
+
+    Returns the loss (of several ranks, this one's part of the sum) and the norm of the gradient, both
+    on the device: nothing here waits for it.
+    """
+    progress = step / steps
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, progress)
+    optimizer.param_groups[0]["weight_decay"] = cosine(config["weight_decay"], config["weight_decay_end"], progress)
+    optimizer.zero_grad()
+    loss, logits = loss_of(
+        config, loss_fn, student, teacher, views, params, progress, lambda part: scaler.scale(part).backward()
+    )
+    if config["loss"] == "dino":
+        if place()[1] > 1:
+            dist.all_reduce(logits)
+        loss_fn.update_center(logits)
+        if step < steps // config["epochs"]:  # DINO holds its last layer still in the first epoch
+            getattr(student, "module", student).head.last_layer.weight_v.grad = None
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(student.parameters(), config["clip_grad"])
+    scaler.step(optimizer)
+    scaler.update()
+    update_teacher(teacher, student, cosine(config["momentum_teacher"], 1.0, progress))
+    return loss, norm
+
+
+def drawn_ahead(views, steps):
+    """The parameters of each of `steps`; on a GPU drawn by a thread while it computes the step before."""
+    if views.device.type == "cpu":
+        yield from map(views.draw, steps)  # its cores have enough to do
+        return
+
+    def draw(step):
+        return {name: value.pin_memory() for name, value in views.draw(step).items()}
+
+    with ThreadPoolExecutor(1) as thread:
+        drawn = thread.submit(draw, steps[0])
+        for step in steps:
+            params = drawn.result()
+            drawn = thread.submit(draw, step + 1)
+            yield params
+
+
+# --------------------------------------------------------------------------------- many ranks
+
+
+def meet():
+    """Under torchrun: join the other ranks, each with a GPU of its own where there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def place():
+    """The number of this rank, from 0, and how many there are: 0 and 1 but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(keys, ranks):
+    """The projections (crops, b, dim) of all ranks' images, in the order of the ranks: (crops, ranks · b, dim)."""
+    if ranks == 1:
+        return keys
+    parts = [torch.empty_like(keys) for _ in range(ranks)]
+    dist.all_gather(parts, keys.contiguous())
+    return torch.cat(parts, dim=1)
+
+
+def any_rank(number):
+    """The largest of the ranks' numbers. They meet on the CPU: no GPU is waited for."""
+    if place()[1] == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+# ----------------------------------------------------------------------------------- the loop
 
 
 class Validation:
@@ -374,123 +489,161 @@ class Validation:
 
 
 def train(config, student, splits, folder, checkpoint=None, stop=None):
-    """Train `student` on views of the training split, all on one device.
+    """Train `student` on views of the training split, on one device, or each rank on its own.
 
     With a `checkpoint` of the run it goes on from there, as if it had not stopped: all that chance
     decides is a function of the seed and the step. `stop` is a Stopper, or None.
 
-    Before the first epoch and after each, a line goes to log.jsonl in `folder`; after each, the
-    checkpoint is written there, and also when the run is told to stop. Returns the teacher and the
-    lines of log.jsonl. Raises FloatingPointError if the loss or the attention is no number, and
-    Stopped once it has stopped.
+    Before the first epoch and after each, a line goes to log.jsonl in `folder`; the checkpoint is
+    written before the first step, after each epoch, every `checkpoint_minutes`, and when the run is
+    told to stop; of several ranks the first one writes. Returns the teacher and the lines of
+    log.jsonl. Raises FloatingPointError if the loss or the gradient is no number, OSError if
+    the checkpoint is of no use or nothing can be written, and Stopped once it has stopped.
     """
     c, device = config, student.backbone.cls_token.device
+    rank, ranks = place()
     views = data.TrainingViews(c, splits["train"], device=device)
     validate = Validation(c, splits, device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     student.backbone.checkpoint_blocks = c["checkpoint_blocks"]
+    if c["compile"]:
+        compile_blocks(student, teacher)
     optimizer = make_optimizer(student)
     loss_fn = (NCELoss(c["temperature"]) if c["loss"] == "nce" else DINOLoss(c["out_dim"], c["temperature"])).to(device)
     dtype = autocast_dtype(c["precision"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     steps_per_epoch = c["images_per_epoch"] // c["batch_size"]
     steps = c["epochs"] * steps_per_epoch
-    history, start, total = [], 0, torch.zeros((), device=device)
+    parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_fn, "scaler": scaler}
+    history, start = [], 0
+    total = torch.zeros((), device=device)  # the loss, summed over the steps of the epoch
+    skipped = torch.zeros((), device=device, dtype=torch.int64)  # steps of the run whose gradient left float16's range
+    broken = torch.full((), -1, device=device)  # the first step whose loss or gradient was no number
     if checkpoint:
-        parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_fn, "scaler": scaler}
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
         history, start = checkpoint["metrics"], checkpoint["step"]
-        total += checkpoint["epoch_loss"]
-        with open(os.path.join(folder, "log.jsonl"), "w") as file:  # cut back to the checkpoint
-            file.writelines(json.dumps(line) + "\n" for line in history)
+        total += checkpoint["epoch_loss"] if rank == 0 else 0
+        skipped += checkpoint["skipped"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OSError(f"{folder}: the checkpoint does not fit its own settings ({data.one_line(error)[:200]})") from error
+        if rank == 0:
+            write_log(folder, history)  # cut back to the checkpoint
+    parallel = DistributedDataParallel(student, broadcast_buffers=False) if ranks > 1 else student
     stop = stop or Stopper()
+    saved, saved_at = start, time.monotonic()
 
-    def check(loss, epoch):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of epoch {epoch} is {loss}; try a lower --lr than {c['lr']:g}")
+    def check():
+        """Raise FloatingPointError if a step so far went wrong. Waits for the device."""
+        step = broken.item()
+        if step >= 0:
+            raise FloatingPointError(
+                f"step {step + 1}: the loss or its gradient is no number, at learning rate "
+                f"{learning_rate(c, step / steps):.2g}; the checkpoint in {folder}, of step {saved}, is from before; "
+                f"try a lower --lr than {c['lr']:g}"
+            )
+
+    def save(step):
+        """Write all that the run needs to go on after `step` steps."""
+        nonlocal saved, saved_at
+        check()
+        epoch_loss = sum_over_ranks(total)
+        if rank == 0:
+            save_checkpoint(os.path.join(folder, "ckpt.pth"), {
+                "config": c,
+                "step": step,
+                "epoch": step // steps_per_epoch,
+                **{name: part.state_dict() for name, part in parts.items()},
+                "metrics": history,
+                "epoch_loss": epoch_loss,  # the sum over the steps of an epoch that is not over
+                "skipped": skipped.item(),
+                "threads": torch.get_num_threads(),  # on which the last bits of a sum depend
+            })
+        saved, saved_at = step, time.monotonic()
 
     def log(line, progress):
         """Add the validation to a line, and the line to the history and to log.jsonl."""
         started = time.perf_counter()
         line["validation"] = validate(student, teacher, loss_fn, progress)
         line["validation_seconds"] = time.perf_counter() - started
-        check(line["validation"]["loss"], line["epoch"])
+        if not math.isfinite(line["validation"]["loss"]):
+            raise FloatingPointError(f"the validation loss after epoch {line['epoch']} is {line['validation']['loss']}; "
+                                     f"try a lower --lr than {c['lr']:g}")
         history.append(line)
-        with open(os.path.join(folder, "log.jsonl"), "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if line["epoch"] in c["keep_epochs"]:
-            kept = {"config": c, "epoch": line["epoch"], "teacher": teacher.state_dict(), "metrics": history}
-            save_checkpoint(os.path.join(folder, f"epoch-{line['epoch']}.pth"), kept)
-
-    def save(step):
-        """Write all that the run needs to go on after `step` steps."""
-        save_checkpoint(os.path.join(folder, "ckpt.pth"), {
-            "config": c,
-            "step": step,
-            "epoch": step // steps_per_epoch,
-            "student": student.state_dict(),
-            "teacher": teacher.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "loss": loss_fn.state_dict(),
-            "scaler": scaler.state_dict(),
-            "metrics": history,
-            "epoch_loss": total.item(),  # the sum over the steps of an epoch that is not over
-            "threads": torch.get_num_threads(),  # on which the last bits of a sum depend
-        })
+        if rank == 0:
+            write_log(folder, history)
+            if line["epoch"] in c["keep_epochs"]:
+                kept = {"config": c, "epoch": line["epoch"], "teacher": teacher.state_dict(), "metrics": history}
+                save_checkpoint(os.path.join(folder, f"epoch-{line['epoch']}.pth"), kept)
 
     if not checkpoint:
+        save(0)
+    if not history:
         log({"epoch": 0, "step": 0}, progress=0)
-    bar = tqdm(total=steps * c["batch_size"], initial=start * c["batch_size"], unit="image", unit_scale=True, smoothing=0.05)
-    for epoch in range(start // steps_per_epoch, c["epochs"]):
-        started, first = time.perf_counter(), max(start, epoch * steps_per_epoch)
-        for step in range(first, (epoch + 1) * steps_per_epoch):
-            progress = step / steps
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(c, progress)
-            optimizer.param_groups[0]["weight_decay"] = cosine(c["weight_decay"], c["weight_decay_end"], progress)
-            momentum = cosine(c["momentum_teacher"], 1.0, progress)
-
-            optimizer.zero_grad()
-            loss, logits = loss_of(
-                c, loss_fn, student, teacher, views, views.draw(step), progress, lambda part: scaler.scale(part).backward()
-            )
-            if c["loss"] == "dino":
-                loss_fn.update_center(logits)
-            if c["loss"] == "dino" and epoch == 0:  # DINO holds its last layer still at first
-                student.head.last_layer.weight_v.grad = None
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(student.parameters(), c["clip_grad"])
-            scaler.step(optimizer)
-            scaler.update()
-            update_teacher(teacher, student, momentum)
-
-            total += loss
-            bar.update(c["batch_size"])
-            if step % 20 == 0:  # reading the loss waits for the device
-                bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
-            if stop.signal and step + 1 < (epoch + 1) * steps_per_epoch:
-                save(step + 1)
-                raise Stopped(stop.signal)
-        mean_loss = total.item() / steps_per_epoch  # waits for the device
-        seconds = time.perf_counter() - started
-        check(mean_loss, epoch + 1)
-        log({
-            "epoch": epoch + 1,
-            "step": step + 1,
-            "loss": mean_loss,
-            "lr": optimizer.param_groups[0]["lr"],
-            "weight_decay": optimizer.param_groups[0]["weight_decay"],
-            "momentum_teacher": momentum,
-            "images_per_second": (step + 1 - first) * c["batch_size"] / seconds,
-            "seconds": seconds,
-        }, progress)
-        total = torch.zeros((), device=device)
-        save(step + 1)
-        if stop.signal and epoch + 1 < c["epochs"]:
-            raise Stopped(stop.signal)
-    bar.close()
+    bar = tqdm(total=steps * c["batch_size"], initial=start * c["batch_size"], unit="image", unit_scale=True,
+               smoothing=0.05, disable=rank > 0)
+    with bar:
+        for epoch in range(start // steps_per_epoch, c["epochs"]):
+            started, first = time.perf_counter(), max(start, epoch * steps_per_epoch)
+            todo = range(first, (epoch + 1) * steps_per_epoch)
+            for step, params in zip(todo, drawn_ahead(views, todo)):
+                loss, norm = training_step(c, loss_fn, parallel, teacher, optimizer, scaler, views, params, step, steps)
+                total += loss
+                skipped += scaler.is_enabled() & ~norm.isfinite()
+                # float16's scaler skips a step whose gradient is too large for it, and scales less from then on
+                healthy = loss.isfinite() & (norm.isfinite() | (scaler.get_scale() > 1))
+                broken = torch.where((broken < 0) & ~healthy, step, broken)
+                bar.update(c["batch_size"])
+                if step % 20 == 0:  # reading a number waits for the device
+                    check()
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item() * ranks:.3f}")
+                minutes = (time.monotonic() - saved_at) / 60
+                why = any_rank(stop.signal or int(minutes > c["checkpoint_minutes"]))  # a signal's number is above 1
+                if why and step + 1 < todo.stop:
+                    save(step + 1)
+                    if why > 1:
+                        raise Stopped(why)
+            mean_loss = sum_over_ranks(total) / steps_per_epoch  # waits for the device
+            seconds = time.perf_counter() - started
+            check()
+            log({
+                "epoch": epoch + 1,
+                "step": step + 1,
+                "loss": mean_loss,
+                "lr": optimizer.param_groups[0]["lr"],
+                "weight_decay": optimizer.param_groups[0]["weight_decay"],
+                "momentum_teacher": cosine(c["momentum_teacher"], 1.0, step / steps),
+                **({"skipped_steps": skipped.item()} if scaler.is_enabled() else {}),
+                "images_per_second": len(todo) * c["batch_size"] / seconds,
+                "seconds": seconds,
+            }, step / steps)
+            total = torch.zeros((), device=device)
+            save(step + 1)
+            why = any_rank(stop.signal or 0)
+            if why and epoch + 1 < c["epochs"]:
+                raise Stopped(why)
     return teacher, history
+
+
+def sum_over_ranks(value):
+    """The number that the ranks' tensors of no dimension add up to."""
+    if place()[1] > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value.item()
+
+
+def compile_blocks(*networks):
+    """Compile all blocks, which share what is compiled; a line of warning and no more where that cannot be done."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=networks[0].backbone.cls_token.device))
+    except Exception as error:  # of many kinds, by what is missing
+        print(f"warning: --compile does nothing here ({data.one_line(error)[:150]})", file=sys.stderr)
+        return
+    for network in networks:
+        for block in network.backbone.blocks:
+            block.compile()
 
 
 class Stopped(Exception):
@@ -516,13 +669,25 @@ class Stopper:
 
 
 def save_checkpoint(path, content):
-    """Write whole or not at all: to a temporary file, then renamed; the old one stays as ….prev.pth."""
-    with open(path + ".tmp", "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write whole or not at all, with a digest: to a temporary file, then renamed; the old one stays as ….prev.pth."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(content | {"digest": vit.digest(content)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise OSError(f"{path} could not be written ({data.one_line(error)[:150]}); the one before it is whole") from error
     if os.path.exists(path):
         os.replace(path, previous(path))
+    os.replace(path + ".tmp", path)
+
+
+def write_log(folder, history):
+    path = os.path.join(folder, "log.jsonl")
+    with open(path + ".tmp", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in history)
     os.replace(path + ".tmp", path)
 
 
@@ -549,8 +714,8 @@ def new_folder(config, output):
 
 def read_run(args):
     """The checkpoint that --resume names, its settings with the flags over them; the one before it if it is damaged."""
-    folder = args.resume if os.path.isdir(args.resume) else os.path.dirname(args.resume) or "."
-    path = os.path.join(folder, "ckpt.pth")
+    path = os.path.join(args.resume, "ckpt.pth") if os.path.isdir(args.resume) else args.resume
+    folder = os.path.dirname(path) or "."
     if args.output:
         raise ValueError(f"--output {args.output}: a resumed run goes on in its own folder, {folder}")
     try:
@@ -560,8 +725,9 @@ def read_run(args):
             raise
         checkpoint = vit.read_checkpoint(previous(path))
         print(f"warning: {error}; going on from {previous(path)}", file=sys.stderr)
-    needed = ("config", "step", "student", "optimizer", "metrics", "epoch_loss", "threads")
-    lost = [name for name in needed if name not in checkpoint]
+    needed = ("config", "step", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "skipped",
+              "threads", "digest")
+    lost = [name for name in needed if not (isinstance(checkpoint, dict) and name in checkpoint)]
     if lost:
         raise ValueError(f"--resume {path} lacks {', '.join(lost)}: a checkpoint of a run of train.py is wanted")
     config = checkpoint["config"]
@@ -569,7 +735,7 @@ def read_run(args):
     if args.epochs and args.epochs != config["epochs"]:
         print(f"{args.epochs} epochs instead of {config['epochs']}: the schedules are planned anew from here on")
     for name, value in given(args).items():
-        if name in ("epochs", "device", "data_root"):
+        if name in ("epochs", "device", "data_root", "compile", "checkpoint_minutes"):
             config[name] = value
         elif config[name] != value:
             raise ValueError(f"--resume {folder} has {flag(name)} {config[name]}, not {value}: leave the flag out")
@@ -579,15 +745,19 @@ def read_run(args):
     return checkpoint, config, folder
 
 
-def prepare(args):
-    """Everything that can fail for what the user gave: settings, device, weights, digits, folder."""
+def prepare(args, folder=None):
+    """Everything that can fail for what the user gave: settings, device, weights, digits, folder.
+
+    Makes the folder of a new run, unless another rank has made `folder` already.
+    """
     if args.resume:
         checkpoint, config, folder = read_run(args)
+        check_settings(config)
         device = vit.find_device(config["device"])
         student = vit.build_network(config).to(device)
         return config, student, data.load_dataset(config, device)[0], folder, checkpoint
     config = make_config(args)
-    if args.output and os.path.exists(os.path.join(args.output, "ckpt.pth")):
+    if args.output and not folder and os.path.exists(os.path.join(args.output, "ckpt.pth")):
         raise ValueError(f"--output {args.output} already holds a run: name a new folder")
     device = vit.find_device(config["device"])
     weights = None
@@ -605,42 +775,94 @@ def prepare(args):
     if warning:
         config["fallbacks"].append(warning)
     data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if there are too few
-    return config, student.to(device), splits, new_folder(config, args.output), None
+    return config, student.to(device), splits, folder or new_folder(config, args.output), None
+
+
+def prepare_all(args):
+    """`prepare` on every rank; the first one goes ahead, for it fetches and makes what is missing.
+
+    Returns None, once it has been told, if something was wrong.
+    """
+    prepared, folder = None, [None]
+    if place()[0] == 0:
+        try:
+            prepared = prepare(args)
+            folder = [prepared[3]]
+        except (ValueError, OSError) as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+    if place()[1] > 1:
+        dist.broadcast_object_list(folder)
+    return prepared or (folder[0] and prepare(args, folder[0]))
+
+
+def run(args):
+    """The whole run that the flags ask for; returns the exit status."""
+    prepared = prepare_all(args)
+    if prepared is None:
+        return 2
+    config, student, splits, folder, checkpoint = prepared
+    rank, ranks = place()
+    if rank == 0:
+        why = "resumed" if checkpoint else "asked for" if args.preset else "CUDA is there" if config["preset"] == "paper" else "no CUDA here"
+        print(
+            f"preset {config['preset']} ({why}): ViT of width {config['dim']}, {config['depth']} blocks, {config['heads']} "
+            f"heads, {config['image_size']} px, patch {config['patch_size']}; {config['epochs']} epochs of "
+            f"{config['images_per_epoch']:,} images on {config['device']}{f', {ranks} ranks' if ranks > 1 else ''}, into {folder}"
+        )
+        for line in config["fallbacks"]:
+            print(f"warning: {line}", file=sys.stderr)
+
+    untrained = None if checkpoint else copy.deepcopy(student.backbone)
+    trained = False
+    try:
+        with Stopper() as stop:
+            teacher, history = train(config, student, splits, folder, checkpoint, stop)
+        trained = True
+        if rank > 0:
+            return 0
+        path = os.path.join(folder, "ckpt.pth")
+        visualize.draw_curves(history, config, os.path.join(folder, "curves.png"))
+        untrained = untrained or visualize.untrained_backbone(config)
+        subject = visualize.Subject(path, config, teacher.backbone, config["epochs"], history, splits=splits)
+        visualize.report(subject, untrained, folder)
+    except Stopped as stopped:
+        say(f"stopped; python train.py --resume {folder} goes on")
+        return 128 + stopped.args[0]
+    except KeyboardInterrupt:
+        if trained:
+            say(f"left; the run has ended: python visualize.py {path} measures and draws it")
+        else:
+            say(f"left at once; python train.py --resume {folder} goes on from its last checkpoint")
+        return 128 + signal.SIGINT
+    except (FloatingPointError, OSError) as error:
+        say(f"train.py: error: {error}")
+        return 1
+    print(f"python visualize.py {path}")
+    return 0
+
+
+def say(line):
+    """To standard error, once for all ranks."""
+    if place()[0] == 0:
+        print(line, file=sys.stderr)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        config, student, splits, folder, checkpoint = prepare(args)
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    why = "resumed" if checkpoint else "asked for" if args.preset else "CUDA is there" if config["preset"] == "paper" else "no CUDA here"
-    print(
-        f"preset {config['preset']} ({why}): ViT of width {config['dim']}, {config['depth']} blocks, {config['heads']} "
-        f"heads, {config['image_size']} px, patch {config['patch_size']}; {config['epochs']} epochs of "
-        f"{config['images_per_epoch']:,} images on {config['device']}, into {folder}"
-    )
-    for line in config["fallbacks"]:
-        print(f"warning: {line}", file=sys.stderr)
-
-    untrained = None if checkpoint else copy.deepcopy(student.backbone)
-    try:
-        with Stopper() as stop:
-            teacher, history = train(config, student, splits, folder, checkpoint, stop)
-    except Stopped as stopped:
-        print(f"\nstopped; python train.py --resume {folder} goes on", file=sys.stderr)
-        return 128 + stopped.args[0]
-    except FloatingPointError as error:
-        print(f"\ntrain.py: error: {error}", file=sys.stderr)
+        meet()
+        return run(args)
+    except (RuntimeError, MemoryError) as error:  # on a CPU having no memory left is a RuntimeError like others
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        say("train.py: error: out of memory; a smaller --micro-batch, --checkpoint-blocks or a smaller --image-size need less")
         return 1
-    path = os.path.join(folder, "ckpt.pth")
-    visualize.draw_curves(history, config, os.path.join(folder, "curves.png"))
-    untrained = untrained or visualize.untrained_backbone(config)
-    trained = visualize.Subject(path, config, teacher.backbone, config["epochs"], history, splits=splits)
-    visualize.report(trained, untrained, folder)
-    print(f"python visualize.py {path}")
-    return 0
+    except KeyboardInterrupt:  # before the first step
+        say("left before there was anything to keep")
+        return 128 + signal.SIGINT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

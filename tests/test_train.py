@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import torchvision
 
 import data
 import train
-import vit
 import visualize
+import vit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +127,8 @@ def test_every_kind_of_run(tmp_path, monkeypatch, capsys, loss, views, crops):
     folder = tmp_path / "runs" / f"clutter-{loss}-{views}"
     checkpoint = vit.read_checkpoint(folder / "ckpt.pth")
     assert set(checkpoint) == {
-        "config", "step", "epoch", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "threads",
+        "config", "step", "epoch", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "skipped",
+        "threads", "digest",
     }
     assert (checkpoint["step"], checkpoint["epoch"]) == (4, 2)
     assert checkpoint["config"]["crops"] == crops and checkpoint["config"]["digits"] == "sklearn"
@@ -274,7 +276,7 @@ def test_pieces_give_the_gradient_of_the_whole_batch(loss, views, crops):
 def test_a_run_in_pieces_is_the_run(tmp_path, loss):
     flags = [*SMALL, "--loss", loss, "--epochs", "2", "--images-per-epoch", "24", "--precision", "float32"]
     weights = []
-    for extra in ([], ["--micro-batch", "3"], ["--checkpoint-blocks"]):
+    for extra in ([], ["--micro-batch", "4"], ["--checkpoint-blocks"]):
         folder = str(tmp_path / "-".join(["run", *extra]))
         assert train.main([*flags, *extra, "--output", folder]) == 0
         weights.append(vit.read_checkpoint(folder + "/ckpt.pth")["teacher"])
@@ -370,7 +372,7 @@ def without_times(lines):
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
-@pytest.mark.parametrize("flags", [["--loss", "nce"], ["--loss", "dino"], ["--micro-batch", "3"]])
+@pytest.mark.parametrize("flags", [["--loss", "nce"], ["--loss", "dino"], ["--micro-batch", "4"]])
 def test_a_run_that_was_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch, capsys, flags):
     """Bit for bit: in the first step, in mid-epoch, at the end of an epoch, and twice."""
     flags = [*SMALL, *flags, "--epochs", "2", "--images-per-epoch", "32"]  # 2 epochs of 4 steps
@@ -395,6 +397,30 @@ def test_a_run_that_was_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, mo
         lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
         assert lines == resumed["metrics"]
         assert (tmp_path / folder / "metrics.json").exists()
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path, monkeypatch, capsys):
+    """In the midst of a step; the checkpoint from before the step is what goes on."""
+    flags = [*SMALL, "--epochs", "1", "--images-per-epoch", "32"]
+    assert train.main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    folder = str(tmp_path / "left")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, signal.SIGINT)
+        stop_after(patch, 3, signal.SIGINT)
+        assert train.main([*flags, "--output", folder]) == 130
+    assert f"left at once; python train.py --resume {folder} goes on from its last" in capsys.readouterr().err
+    assert vit.read_checkpoint(folder + "/ckpt.pth")["step"] == 0
+    assert train.main(["--resume", folder]) == 0
+    whole, resumed = (vit.read_checkpoint(f"{f}/ckpt.pth")["student"] for f in (tmp_path / "whole", folder))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_checkpoints_are_written_in_mid_epoch_too(tmp_path, monkeypatch):
+    steps, save = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (steps.append(content["step"]), save(path, content)))
+    flags = [*SMALL, "--epochs", "1", "--images-per-epoch", "32", "--output", str(tmp_path / "run")]
+    assert train.main([*flags, "--checkpoint-minutes", "1e-9"]) == 0
+    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_signals_are_ours_during_training_alone():
@@ -458,6 +484,9 @@ def test_what_cannot_be_resumed_is_told(tmp_path, monkeypatch, capsys, flags, sa
     (["--epochs", "0"], "--epochs 0 must be above 0"),
     (["--lr", "nan"], "--lr nan must be above 0"),
     (["--micro-batch", "0"], "--micro-batch 0 must be above 0"),
+    (["--micro-batch", "-1"], "--micro-batch -1 must be above 0"),
+    (["--micro-batch", "5"], "--micro-batch 5 does not divide --batch-size 64: 1, 2, 4, 8, 16, 32, 64 do"),
+    (["--checkpoint-minutes", "0"], "--checkpoint-minutes 0.0 must be above 0"),
     (["--keep-epochs", "1,x"], "--keep-epochs 1,x is no list of epochs such as 1,5,10"),
     (["--keep-epochs", "1,99"], "--keep-epochs 1,99: epochs go from 0, before the first step, to 10"),
     (["--weights", "missing.pth"], "missing.pth: no such file"),
@@ -485,15 +514,86 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, flags, say
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_none_stops_the_run(tmp_path, capsys, monkeypatch, what):
+    """With the step, the learning rate and the last good checkpoint, which holds numbers alone."""
+    folder, calls = tmp_path / "run", []
+    loss_of = train.loss_of
+
+    def breaking(*args):
+        calls.extend([1] * (len(args) > 7))  # with `backward`, that is in training
+        loss, logits = loss_of(*args)
+        if len(calls) == 7 and len(args) > 7:
+            if what == "loss":
+                return loss * math.nan, logits
+            next(args[2].parameters()).grad.fill_(math.inf)
+        return loss, logits
+
+    monkeypatch.setattr(train, "loss_of", breaking)
+    assert train.main([*SMALL, "--epochs", "3", "--images-per-epoch", "32", "--output", str(folder)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    rate = train.learning_rate(config_of(*SMALL), 6 / 12)
+    assert error.startswith(f"train.py: error: step 7: the loss or its gradient is no number, at learning rate {rate:.2g};")
+    assert f"the checkpoint in {folder}, of step 4, is from before; try a lower --lr" in error
+    checkpoint = vit.read_checkpoint(folder / "ckpt.pth")
+    assert checkpoint["step"] == 4 and all(value.isfinite().all() for value in checkpoint["student"].values())
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.NCELoss, "forward", lambda *args, **kwargs: torch.tensor(math.nan, requires_grad=True))
+    assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(tmp_path / "run")]) == 1
+    assert "train.py: error: the validation loss after epoch 0 is nan; try a lower --lr" in capsys.readouterr().err
+
+
+def test_steps_that_float16_skips_are_counted_and_not_mistaken(tmp_path):
+    """A scale so large that the first gradients overflow: it is halved, step by step, until they do not."""
     folder = tmp_path / "run"
-    assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(folder)]) == 1
-    assert "train.py: error: the loss of epoch 0 is nan; try a lower --lr" in capsys.readouterr().err
-    assert not (folder / "ckpt.pth").exists()
-    monkeypatch.setattr(train.Validation, "__call__", lambda *args: {"loss": 0.0})
-    assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(tmp_path / "again")]) == 1
-    assert "train.py: error: the loss of epoch 1 is nan; try a lower --lr" in capsys.readouterr().err
+    config = config_of(*SMALL, "--precision", "float16", "--epochs", "2", "--images-per-epoch", "64")
+    with pytest.MonkeyPatch.context() as patch:
+        scaler = torch.amp.GradScaler
+        patch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(*args, init_scale=2.0**22, **kwargs))
+        folder.mkdir()
+        train.train(config, vit.build_network(config), data.load_digits("sklearn")[0], str(folder))
+    lines = vit.read_checkpoint(folder / "ckpt.pth")["metrics"]
+    assert 0 < lines[1]["skipped_steps"] <= lines[2]["skipped_steps"] < 16
+    assert math.isfinite(lines[2]["loss"])
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, capsys, monkeypatch):
+    """As on a full disk: here no file may grow beyond what the first checkpoint needs."""
+    folder = tmp_path / "run"
+    config = [*SMALL, "--epochs", "2", "--images-per-epoch", "16", "--output", str(folder)]
+    save = torch.save
+
+    def full_disk(content, file):
+        if content["step"] > 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        save(content, file)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(torch, "save", full_disk)
+    try:
+        assert train.main(config) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ckpt.pth could not be written" in capsys.readouterr().err.splitlines()[-1]
+    assert vit.read_checkpoint(folder / "ckpt.pth")["step"] == 2 and not (folder / "ckpt.pth.tmp").exists()
+    monkeypatch.setattr(torch, "save", save)
+    assert train.main(["--resume", str(folder)]) == 0
+
+
+def test_running_out_of_memory_names_the_flags_that_help(tmp_path, capsys, monkeypatch):
+    def greedy(*args):
+        if len(args) > 7:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return loss_of(*args)
+
+    loss_of = train.loss_of
+    monkeypatch.setattr(train, "loss_of", greedy)
+    assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "8", "--output", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: error: out of memory") and "--micro-batch" in error and "--image-size" in error
+    assert vit.read_checkpoint(tmp_path / "run" / "ckpt.pth")["step"] == 0
 
 
 def test_nothing_is_fetched_for_a_run_that_cannot_be(tmp_path, monkeypatch):
