@@ -530,7 +530,7 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
             raise OSError(f"{folder}: the checkpoint does not fit its own settings ({data.one_line(error)[:200]})") from error
         if rank == 0:
             write_log(folder, history)  # cut back to the checkpoint
-    parallel = DistributedDataParallel(student, broadcast_buffers=False) if ranks > 1 else student
+    parallel = DistributedDataParallel(student) if ranks > 1 else student
     stop = stop or Stopper()
     saved, saved_at = start, time.monotonic()
 
