@@ -1,0 +1,365 @@
+"""How fast a training step is, and what memory it takes, against timm's ViT-S/8 trained by lightly's DINO.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/throughput.py                                  # on a CPU within three minutes
+    python benchmarks/throughput.py --image-size 224 --batch-size 2
+    python benchmarks/throughput.py --memory --image-size 56         # also a batch of 8192 by pieces of 32
+
+Both sides train the same network on the same shapes: ViT-S/8, two crops of each image that student
+and teacher both see, DINO's head with K = 65,536 (or with --loss nce its bottleneck alone). The peer
+is put together as lightly's own example does it: its projection head, loss and momentum update, one
+forward a view, AdamW as it comes; timm's `vit_small_patch8_224` is the backbone.
+
+First both are fed crops from memory, taking turns step by step. Then each makes its own input, taking
+turns in blocks of steps: ours renders canvases on the device, the peer crops, turns and blurs ready-made
+PIL canvases by torchvision's transforms in a DataLoader. A step's model FLOPs, (3 × student + teacher)
+forward, are set against a square matrix product of the same run. Medians are printed, then a line of JSON.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import lightly
+import numpy as np
+import timm
+import torch
+import torchvision
+import torchvision.transforms as T
+from lightly.loss import DINOLoss, NTXentLoss
+from lightly.models.modules.heads import DINOProjectionHead, ProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import train
+import vit
+
+warnings.filterwarnings("ignore", message=".*weight_norm.*")
+
+
+# ----------------------------------------------------------------------------------- the sides
+
+
+def our_config(args, *flags):
+    given = ["--preset", "paper", "--weights", "none", "--digits", "sklearn", "--views", "same", "--crops", "2",
+             "--loss", args.loss, "--device", args.device, "--image-size", str(args.image_size),
+             "--batch-size", str(args.batch_size), *flags]
+    return train.make_config(train.parse_args(given))
+
+
+def ours(config, crops=None):
+    """A function that takes our training step; its input comes from `crops`, or is drawn and rendered anew."""
+    device = torch.device(config["device"])
+    student = vit.build_network(config).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    student.backbone.checkpoint_blocks = config["checkpoint_blocks"]
+    if config["compile"]:
+        train.compile_blocks(student, teacher)
+    views = data.TrainingViews(config, data.load_digits("sklearn")[0]["train"].to(device), device=device)
+    loss_fn = train.NCELoss(config["temperature"]) if config["loss"] == "nce" else train.DINOLoss(config["out_dim"])
+    dtype = train.autocast_dtype(config["precision"], device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    rest = loss_fn.to(device), student, teacher, train.make_optimizer(student), scaler, views
+    steps = 1_000_000
+    ahead = train.drawn_ahead(views, range(steps // 2, steps))
+    params = next(ahead)
+    if crops is not None:
+        views.render = lambda params: crops[:, : len(params["centre"])]
+
+    def step():
+        train.training_step(config, *rest, params if crops is not None else next(ahead), steps // 2, steps)
+
+    step.views = views
+    return step
+
+
+def peer(args, precision, crops=None, compiled=False):
+    """The same for the peer. `precision` is of its autocast, float32 for none."""
+    c = our_config(args)
+    student = timm.create_model("vit_small_patch8_224", num_classes=0, img_size=args.image_size).to(args.device)
+    sizes = c["head_hidden_dim"], c["bottleneck_dim"]
+    heads = [DINOProjectionHead(c["dim"], *sizes, c["out_dim"]) for _ in range(2)]
+    if args.loss == "nce":
+        layers = [(c["dim"], sizes[0], None, torch.nn.GELU()), (sizes[0], sizes[0], None, torch.nn.GELU()), (*sizes, None, None)]
+        heads = [ProjectionHead(layers) for _ in range(2)]
+    student_head, teacher_head = (head.to(args.device) for head in heads)
+    teacher = copy.deepcopy(student)
+    deactivate_requires_grad(teacher)
+    deactivate_requires_grad(teacher_head)
+    optimizer = torch.optim.AdamW([*student.parameters(), *student_head.parameters()], lr=1e-4)
+    criterion = (DINOLoss(c["out_dim"]) if args.loss == "dino" else NTXentLoss(c["temperature"])).to(args.device)
+    look, teach = (torch.compile(network) if compiled else network for network in (student, teacher))
+    loader = None if crops is not None else iter(peer_loader(args))
+    waited = []
+
+    def step():
+        started = time.perf_counter()
+        views = [view.to(args.device, non_blocking=True) for view in (next(loader) if loader else crops)]
+        waited.append(time.perf_counter() - started)
+        update_momentum(student, teacher, 0.996)
+        update_momentum(student_head, teacher_head, 0.996)
+        with torch.autocast(torch.device(args.device).type, getattr(torch, precision), enabled=precision != "float32"):
+            teacher_out = [teacher_head(teach(view)) for view in views]
+            student_out = [student_head(look(view)) for view in views]
+            if args.loss == "dino":
+                loss = criterion(teacher_out, student_out)
+            else:
+                loss = (criterion(student_out[0], teacher_out[1]) + criterion(student_out[1], teacher_out[0])) / 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step.waited = waited
+    return step
+
+
+class Canvases(torch.utils.data.Dataset):
+    """Cluttered digits as PIL images, ready-made, and two views of each by torchvision."""
+
+    def __init__(self, args):
+        digits = data.load_digits("sklearn")[0]["train"]
+        params = data.CanvasSampler(digits).draw(data.generator(0, "benchmark"), torch.arange(len(digits)))
+        canvases = data.render_canvases(params, digits.images, 100)[0]
+        self.pictures = [Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases]
+        self.transform = T.Compose([
+            T.RandomResizedCrop(args.image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
+            T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
+            T.RandomApply([T.GaussianBlur(1 + 2 * max(1, args.image_size // 20), sigma=(0.1, 2.0))], p=0.5),
+            T.Grayscale(3),
+            T.ToTensor(),
+            T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
+        ])
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, index):
+        picture = self.pictures[index % len(self.pictures)]
+        return self.transform(picture), self.transform(picture)
+
+
+def peer_loader(args):
+    pin = torch.device(args.device).type == "cuda"
+    return torch.utils.data.DataLoader(
+        Canvases(args), args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers, pin_memory=pin
+    )
+
+
+# -------------------------------------------------------------------------------- measurements
+
+
+def synchronise(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device):
+    synchronise(device)
+    started = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def take_turns(sides, steps, device):
+    """Median seconds of a step of each side; one step each in turn, the first one not counted."""
+    times = {name: [] for name in sides}
+    for turn in range(-1, steps):
+        for name, step in sides.items():
+            took = seconds(step, device)
+            times[name] += [took] if turn >= 0 else []
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(make, device):
+    """Most memory in tensors while `make()` is built and its step is taken twice, beyond what there was."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step = make()
+        step()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step = make()
+            step()
+            step()
+        profile.export_chrome_trace(os.path.join(folder, "trace.json"))
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return int(np.cumsum([change for _, change in changes]).max())
+
+
+def forward_flops(config):
+    """FLOPs of backbone and head for one crop; of the last block what [CLS] needs, as all that our step computes."""
+    d, n = config["dim"], 1 + (config["image_size"] // config["patch_size"]) ** 2
+    block = 24 * n * d * d + 4 * n * n * d  # qkv 6, proj 2, MLP 16; q kᵀ and the weighted v
+    last = 4 * n * d * d + 20 * d * d + 4 * n * d  # k and v of all tokens, the rest of [CLS] alone
+    patches = 2 * (n - 1) * 3 * config["patch_size"] ** 2 * d
+    h, b = config["head_hidden_dim"], config["bottleneck_dim"]
+    head = 2 * (d * h + h * h + h * b + (b * config["out_dim"] if config["loss"] == "dino" else 0))
+    return patches + (config["depth"] - 1) * block + last + head
+
+
+def matmul_rate(m, k, n, dtype, device):
+    """FLOP/s of a product of matrices, the best of some."""
+    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+    return 2 * m * k * n / min(seconds(lambda: a @ b, device) for _ in range(6))
+
+
+def input_share(step, steps, device):
+    """What part of our step is drawing and rendering its input; on a GPU drawing is hidden behind the step before."""
+    views, cuda = step.views, torch.device(device).type == "cuda"
+    parts = []
+    for number in range(-1, steps):
+        params = views.draw(number + 1)
+        spent = seconds(lambda: views.render(params), device) if cuda else seconds(  # noqa: B023
+            lambda: views.render(views.draw(number + 1)), device)  # noqa: B023
+        parts += [(spent, seconds(step, device))] if number >= 0 else []
+    return statistics.median(spent / whole for spent, whole in parts)
+
+
+# ----------------------------------------------------------------------------------- the report
+
+
+def fed_from_memory(args):
+    """Steps of both sides in both precisions, in turn: seconds by name."""
+    config = our_config(args)
+    views = data.TrainingViews(config, data.load_digits("sklearn")[0]["train"].to(args.device), device=torch.device(args.device))
+    crops = views.render(views.draw(0))
+    fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
+    sides = {}
+    for precision in dict.fromkeys((fast, "float32")):
+        sides[f"ours {precision}"] = ours(our_config(args, "--precision", precision), crops)
+        sides[f"peer {precision}"] = peer(args, precision, crops)
+    if torch.device(args.device).type == "cuda":
+        sides[f"ours compiled {fast}"] = ours(our_config(args, "--precision", fast, "--compile"), crops)
+        sides[f"peer compiled {fast}"] = peer(args, fast, crops, compiled=True)
+    return take_turns(sides, args.steps, args.device), config, fast
+
+
+def end_to_end(args, fast):
+    """Seconds a step when each side makes its own input, in blocks of steps; the peer's share of waiting for it."""
+    cuda = torch.device(args.device).type == "cuda"
+    theirs = fast if cuda else "float32"  # on a CPU as its example is
+    times, waits = {f"ours {fast}": [], f"peer {theirs}": []}, []
+    mine = ours(our_config(args, "--precision", fast))
+    mine()
+    for _ in range(2):
+        times[f"ours {fast}"].append(seconds(lambda: [mine() for _ in range(args.steps)], args.device) / args.steps)
+        step = peer(args, theirs)  # its loader's workers begin and end with it, so that ours are not disturbed
+        step()
+        step.waited.clear()
+        times[f"peer {theirs}"].append(seconds(lambda: [step() for _ in range(args.steps)], args.device) / args.steps)  # noqa: B023
+        waits.append(sum(step.waited) / args.steps / times[f"peer {theirs}"][-1])
+        del step
+    share = input_share(mine, args.steps, args.device)
+    return {name: statistics.mean(values) for name, values in times.items()}, share, statistics.mean(waits)
+
+
+def laptop_input_share(args):
+    shares = {}
+    for views in ("different", "same"):
+        flags = ["--preset", "laptop", "--digits", "sklearn", "--views", views, "--device", args.device]
+        shares[views] = input_share(ours(train.make_config(train.parse_args(flags))), 30, args.device)
+    return shares
+
+
+def report_memory(args):
+    flags = {"ours": [], "ours, --checkpoint-blocks": ["--checkpoint-blocks"]}
+    makers = {name: (lambda given=given: ours(our_config(args, *given))) for name, given in flags.items()}
+    if args.loss == "dino":  # the peer's own input is made by other processes
+        crops = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=args.device)
+        fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
+        makers |= {f"peer {precision}": (lambda p=precision: peer(args, p, crops)) for precision in dict.fromkeys((fast, "float32"))}
+    large = argparse.Namespace(**vars(args) | {"batch_size": args.large_batch})
+    digits = data.load_digits("sklearn")[0]["train"]
+    if args.large_batch:
+        makers[f"ours, {args.large_batch} by {args.batch_size}"] = lambda: ours(
+            our_config(large, "--micro-batch", str(args.batch_size))
+        )
+    with_enough = data.Split(*(torch.cat([t] * (1 + args.large_batch // len(digits))) for t in (digits.images, digits.labels)))
+    load, data.load_digits = data.load_digits, lambda source: ({"train": with_enough}, source, None)
+    peaks = {name: peak_bytes(make, args.device) for name, make in makers.items()}
+    data.load_digits = load
+    print(f"peak memory of a step, ViT-S/8, {args.image_size} px, batch {args.batch_size}, loss {args.loss}, with all that it is built of")
+    for name, peak in peaks.items():
+        print(f"{name:28}{peak / 2**20:10.0f} MiB{peak / peaks['ours']:8.2f} of ours")
+    return {"peak_bytes": peaks}
+
+
+def report_speed(args):
+    times, config, fast = fed_from_memory(args)
+    tokens = 2 * args.batch_size * (1 + (args.image_size // 8) ** 2)
+    side = 8192 if torch.device(args.device).type == "cuda" else 2048
+    flops = 4 * 2 * args.batch_size * forward_flops(config)  # a backward is two forwards; the teacher one; two crops
+    rates = {p: matmul_rate(side, side, side, getattr(torch, p), args.device) for p in dict.fromkeys((fast, "float32"))}
+    own = {p: matmul_rate(tokens, 384, 1536, getattr(torch, p), args.device) for p in rates}
+    print(f"a step fed from memory, ViT-S/8, {args.image_size} px, batch {args.batch_size} × 2 crops, loss {args.loss}\n")
+    print(f"{'':24}{'images/s':>10}{'ms a step':>11}{'of a ' + str(side) + '³ product':>19}{'of the MLP’s product':>22}")
+    utilisation = {}
+    for name, took in times.items():
+        p = name.split()[-1]
+        utilisation[name] = flops / took / rates[p]
+        print(f"{name:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}{utilisation[name]:19.0%}{flops / took / own[p]:22.0%}")
+    example = "peer float32" if torch.device(args.device).type == "cpu" else f"peer {fast}"
+    pairs = [(f"ours {fast}", example)] + [(f"ours {p}", f"peer {p}") for p in rates]
+    if f"peer compiled {fast}" in times:
+        pairs += [(f"ours {fast}", f"peer compiled {fast}"), (f"ours compiled {fast}", f"peer compiled {fast}")]
+    ratios = {f"{a} over {b}": times[b] / times[a] for a, b in dict.fromkeys(pairs)}
+    whole, share, waited = end_to_end(args, fast)
+    (mine, took), (theirs, took_theirs) = whole.items()
+    ratios[f"end to end: {mine} over {theirs}, {args.workers} workers"] = took_theirs / took
+    shares = laptop_input_share(args)
+    print("\neach with its own input")
+    print(f"{mine:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}    input {share:.1%} of it")
+    print(f"{theirs:24}{args.batch_size / took_theirs:10.2f}{1000 * took_theirs:11.0f}    waiting for its loader {waited:.1%}")
+    print(f"input of the laptop preset: {shares['different']:.1%} of a step (different views), {shares['same']:.1%} (same)\n")
+    for name, ratio in ratios.items():
+        print(f"{ratio:6.2f} × {name}")
+    return {
+        "ms_a_step": {name: round(1000 * took, 1) for name, took in times.items()},
+        "end_to_end_ms_a_step": {name: round(1000 * took, 1) for name, took in whole.items()},
+        "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "model_flops_a_step": flops, "flop_utilisation": utilisation,
+        "matmul_flops_per_s": rates, "own_shape_flops_per_s": own,
+        "input_share": {"ours": share, "laptop different": shares["different"], "laptop same": shares["same"], "peer waits": waited},
+    }
+
+
+def main():
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--image-size", type=int, default=224 if cuda else 96)
+    parser.add_argument("--batch-size", type=int, default=32 if cuda else 16)
+    parser.add_argument("--loss", choices=["dino", "nce"], default="dino")
+    parser.add_argument("--steps", type=int, default=30 if cuda else 4, help="that count, after one that does not")
+    parser.add_argument("--workers", type=int, default=2, help="of the peer's DataLoader")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
+    parser.add_argument("--large-batch", type=int, default=0, help="with --memory: a batch of so many by pieces of --batch-size")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    result = report_memory(args) if args.memory else report_speed(args)
+    name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else f"{platform.machine()} CPU"
+    print(f"\n{name}, {torch.get_num_threads()} threads, in {time.perf_counter() - started:.0f} s")
+    print(json.dumps(vars(args) | result | {
+        "device": name, "threads": torch.get_num_threads(), "date": str(datetime.date.today()), "python": platform.python_version(),
+        "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__, "lightly": lightly.__version__,
+    }))
+
+
+if __name__ == "__main__":
+    main()
