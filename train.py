@@ -575,7 +575,9 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
             write_log(folder, history)
             if line["epoch"] in c["keep_epochs"]:
                 kept = {"config": c, "epoch": line["epoch"], "teacher": teacher.state_dict(), "metrics": history}
-                save_checkpoint(os.path.join(folder, f"epoch-{line['epoch']}.pth"), kept)
+                path = os.path.join(folder, f"epoch-{line['epoch']}.pth")
+                if not os.path.exists(path):  # a run that went on from before may have left it
+                    save_checkpoint(path, kept)
 
     if not checkpoint:
         save(0)
@@ -639,7 +641,7 @@ def compile_blocks(*networks):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=networks[0].backbone.cls_token.device))
     except Exception as error:  # of many kinds, by what is missing
-        print(f"warning: --compile does nothing here ({data.one_line(error)[:150]})", file=sys.stderr)
+        say(f"warning: --compile does nothing here ({data.one_line(error)[:150]})")
         return
     for network in networks:
         for block in network.backbone.blocks:
@@ -669,7 +671,10 @@ class Stopper:
 
 
 def save_checkpoint(path, content):
-    """Write whole or not at all, with a digest: to a temporary file, then renamed; the old one stays as ….prev.pth."""
+    """Write whole or not at all, with a digest: to a temporary file, then renamed.
+
+    The one that was there stays as ….prev.pth. Raises OSError if it cannot be written.
+    """
     try:
         with open(path + ".tmp", "wb") as file:
             torch.save(content | {"digest": vit.digest(content)}, file)
@@ -724,7 +729,7 @@ def read_run(args):
         if not os.path.exists(previous(path)):
             raise
         checkpoint = vit.read_checkpoint(previous(path))
-        print(f"warning: {error}; going on from {previous(path)}", file=sys.stderr)
+        say(f"warning: {error}; going on from {previous(path)}")
     needed = ("config", "step", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "skipped",
               "threads", "digest")
     lost = [name for name in needed if not (isinstance(checkpoint, dict) and name in checkpoint)]
@@ -733,7 +738,7 @@ def read_run(args):
     config = checkpoint["config"]
     torch.set_num_threads(checkpoint["threads"])
     if args.epochs and args.epochs != config["epochs"]:
-        print(f"{args.epochs} epochs instead of {config['epochs']}: the schedules are planned anew from here on")
+        say(f"{args.epochs} epochs instead of {config['epochs']}: the schedules are planned anew from here on")
     for name, value in given(args).items():
         if name in ("epochs", "device", "data_root", "compile", "checkpoint_minutes"):
             config[name] = value
@@ -741,7 +746,8 @@ def read_run(args):
             raise ValueError(f"--resume {folder} has {flag(name)} {config[name]}, not {value}: leave the flag out")
     steps_per_epoch = config["images_per_epoch"] // config["batch_size"]
     if config["epochs"] * steps_per_epoch <= checkpoint["step"]:
-        raise ValueError(f"--resume {folder} has had its {config['epochs']} epochs: more --epochs go on with it")
+        raise ValueError(f"--resume {folder} has had its {config['epochs']} epochs: more --epochs go on with it, and python "
+                         f"visualize.py {path} measures it")
     return checkpoint, config, folder
 
 

@@ -285,6 +285,27 @@ def test_a_run_in_pieces_is_the_run(tmp_path, loss):
             torch.testing.assert_close(other[name], value, atol=2e-4, rtol=0)
 
 
+def test_compile_compiles_every_block_or_says_in_one_line_that_it_cannot(tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, "--epochs", "1", "--images-per-epoch", "16"]
+    compiled = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function: function)
+        patch.setattr(vit.Block, "compile", compiled.append)
+        assert train.main([*flags, "--compile", "--output", str(tmp_path / "compiled")]) == 0
+    assert len({id(block) for block in compiled}) == 4  # two of the student, two of the teacher
+
+    def no_compiler(function):
+        raise RuntimeError("no compiler\nwas found")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", no_compiler)
+        patch.setattr(vit.Block, "compile", compiled.clear)
+        capsys.readouterr()
+        assert train.main([*flags, "--compile", "--output", str(tmp_path / "not")]) == 0
+    assert "warning: --compile does nothing here (no compiler was found)\n" in capsys.readouterr().err
+    assert len(compiled) == 4
+
+
 def test_checkpointed_blocks_keep_less_and_give_the_same_gradient():
     backbone = vit.VisionTransformer(7, 48, 6, 3, 56)
     images, kept, gradients = torch.randn(2, 3, 56, 56), [], []
@@ -449,7 +470,7 @@ def test_more_epochs_go_on_with_a_run_that_has_ended(tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert train.main([*SMALL, "--epochs", "1", "--images-per-epoch", "16", "--output", folder]) == 0
     assert train.main(["--resume", folder, "--epochs", "2"]) == 0
-    assert "2 epochs instead of 1: the schedules are planned anew" in capsys.readouterr().out
+    assert "2 epochs instead of 1: the schedules are planned anew" in capsys.readouterr().err
     assert [line["epoch"] for line in vit.read_checkpoint(folder + "/ckpt.pth")["metrics"]] == [0, 1, 2]
 
 
