@@ -576,8 +576,7 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
             if line["epoch"] in c["keep_epochs"]:
                 kept = {"config": c, "epoch": line["epoch"], "teacher": teacher.state_dict(), "metrics": history}
                 path = os.path.join(folder, f"epoch-{line['epoch']}.pth")
-                if not os.path.exists(path):  # a run that went on from before may have left it
-                    save_checkpoint(path, kept)
+                save_checkpoint(path, kept)
 
     if not checkpoint:
         save(0)
@@ -737,8 +736,7 @@ def read_run(args):
         raise ValueError(f"--resume {path} lacks {', '.join(lost)}: a checkpoint of a run of train.py is wanted")
     config = checkpoint["config"]
     torch.set_num_threads(checkpoint["threads"])
-    if args.epochs and args.epochs != config["epochs"]:
-        say(f"{args.epochs} epochs instead of {config['epochs']}: the schedules are planned anew from here on")
+    planned = config["epochs"]
     for name, value in given(args).items():
         if name in ("epochs", "device", "data_root", "compile", "checkpoint_minutes"):
             config[name] = value
@@ -748,6 +746,8 @@ def read_run(args):
     if config["epochs"] * steps_per_epoch <= checkpoint["step"]:
         raise ValueError(f"--resume {folder} has had its {config['epochs']} epochs: more --epochs go on with it, and python "
                          f"visualize.py {path} measures it")
+    if config["epochs"] != planned:
+        say(f"{config['epochs']} epochs instead of {planned}: the schedules are planned anew from here on")
     return checkpoint, config, folder
 
 

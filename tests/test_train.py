@@ -290,7 +290,7 @@ def test_compile_compiles_every_block_or_says_in_one_line_that_it_cannot(tmp_pat
     compiled = []
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", lambda function: function)
-        patch.setattr(vit.Block, "compile", compiled.append)
+        patch.setattr(vit.Block, "compile", lambda block: compiled.append(block))
         assert train.main([*flags, "--compile", "--output", str(tmp_path / "compiled")]) == 0
     assert len({id(block) for block in compiled}) == 4  # two of the student, two of the teacher
 
@@ -299,7 +299,7 @@ def test_compile_compiles_every_block_or_says_in_one_line_that_it_cannot(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", no_compiler)
-        patch.setattr(vit.Block, "compile", compiled.clear)
+        patch.setattr(vit.Block, "compile", lambda block: compiled.clear())
         capsys.readouterr()
         assert train.main([*flags, "--compile", "--output", str(tmp_path / "not")]) == 0
     assert "warning: --compile does nothing here (no compiler was found)\n" in capsys.readouterr().err
