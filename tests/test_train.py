@@ -326,6 +326,32 @@ def test_checkpointed_blocks_keep_less_and_give_the_same_gradient():
     assert kept[1] < 0.35 * kept[0]
 
 
+@pytest.mark.parametrize("loss", ["nce", "dino"])
+def test_a_large_batch_in_pieces_keeps_what_one_piece_keeps(loss):
+    """Numbers kept for the way back: 512 images by pieces of 8 against a batch of 8."""
+    kept = {}
+    for batch, micro in ((8, 0), (512, 8), (64, 0)):
+        flags = ["--loss", loss, "--batch-size", str(batch), *(["--micro-batch", str(micro)] if micro else [])]
+        config = config_of("--preset", "laptop", *flags)
+        student = vit.build_network(config)
+        views = data.TrainingViews(config, data.load_digits("sklearn")[0]["train"])
+        loss_fn = train.NCELoss(0.2) if loss == "nce" else train.DINOLoss(config["out_dim"])
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        def backward(part, sizes=sizes, key=(batch, micro)):
+            kept[key] = max(kept.get(key, 0), sum(sizes))
+            sizes.clear()
+            part.backward()
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            train.loss_of(config, loss_fn, student, student, views, views.draw(0), 0.5, backward)
+    assert kept[512, 8] < 1.1 * kept[8, 0] < 0.2 * kept[64, 0]
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_of_the_papers_network(tmp_path, monkeypatch, precision):
     """ViT-S/8 at 224 px with DINO's head, in full precision and in autocast."""
