@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/throughput.py                                  # on a CPU within three minutes
     python benchmarks/throughput.py --image-size 224 --batch-size 2
-    python benchmarks/throughput.py --memory --image-size 56         # also a batch of 8192 by pieces of 32
+    python benchmarks/throughput.py --memory --large-batch 1024      # also a batch of 1024 by pieces of 16
 
 Both sides train the same network on the same shapes: ViT-S/8, two crops of each image that student
 and teacher both see, DINO's head with K = 65,536 (or with --loss nce its bottleneck alone). The peer
@@ -19,6 +19,7 @@ forward, are set against a square matrix product of the same run. Medians are pr
 import argparse
 import copy
 import datetime
+import functools
 import json
 import os
 import platform
@@ -51,6 +52,13 @@ warnings.filterwarnings("ignore", message=".*weight_norm.*")
 # ----------------------------------------------------------------------------------- the sides
 
 
+def digits(least=0):
+    """scikit-learn's training digits, again and again if there are not as many as that."""
+    split = data.load_digits("sklearn")[0]["train"]
+    times = 1 + least // len(split)
+    return data.Split(split.images.repeat(times, 1, 1), split.labels.repeat(times))
+
+
 def our_config(args, *flags):
     given = ["--preset", "paper", "--weights", "none", "--digits", "sklearn", "--views", "same", "--crops", "2",
              "--loss", args.loss, "--device", args.device, "--image-size", str(args.image_size),
@@ -66,7 +74,7 @@ def ours(config, crops=None):
     student.backbone.checkpoint_blocks = config["checkpoint_blocks"]
     if config["compile"]:
         train.compile_blocks(student, teacher)
-    views = data.TrainingViews(config, data.load_digits("sklearn")[0]["train"].to(device), device=device)
+    views = data.TrainingViews(config, digits(config["batch_size"]).to(device), device=device)
     loss_fn = train.NCELoss(config["temperature"]) if config["loss"] == "nce" else train.DINOLoss(config["out_dim"])
     dtype = train.autocast_dtype(config["precision"], device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -91,8 +99,9 @@ def peer(args, precision, crops=None, compiled=False):
     sizes = c["head_hidden_dim"], c["bottleneck_dim"]
     heads = [DINOProjectionHead(c["dim"], *sizes, c["out_dim"]) for _ in range(2)]
     if args.loss == "nce":
-        layers = [(c["dim"], sizes[0], None, torch.nn.GELU()), (sizes[0], sizes[0], None, torch.nn.GELU()), (*sizes, None, None)]
-        heads = [ProjectionHead(layers) for _ in range(2)]
+        hidden, bottleneck = sizes
+        layers = [(c["dim"], hidden, None, torch.nn.GELU()), (hidden, hidden, None, torch.nn.GELU())]
+        heads = [ProjectionHead([*layers, (hidden, bottleneck, None, None)]) for _ in range(2)]
     student_head, teacher_head = (head.to(args.device) for head in heads)
     teacher = copy.deepcopy(student)
     deactivate_requires_grad(teacher)
@@ -128,9 +137,9 @@ class Canvases(torch.utils.data.Dataset):
     """Cluttered digits as PIL images, ready-made, and two views of each by torchvision."""
 
     def __init__(self, args):
-        digits = data.load_digits("sklearn")[0]["train"]
-        params = data.CanvasSampler(digits).draw(data.generator(0, "benchmark"), torch.arange(len(digits)))
-        canvases = data.render_canvases(params, digits.images, 100)[0]
+        split = digits()
+        params = data.CanvasSampler(split).draw(data.generator(0, "benchmark"), torch.arange(len(split)))
+        canvases = data.render_canvases(params, split.images, 100)[0]
         self.pictures = [Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases]
         self.transform = T.Compose([
             T.RandomResizedCrop(args.image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
@@ -220,15 +229,17 @@ def matmul_rate(m, k, n, dtype, device):
 
 
 def input_share(step, steps, device):
-    """What part of our step is drawing and rendering its input; on a GPU drawing is hidden behind the step before."""
-    views, cuda = step.views, torch.device(device).type == "cuda"
-    parts = []
-    for number in range(-1, steps):
-        params = views.draw(number + 1)
-        spent = seconds(lambda: views.render(params), device) if cuda else seconds(  # noqa: B023
-            lambda: views.render(views.draw(number + 1)), device)  # noqa: B023
-        parts += [(spent, seconds(step, device))] if number >= 0 else []
-    return statistics.median(spent / whole for spent, whole in parts)
+    """What part of our step is making its input; on a GPU its parameters are drawn during the step before."""
+    views, on_gpu, parts = step.views, torch.device(device).type == "cuda", []
+    for number in range(steps + 1):
+        params = views.draw(number)
+        make = functools.partial(views.render, params) if on_gpu else functools.partial(draw_and_render, views, number)
+        parts.append(seconds(make, device) / seconds(step, device))
+    return statistics.median(parts[1:])
+
+
+def draw_and_render(views, number):
+    return views.render(views.draw(number))
 
 
 # ----------------------------------------------------------------------------------- the report
@@ -237,7 +248,7 @@ def input_share(step, steps, device):
 def fed_from_memory(args):
     """Steps of both sides in both precisions, in turn: seconds by name."""
     config = our_config(args)
-    views = data.TrainingViews(config, data.load_digits("sklearn")[0]["train"].to(args.device), device=torch.device(args.device))
+    views = data.TrainingViews(config, digits().to(args.device), device=torch.device(args.device))
     crops = views.render(views.draw(0))
     fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
     sides = {}
@@ -252,21 +263,22 @@ def fed_from_memory(args):
 
 def end_to_end(args, fast):
     """Seconds a step when each side makes its own input, in blocks of steps; the peer's share of waiting for it."""
-    cuda = torch.device(args.device).type == "cuda"
-    theirs = fast if cuda else "float32"  # on a CPU as its example is
-    times, waits = {f"ours {fast}": [], f"peer {theirs}": []}, []
-    mine = ours(our_config(args, "--precision", fast))
-    mine()
-    for _ in range(2):
-        times[f"ours {fast}"].append(seconds(lambda: [mine() for _ in range(args.steps)], args.device) / args.steps)
-        step = peer(args, theirs)  # its loader's workers begin and end with it, so that ours are not disturbed
+    theirs = fast if torch.device(args.device).type == "cuda" else "float32"  # on a CPU as its example is
+    mine, times, waits = ours(our_config(args, "--precision", fast)), {"ours": [], "peer": []}, []
+
+    def block(step):
         step()
-        step.waited.clear()
-        times[f"peer {theirs}"].append(seconds(lambda: [step() for _ in range(args.steps)], args.device) / args.steps)  # noqa: B023
-        waits.append(sum(step.waited) / args.steps / times[f"peer {theirs}"][-1])
+        return seconds(lambda: [step() for _ in range(args.steps)], args.device) / args.steps
+
+    for _ in range(2):
+        times["ours"].append(block(mine))
+        step = peer(args, theirs)  # the workers of its loader begin and end with it, so that ours are not disturbed
+        times["peer"].append(block(step))
+        waits.append(sum(step.waited[1:]) / args.steps / times["peer"][-1])
         del step
     share = input_share(mine, args.steps, args.device)
-    return {name: statistics.mean(values) for name, values in times.items()}, share, statistics.mean(waits)
+    whole = {f"ours {fast}": statistics.mean(times["ours"]), f"peer {theirs}": statistics.mean(times["peer"])}
+    return whole, share, statistics.mean(waits)
 
 
 def laptop_input_share(args):
@@ -278,23 +290,21 @@ def laptop_input_share(args):
 
 
 def report_memory(args):
-    flags = {"ours": [], "ours, --checkpoint-blocks": ["--checkpoint-blocks"]}
-    makers = {name: (lambda given=given: ours(our_config(args, *given))) for name, given in flags.items()}
-    if args.loss == "dino":  # the peer's own input is made by other processes
-        crops = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=args.device)
-        fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
-        makers |= {f"peer {precision}": (lambda p=precision: peer(args, p, crops)) for precision in dict.fromkeys((fast, "float32"))}
-    large = argparse.Namespace(**vars(args) | {"batch_size": args.large_batch})
-    digits = data.load_digits("sklearn")[0]["train"]
+    fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
+    crops = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=args.device)
+    makers = {
+        "ours": lambda: ours(our_config(args)),
+        "ours, --checkpoint-blocks": lambda: ours(our_config(args, "--checkpoint-blocks")),
+        f"peer {fast}": lambda: peer(args, fast, crops),  # its own input is made by other processes
+        "peer float32": lambda: peer(args, "float32", crops),
+    }
     if args.large_batch:
-        makers[f"ours, {args.large_batch} by {args.batch_size}"] = lambda: ours(
-            our_config(large, "--micro-batch", str(args.batch_size))
-        )
-    with_enough = data.Split(*(torch.cat([t] * (1 + args.large_batch // len(digits))) for t in (digits.images, digits.labels)))
-    load, data.load_digits = data.load_digits, lambda source: ({"train": with_enough}, source, None)
+        large = argparse.Namespace(**vars(args) | {"batch_size": args.large_batch})
+        config = our_config(large, "--micro-batch", str(args.batch_size))
+        makers[f"ours, {args.large_batch} by {args.batch_size}"] = lambda: ours(config)
     peaks = {name: peak_bytes(make, args.device) for name, make in makers.items()}
-    data.load_digits = load
-    print(f"peak memory of a step, ViT-S/8, {args.image_size} px, batch {args.batch_size}, loss {args.loss}, with all that it is built of")
+    print(f"most memory in two steps, with weights and optimizer; ViT-S/8, {args.image_size} px, batch {args.batch_size}, "
+          f"loss {args.loss}")
     for name, peak in peaks.items():
         print(f"{name:28}{peak / 2**20:10.0f} MiB{peak / peaks['ours']:8.2f} of ours")
     return {"peak_bytes": peaks}
@@ -313,20 +323,22 @@ def report_speed(args):
     for name, took in times.items():
         p = name.split()[-1]
         utilisation[name] = flops / took / rates[p]
-        print(f"{name:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}{utilisation[name]:19.0%}{flops / took / own[p]:22.0%}")
+        print(f"{name:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}"
+              f"{utilisation[name]:19.0%}{flops / took / own[p]:22.0%}")
     example = "peer float32" if torch.device(args.device).type == "cpu" else f"peer {fast}"
     pairs = [(f"ours {fast}", example)] + [(f"ours {p}", f"peer {p}") for p in rates]
     if f"peer compiled {fast}" in times:
         pairs += [(f"ours {fast}", f"peer compiled {fast}"), (f"ours compiled {fast}", f"peer compiled {fast}")]
     ratios = {f"{a} over {b}": times[b] / times[a] for a, b in dict.fromkeys(pairs)}
     whole, share, waited = end_to_end(args, fast)
-    (mine, took), (theirs, took_theirs) = whole.items()
-    ratios[f"end to end: {mine} over {theirs}, {args.workers} workers"] = took_theirs / took
+    mine, theirs = whole
+    ratios[f"end to end: {mine} over {theirs}, {args.workers} workers"] = whole[theirs] / whole[mine]
     shares = laptop_input_share(args)
     print("\neach with its own input")
-    print(f"{mine:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}    input {share:.1%} of it")
-    print(f"{theirs:24}{args.batch_size / took_theirs:10.2f}{1000 * took_theirs:11.0f}    waiting for its loader {waited:.1%}")
-    print(f"input of the laptop preset: {shares['different']:.1%} of a step (different views), {shares['same']:.1%} (same)\n")
+    for name, note in ((mine, f"input {share:.1%} of it"), (theirs, f"waiting for its loader {waited:.1%}")):
+        print(f"{name:24}{args.batch_size / whole[name]:10.2f}{1000 * whole[name]:11.0f}    {note}")
+    print(f"input of the laptop preset: {shares['different']:.1%} of a step (different views), "
+          f"{shares['same']:.1%} (same)\n")
     for name, ratio in ratios.items():
         print(f"{ratio:6.2f} × {name}")
     return {
@@ -335,7 +347,8 @@ def report_speed(args):
         "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
         "model_flops_a_step": flops, "flop_utilisation": utilisation,
         "matmul_flops_per_s": rates, "own_shape_flops_per_s": own,
-        "input_share": {"ours": share, "laptop different": shares["different"], "laptop same": shares["same"], "peer waits": waited},
+        "input_share": {"ours": share, "laptop different": shares["different"], "laptop same": shares["same"]},
+        "peer_waits_for_input": waited,
     }
 
 
@@ -349,15 +362,16 @@ def main():
     parser.add_argument("--steps", type=int, default=30 if cuda else 4, help="that count, after one that does not")
     parser.add_argument("--workers", type=int, default=2, help="of the peer's DataLoader")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
-    parser.add_argument("--large-batch", type=int, default=0, help="with --memory: a batch of so many by pieces of --batch-size")
+    parser.add_argument("--large-batch", type=int, default=0, metavar="N", help="with --memory: N by pieces of --batch-size")
     args = parser.parse_args()
     started = time.perf_counter()
     result = report_memory(args) if args.memory else report_speed(args)
     name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else f"{platform.machine()} CPU"
     print(f"\n{name}, {torch.get_num_threads()} threads, in {time.perf_counter() - started:.0f} s")
     print(json.dumps(vars(args) | result | {
-        "device": name, "threads": torch.get_num_threads(), "date": str(datetime.date.today()), "python": platform.python_version(),
-        "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__, "lightly": lightly.__version__,
+        "device": name, "threads": torch.get_num_threads(), "date": str(datetime.date.today()),
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "timm": timm.__version__, "lightly": lightly.__version__,
     }))
 
 
