@@ -348,29 +348,6 @@ def read_checkpoint(path):
         ) from error
 
 
-def digest(content):
-    import hashlib
-
-    h = hashlib.sha256()
-
-    def walk(x):
-        if isinstance(x, dict):
-            for k, v in x.items():
-                h.update(repr(k).encode())
-                walk(v)
-        elif isinstance(x, (list, tuple)):
-            for v in x:
-                walk(v)
-        elif isinstance(x, torch.Tensor):
-            h.update(repr((x.dtype, x.shape)).encode())
-            h.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        else:
-            h.update(repr(x).encode())
-
-    walk({k: v for k, v in content.items() if k != "digest"})
-    return h.hexdigest()
-
-
 def backbone_weights(checkpoint, path):
     """The backbone's state dict, in DINO's names, out of what `read_checkpoint` returned.
 
