@@ -17,8 +17,10 @@ import http.client
 import math
 import os
 import socket
+import tempfile
 import urllib.parse
 import urllib.request
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +28,13 @@ import sklearn.datasets
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 NO_ANSWER_SECONDS = 15  # a host that stays silent this long counts as unreachable
 MIN_WINDOW_INK = 5  # ink pixels a distractor must hold
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows some that start other programs
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what DINO's weights were trained to expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -119,19 +122,29 @@ def download_mnist(data_root):
     mirror = torchvision.datasets.MNIST.mirrors[0]
     download(
         f"no MNIST in {data_root}/MNIST/raw", "--data-root names the folder that has it, --digits sklearn does without",
-        mirror + torchvision.datasets.MNIST.resources[0][0], lambda: torchvision.datasets.MNIST(data_root, download=True),
+        mirror + torchvision.datasets.MNIST.resources[0][0], lambda root: torchvision.datasets.MNIST(root, download=True),
+        data_root, os.path.join("MNIST", "raw"),
     )
 
 
-def download(missing, advice, url, fetch):
-    """Call `fetch`, which downloads with torchvision from where `url` lies; OSError if that fails."""
+def download(missing, advice, url, fetch, data_root, below):
+    """Have `fetch` download, with torchvision, from where `url` lies; OSError if that fails.
+
+    `fetch` is given a temporary folder as data_root; the files get their place, in the folder `below`
+    of the true data_root, once all have come. So two processes do not write to the same ones.
+    """
     silence = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NO_ANSWER_SECONDS)
     try:
-        # Ask before torchvision does, which makes folders first. A host's addresses are tried in turn.
+        # Ask before any folder is made. A host's addresses are tried in turn.
         addresses = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
         urllib.request.urlopen(url, timeout=NO_ANSWER_SECONDS / len(addresses)).close()
-        fetch()
+        target = os.path.join(data_root, below)
+        os.makedirs(target, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".part-") as root:
+            fetch(root)
+            for name in os.listdir(os.path.join(root, below)):
+                os.replace(os.path.join(root, below, name), os.path.join(target, name))
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"{missing}, and its download failed ({one_line(error)}); {advice}") from error
     finally:
@@ -175,7 +188,8 @@ def load_stl10(data_root, split="unlabeled"):
     if not all(os.path.isfile(os.path.join(folder, name)) for name in names):
         download(
             f"no STL-10 in {folder}", f"put its {', '.join(names)} there, or let --data-root name the folder above theirs",
-            torchvision.datasets.STL10.url, lambda: torchvision.datasets.STL10(data_root, "train", download=True),
+            torchvision.datasets.STL10.url, lambda root: torchvision.datasets.STL10(root, "train", download=True),
+            data_root, torchvision.datasets.STL10.base_folder,
         )
     files = {name: read_stl10(folder, name) for name in dict.fromkeys((split, "train", "test"))}
     counts = {"unlabeled": 100_000, "train": 5000, "test": 8000}
@@ -452,6 +466,37 @@ def sum_of_waves(wave, pixel):
     return torch.cat([y.sin(), y.cos()], 1).mT @ torch.cat([x.cos(), x.sin()], 1)
 
 
+def read_image(path):
+    """An image file as Pillow's "RGB", 8 bits a channel: the first frame, upright, on white where it is transparent.
+
+    Raises OSError, in one line, for what is missing, no image, damaged, or of more pixels than
+    Pillow's limit, 89 million, up to which it takes under a gigabyte.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+                levels = np.asarray(image).astype(np.int32).clip(0, 65535)
+                image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("its pixels are floating point numbers; 8 or 16 bits are wanted")
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                page = Image.new("RGB", image.size, "white")
+                page.paste(image, mask=image.getchannel("A"))
+                return page
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a file that is not its own
+        reason = f"cannot be read ({one_line(error)})"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "is not a picture; PNG and JPEG files are"
+        if isinstance(error, FileNotFoundError):
+            reason = "is not there"
+        raise OSError(f"{path} {reason}") from error
+
+
 @functools.lru_cache(maxsize=1)  # every set of canvases asks for it
 def read_folder(folder, size, least=8):
     """All images below a folder, grey, their shorter side brought to size and cut square: (N, size, size) uint8.
@@ -467,9 +512,9 @@ def read_folder(folder, size, least=8):
     images = []
     for file in files:
         try:
-            image = Image.open(file).convert("L")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"--background {folder}: {file} cannot be read ({one_line(error)})") from error
+            image = read_image(file).convert("L")
+        except OSError as error:
+            raise ValueError(f"--background {folder}: {error}") from error
         if min(image.size) < least:
             raise ValueError(f"--background {folder}: {file} is too small, {image.width}×{image.height} pixels; {least} a side do")
         images.append(np.asarray(ImageOps.fit(image, (size, size))))

@@ -675,24 +675,20 @@ def save_checkpoint(path, content):
     The one that was there stays as ….prev.pth. Raises OSError if it cannot be written.
     """
     try:
-        with open(path + ".tmp", "wb") as file:
-            torch.save(content | {"digest": vit.digest(content)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with vit.whole(path) as part:
+            with open(part, "wb") as file:
+                torch.save(content | {"digest": vit.digest(content)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.exists(path):
+                os.replace(path, previous(path))
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
         raise OSError(f"{path} could not be written ({data.one_line(error)[:150]}); the one before it is whole") from error
-    if os.path.exists(path):
-        os.replace(path, previous(path))
-    os.replace(path + ".tmp", path)
 
 
 def write_log(folder, history):
-    path = os.path.join(folder, "log.jsonl")
-    with open(path + ".tmp", "w") as file:
+    with vit.whole(os.path.join(folder, "log.jsonl")) as part, open(part, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in history)
-    os.replace(path + ".tmp", path)
 
 
 def previous(path):

@@ -27,12 +27,13 @@ from dataclasses import dataclass, replace
 import matplotlib
 
 matplotlib.use("Agg")  # draws to files; needs no screen
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a file's name is a $
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.pipeline import make_pipeline
@@ -45,15 +46,66 @@ import vit
 TEST_IMAGES = 1000
 VALIDATION_IMAGES = 512  # pick the best head, and draw the curves
 BANK_IMAGES = 10_000
+CURVES = ("selectivity", "auroc", "pointing", "entropy")
 TITLE = "Where [CLS] of the last block looks"
 
-# What a run's settings must say for its network, its canvases and its views to be made again.
-SETTINGS = (
-    "seed", "loss", "views", "crops", "symmetric", "epochs", "batch_size", "weights", "digits", "image_size", "patch_size",
-    "dim", "depth", "heads", "pos_size", "init_std", "out_dim", "head_hidden_dim", "head_layers", "bottleneck_dim",
-    "head_norm", "canvas_size", "num_distractors", "distractor_size", "global_crops_scale", "local_crops_scale", "rotation",
-    "blur",
-)
+
+
+def whole_number(low, high):
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def number(low, high):
+    return lambda value: type(value) in (int, float) and low <= value <= high
+
+
+def pair(low, high):
+    return lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(number(low, high), value))
+
+
+def word(*words):
+    return lambda value: isinstance(value, str) and (not words or value in words)
+
+
+def some(test):
+    return lambda value: isinstance(value, list) and all(map(test, value))
+
+
+# What a run's settings must say for its network, its canvases and its views to be made again, and what each may be.
+# The ranges are wide, yet a file from elsewhere cannot take the machine's memory.
+SIDE = whole_number(1, 2048)
+SETTINGS = {
+    "seed": whole_number(-(2**63), 2**63 - 1),
+    "loss": word("nce", "dino"),
+    "views": word("same", "different"),
+    "crops": lambda value: type(value) is int and value in (1, 2, 4),
+    "symmetric": lambda value: isinstance(value, bool),
+    "epochs": whole_number(1, 10**9),
+    "batch_size": whole_number(1, 10**6),
+    "weights": word(),
+    "digits": word("auto", "mnist", "sklearn"),
+    "image_size": SIDE,
+    **dict.fromkeys(("patch_size", "dim", "depth", "pos_size"), lambda value: True),  # those of the weights count
+    "heads": whole_number(1, 128),
+    "init_std": lambda value: value is None or number(0, 10)(value),
+    **dict.fromkeys(("out_dim", "head_hidden_dim", "head_layers", "bottleneck_dim", "head_norm"), lambda value: True),
+    "canvas_size": whole_number(28, 1024),
+    "num_distractors": whole_number(0, 100),
+    "distractor_size": whole_number(1, 28),
+    "global_crops_scale": pair(0, 1),
+    "local_crops_scale": pair(0, 1),
+    "rotation": number(0, 360),
+    "blur": pair(0, 100),
+}
+MORE_SETTINGS = {  # which older runs may lack
+    "dataset": word("clutter", "stl10"),
+    "split": word("unlabeled", "train"),
+    "background": word(),
+    "texture_pool": whole_number(0, 100_000),
+    "data_root": word(),
+    "keep_epochs": some(whole_number(0, 10**9)),
+    "fallbacks": some(word()),
+}
 # What weights that somebody else trained are shown: the paper's canvas.
 PAPER_CANVAS = {"image_size": 224, "canvas_size": 100, "num_distractors": 6, "distractor_size": 9, "digits": "auto"}
 
@@ -558,7 +610,8 @@ def describe(config, epoch=None):
 
 
 def save_figure(figure, path):
-    figure.savefig(path, dpi=120)
+    with vit.whole(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
     print(f"wrote {path}")
 
@@ -645,7 +698,7 @@ def draw_curves(history, config, path):
     epochs = [line["epoch"] for line in history]
     held_out = [line["validation"] for line in history]
     heads = [row for row in held_out[0] if row.startswith("head_")]
-    measured = [name for name in ("selectivity", "auroc", "pointing", "entropy") if name in held_out[0]["mean"]]
+    measured = [name for name in CURVES if name in held_out[0]["mean"]]
     panels = ["loss", *measured, *(["diversity"] if len(heads) > 1 else []), "k-NN accuracy", "legend"]
     columns = -(-len(panels) // 2)
     figure, axes = plt.subplots(2, columns, figsize=(3.5 * columns, 6.6), layout="constrained", squeeze=False)
@@ -696,7 +749,8 @@ def draw_curves(history, config, path):
 
 def draw_tsne(points, labels, accuracy, path, title, classes=range(10)):
     """tsne.png: features (n, dim) in the plane, coloured by class (section III.A, perplexity 20)."""
-    plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.numpy())
+    collapsed = bool((points == points[0]).all())  # to one point: t-SNE would divide by zero, and crash
+    plane = points[:, :2].numpy() if collapsed else TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.numpy())
     figure, axis = plt.subplots(figsize=(6, 6.4), layout="constrained")
     dots = axis.scatter(*plane.T, c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
     figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8).ax.set_yticklabels(classes)
@@ -709,12 +763,9 @@ def draw_tsne(points, labels, accuracy, path, title, classes=range(10)):
 def open_image(path, image_size, patch_size):
     """A picture file as (3, H, W) in [0, 1]: its longer side image_size, both multiples of the patch."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = f"cannot be read ({error})"
-        if isinstance(error, (FileNotFoundError, UnidentifiedImageError)):
-            reason = "is not there" if isinstance(error, FileNotFoundError) else "is not a picture; PNG and JPEG files are"
-        raise ValueError(f"--images {path} {reason}") from error
+        picture = data.read_image(path)
+    except OSError as error:
+        raise ValueError(f"--images {error}") from error
     if min(picture.size) < patch_size:
         raise ValueError(f"--images {path}: {picture.width}×{picture.height} pixels are less than a patch of {patch_size}")
     scale = image_size / max(picture.size)
@@ -774,18 +825,60 @@ def open_checkpoint(path, args):
     if "config" not in checkpoint or "metrics" not in checkpoint:
         config = settings(PAPER_CANVAS, backbone, args) | {"weights": os.path.basename(path)}
         return Subject(path, config, backbone, known=False)
-    lost = [name for name in SETTINGS if name not in checkpoint["config"]] + ["epoch"] * ("epoch" not in checkpoint)
-    if lost:
-        raise ValueError(f"{path} lacks {', '.join(lost)}, which train.py writes: it is no checkpoint of this program")
+    check_settings(checkpoint, path)
     config = settings(checkpoint["config"], backbone, args)
     return Subject(path, config, backbone, checkpoint["epoch"], checkpoint["metrics"])
+
+
+def check_settings(checkpoint, path):
+    """ValueError unless a checkpoint's settings, epoch and log are such as train.py writes."""
+    config = checkpoint["config"]
+    lost = [name for name in SETTINGS if name not in config] if isinstance(config, dict) else list(SETTINGS)
+    lost += ["epoch"] * ("epoch" not in checkpoint)
+    if lost:
+        raise ValueError(f"{path} lacks {', '.join(lost)}, which train.py writes: it is no checkpoint of this program")
+    wrong = [name for name, test in (SETTINGS | MORE_SETTINGS).items() if name in config and not test(config[name])]
+    wrong += ["epoch"] * (not whole_number(0, 10**9)(checkpoint["epoch"]))
+    wrong += ["metrics"] * (not is_log(checkpoint["metrics"]))
+    if wrong:
+        raise ValueError(f"{path} says of {', '.join(wrong)} what train.py would not: it is no checkpoint of this program")
+    try:
+        json.dumps(config)  # since metrics.json will hold it
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has settings that are no plain values: it is no checkpoint of this program") from error
+
+
+def is_log(history):
+    """Whether the metrics of a checkpoint are lines of a log that `draw_curves` can draw, if they are to be drawn."""
+    if not (isinstance(history, list) and all(isinstance(line, dict) for line in history)):
+        return False
+    if not history or "validation" not in history[0]:
+        return True
+
+    def has(table, *names):
+        values = [table.get(name, "nothing") for name in names] if isinstance(table, dict) else ["no table"]
+        return all(value is None or number(-1e12, 1e12)(value) for value in values)
+
+    first = history[0]["validation"]
+    if not (isinstance(first, dict) and isinstance(first.get("mean"), dict) and "entropy" in first["mean"]):
+        return False
+    names = [name for name in CURVES if name in first["mean"]]
+    rows = ["mean", *(row for row in first if str(row).startswith("head_"))] + ["brightness", "shuffled"] * (len(names) > 1)
+    return all(
+        has(line, "epoch", *["loss"] * (k > 0))
+        and has(line.get("validation"), "images", "loss", "knn")
+        and all(has(line["validation"].get(row), *names) for row in rows)
+        and has(line["validation"]["mean"], "diversity")
+        and None not in (line["epoch"], line["validation"]["knn"])
+        for k, line in enumerate(history)
+    )
 
 
 def open_weights(source, args, like=None):
     """The Subject of --weights: measured as the Subject `like` is, on the paper's canvas if None."""
     if source == "none":
         torch.manual_seed(0)
-        backbone = vit.build_network(like.config).backbone if like else vit.VisionTransformer()
+        backbone = vit.build_backbone(like.config) if like else vit.VisionTransformer()
     else:
         _, backbone = read_backbone(vit.weights_file(source))
     names = (*PAPER_CANVAS, "dataset", "split", "background", "texture_pool", "data_root")
@@ -797,7 +890,8 @@ def open_weights(source, args, like=None):
 
 def settings(config, backbone, args):
     """A checkpoint's settings with the flags over them; ValueError for an image size that does not fit."""
-    config = {"fallbacks": [], **config, "patch_size": backbone.patch_size, "heads": backbone.heads}
+    shape = {name: getattr(backbone, name) for name in ("patch_size", "dim", "depth", "heads")}
+    config = {"fallbacks": [], **config, **shape, "pos_size": backbone.grid * backbone.patch_size}
     flags = {name: getattr(args, name) for name in ("image_size", "digits", "background", "data_root")}
     config |= {name: value for name, value in flags.items() if value is not None}
     if config["image_size"] < 1 or config["image_size"] % config["patch_size"]:
@@ -805,17 +899,19 @@ def settings(config, backbone, args):
         raise ValueError(
             f"--image-size {config['image_size']} is no positive multiple of the patch size {config['patch_size']}: {near} is"
         )
+    if not SIDE(config["image_size"]):
+        raise ValueError(f"--image-size {config['image_size']} is too large: 2048 is the most")
     return config
 
 
 def untrained_backbone(config):
     """The network of a run at step 0, or None, with a line that says why, if it cannot be had."""
-    backbone = vit.build_network(config).backbone
+    backbone = vit.build_backbone(config)
     if config["weights"] != "none":
         try:
             vit.load_pretrained(backbone, config["weights"])
         except (OSError, ValueError) as error:
-            print(f"the untrained reference is left out: {error}", file=sys.stderr)
+            print(f"the untrained reference is left out: {data.one_line(error)}", file=sys.stderr)
             return None
     return backbone
 
@@ -915,7 +1011,10 @@ def attention_over_epochs(subject):
     for epoch in subject.config.get("keep_epochs", []):
         path = os.path.join(os.path.dirname(subject.name), f"epoch-{epoch}.pth")
         if epoch < subject.epoch and os.path.exists(path):
-            stages.append((epoch, read_backbone(path)[1].to(device)))
+            network = read_backbone(path)[1]
+            if (network.patch_size, network.heads) != (subject.backbone.patch_size, subject.backbone.heads):
+                raise ValueError(f"{path} has other patches or heads than {subject.name}: it is of another run")
+            stages.append((epoch, network.to(device)))
     if not stages:
         return draw_examples(subject, "", images=8), None
     stages.append((subject.epoch, subject.backbone))
@@ -1037,7 +1136,7 @@ def report(subject, untrained, folder):
 
 
 def write_json(path, content):
-    with open(path, "w") as file:
+    with vit.whole(path) as part, open(part, "w") as file:
         json.dump(content, file, indent=1)
 
 
@@ -1046,7 +1145,7 @@ def main(argv=None):
     try:
         visualize(args)
     except (ValueError, OSError) as error:
-        print(f"visualize.py: error: {error}", file=sys.stderr)
+        print(f"visualize.py: error: {data.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nvisualize.py: stopped", file=sys.stderr)

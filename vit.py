@@ -9,12 +9,16 @@ load without translation and its scripts read our checkpoints.
 """
 
 import argparse
+import contextlib
+import hashlib
 import http.client
 import math
 import os
 import socket
 import tempfile
 import urllib.parse
+import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -33,6 +37,7 @@ DINO_FILES = {
 }
 DINO_BYTES = {"dino_deitsmall8_pretrain": 86_728_949}  # of the others the size is not checked
 NO_ANSWER_SECONDS = 15  # a host that stays silent this long counts as unreachable
+MOST_VALUES = 2_000_000  # in a checkpoint; more are a pickle that refers to itself again and again
 
 
 # ------------------------------------------------------------------------------ the backbone
@@ -268,14 +273,19 @@ class Network(nn.Module):
         return self.head(self.backbone(images))
 
 
+def build_backbone(config):
+    """The backbone of `build_network(config)` alone."""
+    c = config
+    torch.manual_seed(c["seed"])
+    return VisionTransformer(c["patch_size"], c["dim"], c["depth"], c["heads"], c["pos_size"], c["init_std"])
+
+
 def build_network(config):
     """The student of a run, at its first step: random weights that `config["seed"]` decides.
 
     `config` is the dict of settings that train.py makes and a checkpoint holds.
     """
-    torch.manual_seed(config["seed"])
-    c = config
-    backbone = VisionTransformer(c["patch_size"], c["dim"], c["depth"], c["heads"], c["pos_size"], c["init_std"])
+    c, backbone = config, build_backbone(config)
     out_dim = c["out_dim"] if c["loss"] == "dino" else None
     head = ProjectionHead(
         c["dim"], out_dim, c["head_hidden_dim"], c["head_layers"], c["bottleneck_dim"], c["head_norm"], c["init_std"]
@@ -307,13 +317,15 @@ def dino_file(name="dino"):
     socket.setdefaulttimeout(NO_ANSWER_SECONDS)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            part = os.path.join(folder, "part")
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path), prefix=".part-") as folder:  # its own, of two at once
+            part = os.path.join(folder, file)
             torch.hub.download_url_to_file(f"{DINO_HOST}/{file}/{file}.pth", part)
             if size and os.path.getsize(part) != size:
                 raise OSError(f"{os.path.getsize(part):,} bytes came, {size:,} were expected")
+            if not size:
+                backbone_weights(read_checkpoint(part), "what came")  # raises for one that was cut off
             os.replace(part, path)
-    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
         host = urllib.parse.urlparse(DINO_HOST).netloc
         raise OSError(
             f"--weights {name}: could not be fetched from {host} ({error}); use --weights none for "
@@ -328,7 +340,8 @@ def read_checkpoint(path):
     """The content of a .pth file, read without running any code that it may hold.
 
     Beside tensors and plain Python values only the names that DINO's full checkpoints need are
-    allowed: `argparse.Namespace` and numpy scalars. Raises OSError or ValueError in one line.
+    allowed: `argparse.Namespace` and numpy scalars. It takes no more memory than the file is large.
+    What has a "digest" must agree with it. Raises OSError or ValueError in one line.
     """
     scalar = np.float64(0).__reduce__()[0]
     allowed = [argparse.Namespace, np.dtype, type(np.dtype("f4")), type(np.dtype("f8")), type(np.dtype("i8"))]
@@ -338,21 +351,30 @@ def read_checkpoint(path):
         what = "is a folder" if os.path.isdir(path) else "no such file"
         raise FileNotFoundError(f"{path}: {what}; a .pth file with a ViT's weights is wanted")
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        bomb = unpacked_bytes(path) > os.path.getsize(path)  # torch.save does not compress
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error says it in one line
+            content = None if bomb else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         kind = type(error).__name__
         raise ValueError(
             f"{path} is not a PyTorch checkpoint, is cut off, or holds more than weights ({kind}); "
             "one that torch.save wrote, of tensors and plain values, is wanted"
         ) from error
+    if bomb:
+        raise ValueError(f"{path} would unpack to more than it is: torch.save wrote no such file")
+    check_tensors(content, path)
+    if isinstance(content, dict) and "digest" in content and digest(content) != content["digest"]:
+        raise ValueError(f"{path} is damaged: its content does not match its digest; another copy of it may")
+    return content
 
 
 def backbone_weights(checkpoint, path):
     """The backbone's state dict, in DINO's names, out of what `read_checkpoint` returned.
 
     Takes a bare state dict, DINO's full checkpoints and ours; of student and teacher the
-    teacher. The prefixes `module.` and `backbone.` are stripped, heads left out.
+    teacher. The prefixes `module.` and `backbone.` are stripped, heads left out. Raises ValueError
+    unless they are the finite weights of one ViT, whose size `shape_of` then tells.
     """
     for key in ("teacher", "student"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
@@ -367,23 +389,43 @@ def backbone_weights(checkpoint, path):
     for name, shape in (
         ("cls_token", "(1, 1, dim)"), ("pos_embed", "(1, 1 + patches, dim)"), ("patch_embed.proj.weight", "(dim, 3, p, p)")
     ):
-        if name not in weights or weights[name].ndim != shape.count(",") + 1 or 0 in weights[name].shape:
+        least = [1, 2, 1] if name == "pos_embed" else [1] * (shape.count(",") + 1)
+        own = weights[name].shape if name in weights else ()
+        if len(own) != len(least) or any(side < few for side, few in zip(own, least)):
             raise ValueError(f"{path} holds no Vision Transformer: there is no {name} of shape {shape}")
+    if not any(name.startswith("blocks.") for name in weights):
+        raise ValueError(f"{path} holds no Vision Transformer: there are no blocks.0, blocks.1, …")
+    with torch.device("meta"):  # takes no memory: nothing is built to sizes that the weights do not have throughout
+        check_fit(VisionTransformer(**shape_of(weights), heads=1), weights, path)
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
+    if sum(value.nbytes for value in weights.values()) > sum(storages.values()):
+        raise ValueError(f"{path} holds the same numbers under several names: every weight needs its own")
+    for name, value in weights.items():
+        if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{path}: {name} is of {value.dtype}; floating point numbers of 16 to 64 bits are wanted")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite: its training diverged, or it is damaged")
     return weights
 
 
-def load_backbone(backbone, weights, path):
-    """Put `weights` (from `backbone_weights`) into `backbone`; ValueError if they do not fit."""
+def check_fit(backbone, weights, path):
+    """ValueError if names and shapes of `weights` are not those of `backbone`."""
     own = backbone.state_dict()
     for name in own | weights:
+        shown = ascii(name)[1:-1][:80]  # a file may hold any name, line breaks too
         if name not in weights or name not in own:
             where = "has no" if name not in weights else "has a surplus"
-            raise ValueError(f"{path} {where} {name}: it is no ViT of depth {backbone.depth} in DINO's names")
+            raise ValueError(f"{path} {where} {shown}: it is no ViT of depth {backbone.depth} in DINO's names")
         if own[name].shape != weights[name].shape:
             raise ValueError(
                 f"{path}: {name} has shape {tuple(weights[name].shape)} where the model, patch size "
                 f"{backbone.patch_size} and width {backbone.dim}, needs {tuple(own[name].shape)}"
             )
+
+
+def load_backbone(backbone, weights, path):
+    """Put `weights` (from `backbone_weights`) into `backbone`; ValueError if they do not fit."""
+    check_fit(backbone, weights, path)
     backbone.load_state_dict(weights)
 
 
@@ -408,7 +450,12 @@ def backbone_like(weights, path, heads):
 def heads_of(checkpoint, dim):
     """Heads a block that the weights were trained with: ours say, DINO's have one for every 64 of the width."""
     config = checkpoint.get("config")
-    return config["heads"] if isinstance(config, dict) and "heads" in config else max(1, dim // 64)
+    if not isinstance(config, dict) or "heads" not in config:
+        return max(1, dim // 64)
+    heads = config["heads"]
+    if type(heads) is not int or heads < 1 or dim % heads:
+        raise ValueError(f"the heads in the weights' settings do not divide their width {dim}: {divisors(dim)} do")
+    return heads
 
 
 def weights_file(source):
@@ -444,3 +491,82 @@ def find_device(name):
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"--device {name} is not to be had here ({reason}); --device cpu is") from error
     return device
+
+
+# --------------------------------------------------------------- files, whole and harmless
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A name to write to in a `with` block; what lies there becomes `path` at its end, if nothing failed."""
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".part-{name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def values(content, path="the checkpoint"):
+    """Everything in nested dicts, lists and tuples, names too, in order, each of these before what it holds.
+
+    Raises ValueError where there is no end to it, since a pickle can refer to its own parts.
+    """
+    left, count = [content], 0
+    while left:
+        value, count = left.pop(), count + 1
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        if isinstance(value, dict):
+            left.extend(reversed([part for pair in value.items() for part in pair]))
+        elif isinstance(value, (list, tuple)):
+            left.extend(reversed(value))
+        if count + len(left) > MOST_VALUES:
+            raise ValueError(f"{path} holds more than {MOST_VALUES:,} values, or some that hold themselves")
+        yield value
+
+
+def digest(content):
+    """SHA-256, in hex, of all that a checkpoint holds but its own "digest": names, values and tensors, in order."""
+    hasher = hashlib.sha256()
+    for value in values({name: value for name, value in content.items() if name != "digest"}):
+        if isinstance(value, torch.Tensor):
+            hasher.update(f"{value.dtype} {tuple(value.shape)};".encode())
+            hasher.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # no copy on a CPU
+        elif isinstance(value, (dict, list, tuple)):
+            hasher.update(f"{type(value).__name__} {len(value)};".encode())
+        else:
+            text = repr(value).encode()
+            hasher.update(f"{len(text)} ".encode() + text)
+    return hasher.hexdigest()
+
+
+def check_tensors(content, path):
+    """ValueError unless all tensors are plain ones and, together, as large as the file at most.
+
+    Else one number could claim to be 10¹², and a first copy of it would take the machine's memory.
+    """
+    storages = {}
+    for value in values(content, path):
+        if isinstance(value, torch.Tensor):
+            odd = value.is_quantized or value.is_conj() or value.is_neg()
+            if value.layout != torch.strided or value.device.type != "cpu" or odd:
+                raise ValueError(f"{path} holds a tensor that is no plain array of numbers ({value.layout}, {value.device})")
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            if value.numel() * value.element_size() > storage.nbytes():
+                raise ValueError(f"{path} holds a tensor of shape {tuple(value.shape)}, but not that many numbers")
+        elif isinstance(value, (set, bytearray, torch.UntypedStorage, torch.storage.TypedStorage)):
+            raise ValueError(f"{path} holds a {type(value).__name__}: tensors and plain values are wanted")
+    if sum(storages.values()) > os.path.getsize(path):
+        raise ValueError(f"{path} is damaged: its tensors are larger than the file")
+
+
+def unpacked_bytes(path):
+    """Bytes that a .pth file, a zip archive unless it is old, says its parts have."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(part.file_size for part in archive.infolist())

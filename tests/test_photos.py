@@ -242,7 +242,7 @@ def test_a_folder_of_images_lies_behind(tmp_path, digits):
 
 @pytest.mark.parametrize("make,says", [
     (lambda folder: None, "no image"),
-    (lambda folder: (folder / "a.png").write_text("no"), "a.png cannot be read"),
+    (lambda folder: (folder / "a.png").write_text("no"), "a.png is not a picture"),
     (lambda folder: Image.new("L", (4, 90)).save(folder / "a.png"), "a.png is too small, 4×90 pixels; 8 a side do"),
     (lambda folder: folder.rmdir(), "there is no such folder"),
 ])

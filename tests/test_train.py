@@ -624,7 +624,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, cap
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "ckpt.pth could not be written" in capsys.readouterr().err.splitlines()[-1]
-    assert vit.read_checkpoint(folder / "ckpt.pth")["step"] == 2 and not (folder / "ckpt.pth.tmp").exists()
+    assert vit.read_checkpoint(folder / "ckpt.pth")["step"] == 2 and not (folder / ".part-ckpt.pth").exists()
     monkeypatch.setattr(torch, "save", save)
     assert train.main(["--resume", str(folder)]) == 0
 

@@ -692,16 +692,22 @@ def test_a_checkpoint_without_a_canvas_is_drawn_and_not_measured(look_at, tmp_pa
 @pytest.mark.parametrize("lost", ["canvas_size", "loss", "dim", "epoch"])
 def test_a_checkpoint_that_lost_a_setting_is_told(run_folder, look_at, tmp_path, lost):
     checkpoint = vit.read_checkpoint(run_folder / "ckpt.pth")
-    del (checkpoint if lost == "epoch" else checkpoint["config"])[lost]
+    del (checkpoint if lost == "epoch" else checkpoint["config"])[lost], checkpoint["digest"]
     torch.save(checkpoint, tmp_path / "lost.pth")
     status, printed, out = look_at(tmp_path / "lost.pth")
     assert status == 2 and f"lost.pth lacks {lost}" in printed.err and printed.err.count("\n") == 1
     assert not out.exists()
 
 
+def test_a_network_that_collapsed_to_one_point_is_drawn(tmp_path):
+    visualize.draw_tsne(torch.ones(30, 8), torch.arange(30) % 10, 0.1, str(tmp_path / "tsne.png"), "collapsed")
+    assert (tmp_path / "tsne.png").stat().st_size > 1000
+
+
 def test_attention_that_is_not_finite_names_its_checkpoint(run_folder, look_at, tmp_path):
     checkpoint = vit.read_checkpoint(run_folder / "ckpt.pth")
-    checkpoint["teacher"]["backbone.blocks.1.attn.qkv.weight"][0, 0] = torch.nan
+    checkpoint["teacher"]["backbone.blocks.1.attn.qkv.weight"][0] = 3e38  # finite, but not what comes of it
+    del checkpoint["digest"]
     torch.save(checkpoint, tmp_path / "diverged.pth")
     for flags in ([], [run_folder / "ckpt.pth"]):
         status, printed, _ = look_at(*flags, tmp_path / "diverged.pth")
