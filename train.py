@@ -521,7 +521,8 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
     broken = torch.full((), -1, device=device)  # the first step whose loss or gradient was no number
     if checkpoint:
         history, start = checkpoint["metrics"], checkpoint["step"]
-        total += checkpoint["epoch_loss"] if rank == 0 else 0
+        sums = checkpoint["epoch_loss"]
+        total += sums[rank] if len(sums) == ranks else sum(sums) / ranks
         skipped += checkpoint["skipped"]
         try:
             for name, part in parts.items():
@@ -548,7 +549,7 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
         """Write all that the run needs to go on after `step` steps."""
         nonlocal saved, saved_at
         check()
-        epoch_loss = sum_over_ranks(total)
+        epoch_loss = of_all_ranks(total)
         if rank == 0:
             save_checkpoint(os.path.join(folder, "ckpt.pth"), {
                 "config": c,
@@ -556,7 +557,7 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
                 "epoch": step // steps_per_epoch,
                 **{name: part.state_dict() for name, part in parts.items()},
                 "metrics": history,
-                "epoch_loss": epoch_loss,  # the sum over the steps of an epoch that is not over
+                "epoch_loss": epoch_loss,  # each rank's sum over the steps of an epoch that is not over
                 "skipped": skipped.item(),
                 "threads": torch.get_num_threads(),  # on which the last bits of a sum depend
             })
@@ -605,7 +606,7 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
                     save(step + 1)
                     if why > 1:
                         raise Stopped(why)
-            mean_loss = sum_over_ranks(total) / steps_per_epoch  # waits for the device
+            mean_loss = sum(of_all_ranks(total)) / steps_per_epoch
             seconds = time.perf_counter() - started
             check()
             log({
@@ -627,12 +628,13 @@ def train(config, student, splits, folder, checkpoint=None, stop=None):
     return teacher, history
 
 
-def sum_over_ranks(value):
-    """The number that the ranks' tensors of no dimension add up to."""
-    if place()[1] > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value.item()
+def of_all_ranks(value):
+    """The ranks' tensors of no dimension as a list of numbers. Waits for the device."""
+    parts = [torch.empty_like(value) for _ in range(place()[1])]
+    if len(parts) == 1:
+        return [value.item()]
+    dist.all_gather(parts, value)
+    return [part.item() for part in parts]
 
 
 def compile_blocks(*networks):

@@ -41,7 +41,7 @@ def five_steps(rank, ranks, flags, folder):
         loss, _ = train.training_step(
             config, loss_fn, parallel, teacher, optimizer, scaler, views, views.draw(step), step, steps=30
         )
-        losses.append(train.sum_over_ranks(loss))
+        losses.append(sum(train.of_all_ranks(loss)))
     if rank == 0:
         networks = {"student": student.state_dict(), "teacher": teacher.state_dict(), "loss": loss_fn.state_dict()}
         torch.save(networks | {"losses": losses}, f"{folder}/{ranks}.pth")
