@@ -234,6 +234,8 @@ def check_settings(config, weights_to_be_read=False):
     for name in positive:
         if not (c[name] > 0 and math.isfinite(c[name])):
             raise ValueError(f"{flag(name)} {c[name]} must be above 0")
+    if not -(2**63) <= c["seed"] < 2**63:
+        raise ValueError(f"--seed {c['seed']} is no whole number of 64 bits")
     ranks = place()[1]
     if c["batch_size"] % ranks:
         raise ValueError(f"--batch-size {c['batch_size']} cannot be shared by {ranks} ranks: a multiple of {ranks} can")
@@ -793,7 +795,7 @@ def prepare_all(args):
             prepared = prepare(args)
             folder = [prepared[3]]
         except (ValueError, OSError) as error:
-            print(f"train.py: error: {error}", file=sys.stderr)
+            print(f"train.py: error: {data.one_line(error)}", file=sys.stderr)
     if place()[1] > 1:
         dist.broadcast_object_list(folder)
     return prepared or (folder[0] and prepare(args, folder[0]))
@@ -839,7 +841,7 @@ def run(args):
             say(f"left at once; python train.py --resume {folder} goes on from its last checkpoint")
         return 128 + signal.SIGINT
     except (FloatingPointError, OSError) as error:
-        say(f"train.py: error: {error}")
+        say(f"train.py: error: {data.one_line(error)}")
         return 1
     print(f"python visualize.py {path}")
     return 0

@@ -533,6 +533,8 @@ def test_what_cannot_be_resumed_is_told(tmp_path, monkeypatch, capsys, flags, sa
     (["--micro-batch", "0"], "--micro-batch 0 must be above 0"),
     (["--micro-batch", "-1"], "--micro-batch -1 must be above 0"),
     (["--micro-batch", "5"], "--micro-batch 5 does not divide --batch-size 64: 1, 2, 4, 8, 16, 32, 64 do"),
+    (["--seed", str(2**63)], "--seed 9223372036854775808 is no whole number of 64 bits"),
+    (["--background", "a\rb"], "--background a b: there is no such folder"),
     (["--checkpoint-minutes", "0"], "--checkpoint-minutes 0.0 must be above 0"),
     (["--keep-epochs", "1,x"], "--keep-epochs 1,x is no list of epochs such as 1,5,10"),
     (["--keep-epochs", "1,99"], "--keep-epochs 1,99: epochs go from 0, before the first step, to 10"),
