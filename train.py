@@ -185,7 +185,10 @@ def parse_args(argv):
         help="go on with a run that was stopped, from its folder or checkpoint, with its settings; --epochs, --device, "
         "--data-root, --compile and --checkpoint-minutes may be others")
     add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, of textures …-texture; then -2, -3]")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if [] in vars(args).values():  # what argparse makes of --flag=-- in some versions of Python
+        parser.error("-- is no value of a flag")
+    return args
 
 
 def make_config(args, shape=None):
@@ -716,6 +719,17 @@ def new_folder(config, output):
             number += 1
 
 
+def read_whole(path):
+    """A checkpoint with all that a run needs to go on; OSError or ValueError if it is none."""
+    checkpoint = vit.read_checkpoint(path)
+    needed = ("config", "step", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "skipped",
+              "threads", "digest")
+    lost = [name for name in needed if not (isinstance(checkpoint, dict) and name in checkpoint)]
+    if lost:
+        raise ValueError(f"--resume {path} lacks {', '.join(lost)}: a checkpoint of a run of train.py is wanted")
+    return checkpoint
+
+
 def read_run(args):
     """The checkpoint that --resume names, its settings with the flags over them; the one before it if it is damaged."""
     path = os.path.join(args.resume, "ckpt.pth") if os.path.isdir(args.resume) else args.resume
@@ -723,17 +737,13 @@ def read_run(args):
     if args.output:
         raise ValueError(f"--output {args.output}: a resumed run goes on in its own folder, {folder}")
     try:
-        checkpoint = vit.read_checkpoint(path)
+        checkpoint = read_whole(path)
     except (OSError, ValueError) as error:
         if not os.path.exists(previous(path)):
             raise
-        checkpoint = vit.read_checkpoint(previous(path))
+        checkpoint = read_whole(previous(path))
         say(f"warning: {error}; going on from {previous(path)}")
-    needed = ("config", "step", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "skipped",
-              "threads", "digest")
-    lost = [name for name in needed if not (isinstance(checkpoint, dict) and name in checkpoint)]
-    if lost:
-        raise ValueError(f"--resume {path} lacks {', '.join(lost)}: a checkpoint of a run of train.py is wanted")
+        os.replace(previous(path), path)  # else the next save would let the damaged one push out the whole one
     config = checkpoint["config"]
     torch.set_num_threads(checkpoint["threads"])
     planned = config["epochs"]

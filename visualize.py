@@ -796,7 +796,11 @@ def parse_args(argv):
     add("--data-root", help="folder that holds MNIST/raw/ or stl10_binary/ (default: as trained, else data)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--output", help="folder for what is written (default: the first checkpoint's, or runs/weights-…)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    flags = [value for name, value in vars(args).items() if name != "checkpoints"]
+    if [] in flags:  # what argparse makes of --device=-- in some versions of Python
+        parser.error("-- is no value of a flag")
+    return args
 
 
 @dataclass

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -142,6 +143,13 @@ def kill(process):
     assert status(process) == -signal.SIGKILL
 
 
+def wait_until_gone(pids):
+    end = time.monotonic() + SECONDS
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
@@ -230,28 +238,33 @@ def test_torchrun_killed(tmp_path, unstopped):
     killed_and_resumed(tmp_path, unstopped, torchrun, [], count=3, seed=3)
 
 
-def test_a_kill_between_two_renames_leaves_a_checkpoint(tmp_path, monkeypatch):
-    """Every system call of `save_checkpoint` that changes names may be the last: what can be read is old or new."""
-    path, replace = str(tmp_path / "ckpt.pth"), os.replace
-    for last in range(4):
-        train.save_checkpoint(path, {"step": 1})
-        train.save_checkpoint(path, {"step": 2})
-        calls = []
+@pytest.mark.parametrize("harm", [False, True])
+def test_a_kill_between_two_renames_leaves_a_checkpoint(tmp_path, monkeypatch, quick, harm):
+    """Each rename of the first save of a resumed run may be the last thing that it does, after `harm` to the last
+    checkpoint too: that must not push out the whole one that the run went on from."""
+    folder, path, replace = tmp_path / "run", tmp_path / "run" / "ckpt.pth", os.replace
+    flags = [*SMALL, "--images-per-epoch", "16", "--epochs", "2", "--checkpoint-minutes", "1e-9", "--output", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_log", lambda folder, history: os.kill(os.getpid(), signal.SIGTERM) if history[-1]["epoch"] else None)
+        assert train.main(flags) == 143  # after step 2 of 4
+    if harm:
+        path.write_bytes(path.read_bytes()[:-1000])
+    shutil.copytree(folder, tmp_path / "kept")
+    for last in range(5):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "kept", folder)
 
-        def dying(*args):
-            calls.append(args)
-            if len(calls) > last:
+        def dying(*args, left=[None] * last):  # a list for each `last`
+            if not left:
                 raise KeyboardInterrupt
+            left.pop()
             replace(*args)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", dying)
-            with contextlib.suppress(KeyboardInterrupt):
-                train.save_checkpoint(path, {"step": 3})
-        readable = [vit.read_checkpoint(p)["step"] for p in (path, train.previous(path)) if os.path.exists(p)]
-        assert readable and readable[0] in (2, 3), (last, readable)
-        for p in tmp_path.iterdir():
-            p.unlink()
+            assert train.main(["--resume", str(folder)]) == 130
+        assert train.main(["--resume", str(folder)]) == 0, last
+        assert vit.read_checkpoint(path)["step"] == 4
 
 
 def test_two_runs_started_at_once_have_a_folder_each(tmp_path, unstopped, fork):
@@ -296,15 +309,24 @@ def test_a_second_interrupt_leaves_at_once_from_outside_too(tmp_path):
     assert vit.read_checkpoint(tmp_path / "run" / "ckpt.pth")["step"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_a_signal_to_torchrun_reaches_the_ranks(tmp_path, number, unstopped, fork_ranks):
+@pytest.mark.parametrize("numbers", [
+    [signal.SIGTERM],
+    pytest.param([signal.SIGINT], marks=pytest.mark.long),
+    pytest.param([signal.SIGINT] * 2, marks=pytest.mark.long),
+    pytest.param([signal.SIGTERM] * 2, marks=pytest.mark.long),
+])
+def test_a_signal_to_torchrun_reaches_the_ranks(tmp_path, numbers, unstopped, fork_ranks):
     """The ranks end their step and write the checkpoint; the run goes on from there, with as many ranks."""
     whole = unstopped([], fork_ranks)[0]
     process = torchrun([*RUN, "--output", "run"], tmp_path)
     wait_for((tmp_path / "run" / "log.jsonl").exists, process)
     time.sleep(0.1)
-    process.send_signal(number)
+    workers = family(process.pid)[1:]
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.02)
     assert status(process) != 0  # torchrun's own
+    wait_until_gone(workers)  # torchrun, told twice, does not wait for them
     text = (tmp_path / "out.txt").read_text()
     print(process.returncode, text)
     assert "stopped; python train.py --resume run goes on" in text
@@ -331,13 +353,19 @@ def stopped(tmp_path_factory, fork):
 
 
 def damaged(raw, what, count):
-    """So many versions of a file: cut off at each percent, or with one byte changed."""
+    """So many versions of a file: cut off at each percent, or with one byte changed, anywhere or in its pickle."""
     rng = random.Random(0)
     if what == "cut":
         return [raw[: len(raw) * k // count] for k in range(count)]
+    first, end = 0, len(raw)
+    if what == "pickled":  # names, numbers and shapes: a hundredth of the file, and the part that a program acts on
+        with zipfile.ZipFile(io.BytesIO(raw)) as file:
+            pickled = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
+        first = raw.index(pickled)
+        end = first + len(pickled)
     versions = []
     for _ in range(count):
-        at = rng.randrange(len(raw))
+        at = rng.randrange(first, end)
         versions.append(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
     return versions
 
@@ -348,13 +376,14 @@ def same_weights(one, other):
 
 @pytest.mark.parametrize("previous", [True, False])
 @pytest.mark.parametrize("what,count", [
-    ("cut", 8), ("flipped", 20),
-    pytest.param("cut", 100, marks=pytest.mark.long), pytest.param("flipped", 200, marks=pytest.mark.long),
+    ("cut", 8), ("flipped", 15), ("pickled", 5),
+    *[pytest.param(what, n, marks=pytest.mark.long) for what, n in (("cut", 100), ("flipped", 200), ("pickled", 200))],
 ])
 def test_a_damaged_checkpoint_is_told_and_never_trained_on(tmp_path, monkeypatch, capsys, quick, stopped, what, count, previous):
     """A run goes on from the one before it, with a warning; without that there is one line, and nothing is touched.
 
-    A changed byte that no one reads, as between two records of the file, may pass, with the right weights.
+    A changed byte that no one reads may pass, with the right weights: a few between the records of the file, and in
+    its pickle many, since pickle numbers all that it has read and seldom refers to a number.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(visualize, "report", lambda *args: None)  # what is drawn is not the question here
@@ -379,7 +408,7 @@ def test_a_damaged_checkpoint_is_told_and_never_trained_on(tmp_path, monkeypatch
         resumed, error = train.main(["--resume", "run"]), capsys.readouterr().err
         if previous or resumed == 0:
             assert resumed == 0, (k, error)
-            assert ("going on from run/ckpt.prev.pth" in error) == (drawn == 2), (k, error)
+            assert "going on from run/ckpt.prev.pth" in error or drawn == 0, (k, error)
             ended = vit.read_checkpoint("run/ckpt.pth")
             assert same_weights(ended["student"], end["student"]) and same_weights(ended["teacher"], end["teacher"]), k
             assert log_of(Path("run")) == log_of(stopped / "whole")
@@ -390,7 +419,7 @@ def test_a_damaged_checkpoint_is_told_and_never_trained_on(tmp_path, monkeypatch
                 vit.read_checkpoint("run/ckpt.pth")
         shutil.rmtree("run")
     print(f"{count - len(passed)} of {count} were told, {len(passed)} harmless")
-    assert len(passed) <= count // 10
+    assert len(passed) <= (count // 10 if what != "pickled" else 0.8 * count)
 
 
 # ----------------------------------------------------------------------------------- full disk
@@ -403,7 +432,7 @@ def test_a_disk_that_is_full_in_mid_checkpoint(tmp_path, fork, unstopped):
     size, folder = (whole / "ckpt.pth").stat().st_size, tmp_path / "disk"
     folder.mkdir()
     options = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", str(folder)]
-    if subprocess.run(options, capture_output=True).returncode:
+    if subprocess.run(options, check=False, capture_output=True).returncode:
         pytest.skip("a file system can be mounted by root alone, where the machine lets it")
     try:
         assert status(fork([*RUN, "--output", str(folder / "run")], tmp_path)) == 1
@@ -432,7 +461,7 @@ def resident(pid):
 @pytest.mark.long
 def test_memory_does_not_grow(tmp_path):
     """Over the 2,000 steps of the laptop preset, from the second quarter to the last. STEPS=400 tries it in a fifth."""
-    steps = int(os.environ.get("STEPS", 2000))
+    steps = int(os.environ.get("STEPS", "2000"))
     flags = ["--preset", "laptop", "--digits", "sklearn", "--device", "cpu", "--images-per-epoch", str(64 * steps // 10)]
     process = shell(["-c", DRIVER, *flags, "--output", "run"], tmp_path)
     wait_for((tmp_path / "run" / "log.jsonl").exists, process)
@@ -464,7 +493,7 @@ def flags_of(choices, words=WORDS):
         # `name=value` reaches the program where a bare value that begins with - would be taken for a flag
         return st.one_of(*[st.sampled_from(values)] * 3, st.sampled_from(words), st.text(max_size=5)).map(
             lambda value: [name, value] if not value.startswith("-") else [f"{name}={value}"])
-    return st.lists(st.sampled_from(sorted(choices)).flatmap(one), max_size=4).map(lambda found: sum(found, []))
+    return st.lists(st.sampled_from(sorted(choices)).flatmap(one), max_size=4).map(lambda found: [part for pair in found for part in pair])
 
 
 NUMBERS = ["1", "2", "0", "-1", "1.5", "nan", "1e999", "", "seven", "٣", "1_0", str(2**31), str(2**63), str(-(2**63) - 1)]
@@ -526,8 +555,6 @@ def in_place(place, tmp_path, monkeypatch, quick):
     monkeypatch.setattr(torchvision.datasets.STL10, "url", "http://127.0.0.1:9/stl10")
     monkeypatch.setattr(vit, "DINO_HOST", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
-    for name in ("draw_curves", "draw_tsne", "draw_attention"):  # a second a figure
-        monkeypatch.setattr(visualize, name, lambda *args, **kwargs: None)
 
     def fresh():
         for path in tmp_path.iterdir():

@@ -487,8 +487,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, monkeypatch,
     assert vit.read_checkpoint(folder / "ckpt.prev.pth")["step"] == 2
     raw = (folder / "ckpt.pth").read_bytes()
     (folder / "ckpt.pth").write_bytes(raw[: len(raw) // 2])
-    assert train.main(["--resume", str(folder)]) == 0
+    with monkeypatch.context() as patch:  # killed before its first checkpoint, it leaves the whole one, in its place
+        patch.setattr(train, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train.main(["--resume", str(folder)]) == 130
     assert "going on from" in capsys.readouterr().err
+    assert vit.read_checkpoint(folder / "ckpt.pth")["step"] == 2 and not (folder / "ckpt.prev.pth").exists()
+    assert train.main(["--resume", str(folder)]) == 0
     assert vit.read_checkpoint(folder / "ckpt.pth")["step"] == 4
 
 
@@ -651,6 +655,12 @@ def test_nothing_is_fetched_for_a_run_that_cannot_be(tmp_path, monkeypatch):
     base = ["--preset", "laptop", "--device", "cpu"]
     assert train.main([*base, "--output", str(tmp_path)]) == 2
     assert train.main([*base, "--weights", str(tmp_path / "missing.pth")]) == 2
+
+
+def test_two_dashes_are_no_value():
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--seed=--"])
+    assert stop.value.code == 2
 
 
 def test_bad_input_at_the_shell():
