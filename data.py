@@ -473,10 +473,10 @@ def read_image(path):
     Pillow's limit, 89 million, up to which it takes under a gigabyte.
     """
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(path, formats=IMAGE_FORMATS))
+            image = ImageOps.exif_transpose(Image.open(file, formats=IMAGE_FORMATS))  # a copy
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
                 levels = np.asarray(image).astype(np.int32).clip(0, 65535)
                 image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))

@@ -56,6 +56,8 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     torch.save(tiny().state_dict(), tmp_path / "w.pth")
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "attention-images.png").write_text("of before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # files of at most 2,000 bytes
     try:
@@ -65,7 +67,7 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
             visualize.write_json(str(out / "metrics.json"), ["x"] * 9999)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert os.listdir(out) == []
+    assert [f.read_text() for f in out.iterdir()] == ["of before"]
 
 
 # ---------------------------------------------------------------------------------- downloads
@@ -227,6 +229,7 @@ def bad_weights(canary):
         "code in an old file": bytes_of(good | {"x": Code(canary)}, **legacy),
         "zip bomb": zip_bomb(), "zip": whole[:30] + b"PK\5\6" + bytes(18), "laughs": {"x": laughs(), **good}, "cycle": cycle(),
         "set": good | {"x": {1}}, "a lot of memory": good | {"x": Call(bytearray, 10**12)}, "digest": good | {"digest": "no"},
+        "expanded elsewhere": good | {"x": torch.zeros(()).expand(10**12), "digest": "no"},
         "tensor as digest": good | {"digest": torch.zeros(3)},
         "lost": {k: v for k, v in good.items() if k != name}, "surplus": good | {"x": torch.zeros(3)},
         "a name of two lines": good | {"x\ny\x1b[31m": torch.zeros(3)}, "no blocks": {k: v for k, v in good.items() if "bl" not in k},
@@ -384,6 +387,7 @@ def test_settings_that_are_absurd(tmp_path, capsys):
             assert str(error).startswith(str(path)) or "heads" in str(error) or "--image-size" in str(error)
             assert "\n" not in str(error)
             refused.add(name)
+    assert refused >= {"metrics", "config", "epoch", "images", "loss", "knn", "mean", "head_1", "brightness", "shuffled"}
     assert refused >= set(visualize.SETTINGS) - {"patch_size", "dim", "depth", "pos_size", "weights"} - {
         name for name in visualize.SETTINGS if name.startswith(("head_", "out_dim", "bottleneck"))}
     content = checkpoint_of_a_run()
@@ -445,13 +449,14 @@ def odd_images():
         "YCbCr TIFF": (png(colour.convert("YCbCr"), format="TIFF"), True), "LAB TIFF": (png(colour.convert("LAB"), format="TIFF"), True),
         "moving GIF": (png(colour, format="GIF", save_all=True, append_images=frames), True),
         "moving PNG": (png(colour, save_all=True, append_images=frames), True), "turned": (png(colour, format="JPEG", exif=exif), True),
-        "WEBP": (png(colour, format="WEBP"), True), "EPS": (png(colour, format="EPS"), False), "PDF": (png(colour, format="PDF"), False),
+        "WEBP": (png(colour, format="WEBP"), True), "a rare format": (png(colour, format="PCX"), False), "EPS": (png(colour, format="EPS"), False), "PDF": (png(colour, format="PDF"), False),
         "text": (b"no picture\n", False), "empty": (b"", False), "header": (whole[:40], False), "half": (whole[: len(whole) // 2], False),
         "JPEG cut off": (png(colour, format="JPEG")[:700], False), "huge claim": (whole[:16] + b"\0\0\xff\xff" * 2 + whole[24:], False),
         "bad EXIF": (png(colour, format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"), True),
     }
 
 
+@pytest.mark.filterwarnings("error")  # pytest would keep them from stderr
 def test_odd_images_are_drawn_or_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(tiny().state_dict(), "w.pth")
