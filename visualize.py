@@ -144,6 +144,11 @@ def density(maps, counts):
     return maps.shape[-1] * (maps * counts[:, None]).sum(-1) / counts.sum(-1)[:, None]
 
 
+def share(maps, counts, patch_area):
+    """Share of the attention that falls on a region, spread evenly over each patch's pixels: (n, m), from 0 to 1."""
+    return (maps * counts[:, None]).sum(-1) / patch_area
+
+
 def auroc(maps, digit, clutter):
     """P(a pixel of the digit gets more attention than one of the clutter), ties counting half.
 
@@ -225,6 +230,9 @@ def attention_metrics(maps, digit, clutter, patch_area):
         "clutter_density": density(maps, clutter),
         "background_density": density(maps, background),
         "far_background_density": density(maps, without_ink),
+        "digit_share": share(maps, digit, patch_area),
+        "clutter_share": share(maps, clutter, patch_area),
+        "background_share": share(maps, background, patch_area),
         "auroc": auroc(maps, digit, clutter),
         "pointing": pointing(maps, digit, clutter).double(),
         "jaccard60": jaccard(maps, digit, patch_area),
@@ -417,6 +425,7 @@ above         its selectivity is higher than that of brightness or shuffled, the
 auroc         chance that a pixel of the digit gets more attention than one of the clutter
 pointing      share of images whose most attended patch holds more digit than clutter
 density       of the attention on a region, 1 if it were uniform; far: patches without any ink
+share         of the attention that lies on a region
 jaccard60     overlap of the digit with the patches that hold 60% of the attention;
 best_jaccard  the highest overlap that any set of patches has
 entropy       1: spread evenly over the image, 0: all on one patch

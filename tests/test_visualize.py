@@ -79,6 +79,8 @@ def test_attention_on_the_digits_patches_alone():
     assert values["auroc"].item() == values["pointing"].item() == 1
     assert values["clutter_density"].item() == values["far_background_density"].item() == 0
     assert values["digit_density"].item() == pytest.approx(64 / 3)
+    assert values["digit_share"].item() == pytest.approx(119 / 147)
+    assert values["clutter_share"].item() == 0 and values["background_share"].item() == pytest.approx(28 / 147)
     # 119 pixels of digit in three patches; two would give 89 / (98 + 30), four no more digit
     assert values["jaccard60"].item() == values["best_jaccard"].item() == pytest.approx(119 / 147)
     assert values["entropy"].item() == pytest.approx(math.log(3) / math.log(64))
@@ -603,7 +605,7 @@ def test_all_of_a_run(run_folder, look_at):
         }
         assert set(result[layout]["mean"]) == {
             "digit_density", "clutter_density", "background_density", "far_background_density", "selectivity", "auroc",
-            "pointing", "jaccard60", "best_jaccard", "entropy", "diversity",
+            "digit_share", "clutter_share", "background_share", "pointing", "jaccard60", "best_jaccard", "entropy", "diversity",
         }
         assert result[layout]["mean"]["entropy"]["images"] == 100
     for accuracy in (*result["features"].values(), *result["untrained_features"].values()):
