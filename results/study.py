@@ -28,10 +28,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 STUDY = os.path.join(HERE, "study.json")
 CHECKPOINTS = os.path.join(HERE, "checkpoints")
+DIGITS = "mnist"
 sys.path[:0] = [HERE, ROOT]
 
 import torch
 
+import data
 import figures
 import train
 import verdicts
@@ -91,6 +93,17 @@ def grid(preset):
         row("different-long", f"{DIFFERENT} --crops 1", 12_800, 5, "C6")  # the preset's own length
         row("same-long", f"{SAME} --crops 2", 12_800, 5, "C6")
         batches(6144, 0.001)
+        # What does not hold as it is: would it with another learning rate, temperature or length?
+        texture, dino = f"{SAME} --crops 2 --background texture", "--loss dino --views same --crops 2"
+        row("look-texture-lr", f"{texture} --lr 0.003", 3200, 1, "C4")
+        row("look-texture-temperature", f"{texture} --temperature 0.1", 3200, 1, "C4")
+        row("look-texture-long", texture, 12_800, 1, "C4")
+        row("look-texture-crops", f"{SAME} --crops 4 --background texture", 1600, 1, "C4")  # as in the paper
+        row("look-dino-lr", f"{dino} --lr 0.003", 3200, 1, "C1 C2")
+        row("look-dino-temperature", f"{dino} --temperature 0.2", 3200, 1, "C1 C2")
+        row("look-dino-long", dino, 12_800, 1, "C1 C2")
+        row("look-different-lr", f"{DIFFERENT} --crops 1 --lr 0.003", 3200, 1, "C5")
+        row("look-different-temperature", f"{DIFFERENT} --crops 1 --temperature 0.1", 3200, 1, "C5")
     else:
         row("different-long", f"{DIFFERENT} --crops 1", (10, 50_000), 1, "C5 C6")
         row("different-1", f"{DIFFERENT} --crops 1", 50_000, 1, "C1 C2 C3 C8 Q2")
@@ -111,10 +124,18 @@ def grid(preset):
         row("texture-pool", f"{SAME} --crops 2 --background texture --texture-pool 10", 25_000, 1, "C4")
         row("dino-same", "--loss dino --views same --crops 2", 25_000, 1, "C1 C2")
         row("dino-different", "--loss dino --views different --crops 1", 50_000, 1, "C1 C2")
+        row("stl10-nce", "--dataset stl10 --loss nce", (10, 100_000), 1, "C1 C2")
+        row("stl10-dino", "--dataset stl10 --loss dino", (10, 100_000), 1, "C1 C2")
         row("random-weights", f"{DIFFERENT} --crops 1 --weights none", 50_000, 1, "Q3")
         row("vit-small-16", f"{DIFFERENT} --crops 1 --weights dino_vits16", 50_000, 1, "Q3")
     return table
 
+
+PICTURES = {  # drawn by visualize.py: name → rows
+    "attention-views": ("same-long", "different-long"),
+    "attention-texture": ("texture",),
+    "attention-size": ("size-28", "different-1", "size-84"),
+}
 
 # ----------------------------------------------------------------------------------- the runs
 
@@ -140,7 +161,10 @@ def command(args, row, seed):
     folder = f"{args.runs}/{args.preset}/{row}/seed-{seed}"
     where = "" if args.data_root == "data" else f" --data-root {shlex.quote(args.data_root)}"
     flags = grid(args.preset)[row]["flags"]
-    line = f"python train.py --preset {args.preset} --digits mnist {flags} --seed {seed} --device {args.device}{where}"
+    digits = "" if "stl10" in flags else f" --digits {DIGITS}"
+    line = f"python train.py --preset {args.preset}{digits} {flags} --seed {seed} --device {args.device}{where}"
+    if args.weights and "--weights" not in flags:
+        where += f" --weights {shlex.quote(args.weights)}"
     threads = "OMP_NUM_THREADS=1 " if args.device == "cpu" else ""  # sums depend on how many; and a run a core is faster
     return f"{threads}{line} --output {shlex.quote(folder)}", folder
 
@@ -168,20 +192,17 @@ def measured(folder):
     def curve(line):
         found, rows = line["validation"], {}
         for row in found:
-            if row in ("mean", "brightness", "shuffled"):
-                rows[row] = {name: found[row][name] for name in ("selectivity", "auroc", "pointing")}
-            elif row.startswith("head_"):
-                rows[row] = {"selectivity": found[row]["selectivity"]}
-        rows["mean"]["diversity"] = found["mean"]["diversity"]
+            kept = ("selectivity", "auroc", "pointing", "diversity") if row in ("mean", "brightness", "shuffled") else ("selectivity",)
+            if row in ("mean", "brightness", "shuffled") or row.startswith("head_"):
+                rows[row] = {name: found[row][name] for name in kept if name in found[row]}
         train_loss = {"loss": line["loss"]} if "loss" in line else {}
         return {"step": line["step"], **train_loss, "validation_loss": found["loss"], "knn": found["knn"], **rows}
 
+    attention = metrics.get("matched") or {"mean": {}}  # photographs have no masks: nothing to measure by
     return rounded({
-        "matched": values({row: cells for row, cells in metrics["matched"].items() if row != "uniform"}),
-        "interval": {  # over images, of the mean map
-            name: [metrics["matched"]["mean"][name][end] for end in ("low", "high")] for name in ("selectivity", "auroc")
-        },
-        "best_head": metrics["best_head"],
+        "matched": values({row: cells for row, cells in attention.items() if row != "uniform"}),
+        "interval": {name: [cell["low"], cell["high"]] for name, cell in attention["mean"].items()},  # over images
+        "best_head": metrics.get("best_head"),
         **{name: {key: each["value"] for key, each in metrics[name].items()} for name in ("features", "untrained_features")},
         "curve": [curve(line) for line in history],
         "weights": vit.digest(checkpoint["teacher"]),
@@ -200,22 +221,28 @@ def device_name(device):
 
 
 def run(args, row, seed):
-    """Train and measure a row with a seed, going on with what was begun; returns its line, None if it failed."""
+    """Train and measure a row with a seed, going on with what was begun; returns its line, None if there is none."""
     text, folder = command(args, row, seed)
     started, path = time.time(), os.path.join(ROOT, folder)
-    words = [word for word in shlex.split(text) if not word.startswith("OMP_")]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {})
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".txt", "a") as log:
-        def call(*words):
+    begun = os.path.exists(os.path.join(path, "ckpt.pth")) and os.path.exists(path + ".txt")
+    if begun:
+        with open(path + ".txt") as log:
+            begun = log.readline().strip() == text  # else it is of another grid
+
+    def call(words, mode):
+        with open(path + ".txt", mode) as log:
+            print(text, file=log, flush=True)
             return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
 
-        begun = os.path.exists(os.path.join(path, "ckpt.pth"))
-        if not (begun and call("train.py", "--resume", folder) == 0):
-            shutil.rmtree(path, ignore_errors=True)
-            if call(*words[1:]) != 0:
-                say(f"{row}, seed {seed}: failed; {folder}.txt says why")
-                return None
+    status = call(["train.py", "--resume", folder], "a") if begun else None
+    if status in (None, 1, 2):  # nothing to go on with
+        shutil.rmtree(path, ignore_errors=True)
+        status = call(shlex.split(text.split("python ", 1)[1]), "w")
+    if status:
+        say(f"{row}, seed {seed}: ended with status {status}; {folder}.txt says why")
+        return None
     say(f"{row}, seed {seed}: {time.time() - started:.0f} s")
     return {
         "preset": args.preset, "row": row, "seed": seed, "command": text, "device": device_name(args.device),
@@ -225,20 +252,30 @@ def run(args, row, seed):
     }
 
 
-def todo(args, runs):
-    """The runs that are wanted and not there, the most telling first: [(row, seed)]."""
+def wanted(args, runs):
+    """All runs that the flags ask for, the most telling first: [(row, seed)]."""
     jobs = []
     for name, row in grid(args.preset).items():
         if not args.only or set(args.only) & set(row["claims"]):
             jobs += [(name, seed) for seed in row["seeds"]]
     if args.preset == "laptop" and (not args.only or "Q1" in args.only):
         jobs += [(name, seed) for name in best_rates(runs).values() for seed in range(1, 5)]
-    return [job for job in jobs if runs.get(job, {}).get("command") != command(args, *job)[0]]
+    return jobs
+
+
+def is_done(args, runs, job):
+    """Whether study.json has the run, with the flags that the grid gives it now; on whatever device."""
+    row, seed = job
+    return f" {grid(args.preset)[row]['flags']} --seed {seed} " in runs.get(job, {}).get("command", "")
 
 
 def run_all(args):
     """Everything that is still to do, some runs at a time; True if none failed."""
-    runs, lock, failed = read_study(), threading.Lock(), set()
+    study, lock, failed = read_study(), threading.Lock(), set()
+    runs = study[args.preset]
+    if args.fresh:
+        for job in wanted(args, runs):
+            runs.pop(job, None)
 
     def one(job):
         line = run(args, *job)
@@ -246,13 +283,18 @@ def run_all(args):
             if line is None:
                 failed.add(job)
                 return
-            runs[args.preset][job] = line
-            write_study(runs)
+            runs[job] = line
+            write_study(study)
 
-    while jobs := [job for job in todo(args, runs[args.preset]) if job not in failed]:  # the best rates are known later
+    # in rounds, since the best learning rates are known, and run with more seeds, only after the first
+    while jobs := [job for job in wanted(args, runs) if not is_done(args, runs, job) and job not in failed]:
         say(f"{len(jobs)} runs to do, {args.jobs} at a time")
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(one, jobs))
+            try:
+                list(pool.map(one, jobs))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return not failed
 
 
@@ -261,7 +303,7 @@ def again(args, row, seed):
     old = read_study()[args.preset].get((row, seed))
     if old is None:
         raise ValueError(f"--again {row} {seed}: study.json has no such run of the preset {args.preset}")
-    args.runs = "runs/study-again"
+    args.runs += "-again"
     shutil.rmtree(os.path.join(ROOT, command(args, row, seed)[1]), ignore_errors=True)
     new = run(args, row, seed)
     if new is None:
@@ -287,6 +329,18 @@ def small_checkpoints(args):
             })
 
 
+def draw_attention(args):
+    """Where the networks of seed 0 look, drawn by visualize.py, into results/figures/."""
+    for name, rows in PICTURES.items():
+        paths = [f"{args.runs}/{args.preset}/{row}/seed-0/ckpt.pth" for row in rows]
+        if args.preset == "laptop" and all(os.path.exists(os.path.join(ROOT, path)) for path in paths):
+            folder = f"{args.runs}/{args.preset}/{name}"
+            words = ["visualize.py", *paths, "--device", args.device, "--data-root", args.data_root, "--output", folder]
+            if subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0:
+                drawn = "attention-compared.png" if len(rows) > 1 else "attention.png"
+                shutil.copy(os.path.join(ROOT, folder, drawn), os.path.join(HERE, "figures", f"{name}.png"))
+
+
 def write_pages():
     """The computed blocks of both README files, and all figures, anew from study.json."""
     study = read_study()
@@ -308,10 +362,12 @@ def parse_args(argv):
     add("--preset", choices=["laptop", "paper"], default="laptop", help="of train.py; paper wants a GPU [laptop]")
     add("--only", nargs="+", metavar="CLAIM", choices=list(verdicts.CLAIMS), help="C1 to C8, Q1 to Q3 [all]")
     add("--tables", action="store_true", help="run nothing: write tables and figures from study.json")
+    add("--fresh", action="store_true", help="do the runs again that study.json has already")
     add("--again", nargs=2, metavar=("ROW", "SEED"), help="run a line of study.json again and compare")
     add("--jobs", type=int, help="runs at a time [cpu: one a core, of one thread; else 1]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train [cuda if there, else cpu]")
-    add("--data-root", default="data", help="folder that holds, or will hold, MNIST/raw/ [data]")
+    add("--data-root", default="data", help="folder that holds, or will hold, MNIST/raw/, from the project's root [data]")
+    add("--weights", help="what the networks start from, where it is not to be the preset's: none, or a file [the preset's]")
     add("--runs", default="runs/study", help="folder of the runs [runs/study]")
     args = parser.parse_args(argv)
     args.jobs = args.jobs or (os.cpu_count() if args.device == "cpu" else 1)
@@ -320,12 +376,24 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.again:
-        return 0 if again(args, args.again[0], int(args.again[1])) else 1
-    whole = args.tables or run_all(args)
-    small_checkpoints(args)
-    write_pages()
-    return 0 if whole else 1
+    try:
+        if args.again:
+            return 0 if again(args, args.again[0], int(args.again[1])) else 1
+        if args.tables:
+            write_pages()
+            return 0
+        data.load_digits(DIGITS, os.path.join(ROOT, args.data_root))  # fetched once, not by several runs at a time
+        whole = run_all(args)
+        small_checkpoints(args)
+        write_pages()
+        draw_attention(args)
+        return 0 if whole else 1
+    except (ValueError, OSError) as error:
+        print(f"results/study.py: error: {data.one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on")
+        return 130
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def values(runs, row, read):
 
 def of(metric, which="mean"):
     """Reads a metric of the mean map, or of another row of the table, on test canvases of the layout matched."""
-    return lambda line: line["matched"][line["best_head"] if which == "best" else which][metric]
+    return lambda line: line["matched"][line["best_head"] if which == "best" else which].get(metric, math.nan)
 
 
 def after(epoch, metric, which="mean"):
