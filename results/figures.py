@@ -110,7 +110,7 @@ def figure_7(axes, runs):
     axes[0].axvline(1, color="tab:gray", linewidth=1)
     axes[0].set_yticks(range(len(tests)), [test["text"].removeprefix("selectivity, ") for test in tests], fontsize=8)
     axes[0].set_title("ratio of selectivities; green: alike", fontsize=10)
-    dots(axes[1], runs, {f"{views},{crops}": row for views, rows in CROPS.items() for crops, row in rows.items()},
+    dots(axes[1], runs, {f"{views}, {crops}": row for views, rows in CROPS.items() for crops, row in rows.items()},
          SELECTIVITY, "selectivity", {"brightness": reference(runs, "same-4", "brightness", "selectivity")})
 
 
@@ -137,22 +137,24 @@ def figure_10(axes, runs):
     rows = {str(number): head_row(number) for number in HEADS}
     dots(axes[0], runs, rows, of("selectivity", "best"), "selectivity of the best head")
     dots(axes[1], runs, rows, SELECTIVITY, "selectivity of the mean map")
-    at = 0
+    at, middles = 0, []
     for count in HEADS:
         line = runs.get((head_row(count), 0))
         if line is None:
             continue
-        x = at + np.arange(count)
         bottom = np.zeros(count)
         for region, colour in REGIONS.items():
             found = np.array(heads(line, f"{region}_share"))
-            axes[2].bar(x, found, bottom=bottom, color=colour, label=region if at == 0 else None)
+            axes[2].bar(at + np.arange(count), found, bottom=bottom, color=colour, label=region if at == 0 else None)
             bottom += found
+        middles.append(at + (count - 1) / 2)
         at += count + 1
-    axes[2].set_xticks([])
-    axes[2].set_xlabel("runs of 1, 2, 3, 6, 12 heads; a bar a head, the most selective first", fontsize=8)
-    axes[2].set_title("share of each head's attention, seed 0", fontsize=10)
-    axes[2].legend(fontsize=8)
+    axes[2].set_xticks(middles, HEADS[: len(middles)], fontsize=8)
+    axes[2].set_ylim(0, 1.2)
+    axes[2].set_title("a bar a head: share of its attention (seed 0)", fontsize=10)
+    axes[2].legend(fontsize=8, ncols=3, loc="upper center")
+    for panel in axes:
+        panel.set_xlabel("heads", fontsize=8)
 
 
 PANELS = {"C1": (figure_1, 2), "C2": (figure_2, 3), "C3": (figure_3, 2), "C4": (figure_4, 3), "C5": (figure_5, 3),

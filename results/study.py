@@ -91,7 +91,7 @@ def grid(preset):
             if size != 56:
                 row(f"size-{size}", f"{DIFFERENT} --crops 1 --image-size {size}", 3200, 5, "C8")
         row("different-long", f"{DIFFERENT} --crops 1", 12_800, 5, "C6")  # the preset's own length
-        row("same-long", f"{SAME} --crops 2", 12_800, 5, "C6")
+        row("same-long", f"{SAME} --crops 2", 12_800, 1, "")  # for the small checkpoint
         batches(6144, 0.001)
         # What does not hold as it is: would it with another learning rate, temperature or length?
         texture, dino = f"{SAME} --crops 2 --background texture", "--loss dino --views same --crops 2"
@@ -100,10 +100,9 @@ def grid(preset):
         row("look-texture-long", texture, 12_800, 1, "C4")
         row("look-texture-crops", f"{SAME} --crops 4 --background texture", 1600, 1, "C4")  # as in the paper
         row("look-dino-lr", f"{dino} --lr 0.003", 3200, 1, "C1 C2")
-        row("look-dino-temperature", f"{dino} --temperature 0.2", 3200, 1, "C1 C2")
         row("look-dino-long", dino, 12_800, 1, "C1 C2")
+        row("look-size-84-long", f"{DIFFERENT} --crops 1 --image-size 84", 6400, 1, "C8")
         row("look-different-lr", f"{DIFFERENT} --crops 1 --lr 0.003", 3200, 1, "C5")
-        row("look-different-temperature", f"{DIFFERENT} --crops 1 --temperature 0.1", 3200, 1, "C5")
     else:
         row("different-long", f"{DIFFERENT} --crops 1", (10, 50_000), 1, "C5 C6")
         row("different-1", f"{DIFFERENT} --crops 1", 50_000, 1, "C1 C2 C3 C8 Q2")
@@ -131,6 +130,8 @@ def grid(preset):
     return table
 
 
+ABOUT_HEADS = {"selectivity", "auroc", "digit_density", "clutter_density", "digit_share", "clutter_share", "background_share"}
+ABOUT_REFERENCES = {"selectivity", "auroc", "pointing", "jaccard60", "digit_density"}
 PICTURES = {  # drawn by visualize.py: name → rows
     "attention-views": ("same-long", "different-long"),
     "attention-texture": ("texture",),
@@ -186,8 +187,9 @@ def measured(folder):
         history = [json.loads(line) for line in file]
     checkpoint = vit.read_checkpoint(os.path.join(folder, "ckpt.pth"))
 
-    def values(table):
-        return {row: {metric: each["value"] for metric, each in cells.items()} for row, cells in table.items()}
+    def values(row, cells):
+        kept = set(cells) if row == "mean" else ABOUT_HEADS if row.startswith("head_") else ABOUT_REFERENCES
+        return {metric: each["value"] for metric, each in cells.items() if metric in kept}
 
     def curve(line):
         found, rows = line["validation"], {}
@@ -200,7 +202,7 @@ def measured(folder):
 
     attention = metrics.get("matched") or {"mean": {}}  # photographs have no masks: nothing to measure by
     return rounded({
-        "matched": values({row: cells for row, cells in attention.items() if row != "uniform"}),
+        "matched": {row: values(row, cells) for row, cells in attention.items() if row != "uniform"},
         "interval": {name: [cell["low"], cell["high"]] for name, cell in attention["mean"].items()},  # over images
         "best_head": metrics.get("best_head"),
         **{name: {key: each["value"] for key, each in metrics[name].items()} for name in ("features", "untrained_features")},

@@ -73,7 +73,10 @@ def best_rates(runs):
 
 
 def interval(numbers, log=False):
-    """Mean and its 95% interval by Student's t: (mean, low, high); nan where there are too few numbers, or None."""
+    """Mean and its 95% interval by Student's t: (mean, low, high); nan where there are too few numbers, or None.
+
+    The interval ends at 0, since nothing here can be below; with `log` it is that of the logarithm.
+    """
     x = np.array(list(numbers), dtype=float)
     if len(x) == 0:
         return math.nan, math.nan, math.nan
@@ -81,7 +84,8 @@ def interval(numbers, log=False):
     mean, half = x.mean(), math.nan
     if len(x) > 1:
         half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return tuple(float(np.exp(y) if log else y) for y in (mean, mean - half, mean + half))
+    found = np.array([mean, mean - half, mean + half])
+    return tuple((np.exp(found) if log else np.maximum(found, 0)).tolist())
 
 
 def part(text, wanted, over, under=1.0):
@@ -292,7 +296,7 @@ def number(found, places=2):
 
 
 def percent(found):
-    mean, low, high = (100 * x for x in found)
+    mean, low, high = (min(100 * x, 100) for x in found)
     if math.isnan(mean):
         return "–"
     return f"{mean:.1f}%" + ("" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]")
@@ -344,6 +348,31 @@ VIEWS = {
 BACKGROUNDS = {"black": "same-2", "a texture a canvas": "texture", "ten textures in all": "texture-pool"}
 
 
+PAST_THE_INK = as_percent(lambda line: float(np.mean([density < 1 for density in heads(line, "digit_density")])))
+
+
+def share_of(region, head):
+    return as_percent(lambda line: heads(line, f"{region}_share")[head])
+
+
+LOOKS = {  # what could make a claim hold: title → row, each below what it was tried on
+    "C5: different views": "different-1",
+    "C5: learning rate × 3": "look-different-lr",
+    "C5: four times as long": "different-long",
+    "C4: a texture a canvas": "texture",
+    "C4: learning rate × 3": "look-texture-lr",
+    "C4: temperature 0.1": "look-texture-temperature",
+    "C4: four times as long": "look-texture-long",
+    "C4: 4 crops, as the paper's": "look-texture-crops",
+    "C8: 84 px": "size-84",
+    "C8: twice as long": "look-size-84-long",
+    "C1, C2: cross-entropy": "dino-same",
+    "C1, C2: learning rate × 3": "look-dino-lr",
+    "C1, C2: four times as long": "look-dino-long",
+    "C1, C2: NCE four times as long": "same-long",
+}
+
+
 def claim_tables(runs):
     """The table of each claim, as Markdown."""
     best = best_rates(runs)
@@ -375,7 +404,9 @@ def claim_tables(runs):
                     MAP_COLUMNS | {"k-NN": KNN}),
         "Q2": table(runs, {str(number): head_row(number) for number in HEADS}, {
             "best head": of("selectivity", "best"), "mean map": SELECTIVITY, "auroc of the mean map": AUROC,
-            "diversity, bits": of("diversity"), "k-NN": KNN}),
+            "diversity, bits": of("diversity"), "k-NN": KNN}) + "\n\n" + table(runs, {str(number): head_row(number) for number in HEADS}, {
+            f"{title}, on {region}": share_of(region, head) for title, head in (("most selective head", 0), ("least", -1))
+            for region in ("digit", "clutter", "background")} | {"heads past the ink": PAST_THE_INK}),
     }
     return found
 
@@ -389,8 +420,11 @@ def said(test):
     """A test's ratio, seeds and corrected p as text."""
     if test["p"] is None:
         return "open"
-    p = test["corrected"]
-    return f"{number((test['value'], test['low'], test['high']))}, {test['seeds']} seeds, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+    return f"{number((test['value'], test['low'], test['high']))}, {test['seeds']} seeds, p {p_text(test['corrected'])}"
+
+
+def p_text(p):
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 HEADLINE = {"C1": 0, "C2": 0, "C3": 3, "C4": 0, "C5": 0, "C6": 1, "C7": 0, "C8": 0, "Q1": 2, "Q2": 3}
@@ -409,10 +443,28 @@ def verdict_table(judged, folder):
     return markdown(["", "the paper says, or asks", "at laptop scale", "tests passed", "one of them", ""], lines)
 
 
+WANTED = {"alike": "within 10% of 1", "above": "above 1", "below": "below 1"}
+
+
 def test_table(judged):
-    lines = [[claim, test["text"], {"alike": "within 10% of 1", "above": "above 1", "below": "below 1"}[test["wanted"]],
-              said(test), outcome(test)] for claim, tests in judged.items() for test in tests]
-    return markdown(["", "ratio", "claimed", "found", "as claimed"], lines)
+    lines = [[claim, test["text"], WANTED[test["wanted"]], said(test), "–" if test["p"] is None else f"{test['p']:.2g}",
+              outcome(test)] for claim, tests in judged.items() for test in tests]
+    return markdown(["", "ratio", "claimed", "found, p corrected", "p before", "as claimed"], lines)
+
+
+def looks_table(runs):
+    """The rows of LOOKS; and pairs of crops, those of C7 and those that were fed as many crops, alike or different?"""
+    pairs = [(rows[more], rows[fewer]) for rows in CROPS.values() for more, fewer in ((4, 2), (4, 1), (2, 1))]
+    pairs += [("same-2", "same-1"), ("same-4", "same-2"), ("same-4", "same-1"), ("different-2", "different-1")]
+    lines = []
+    for over, under in pairs:
+        alike, apart = (part("", wanted, values(runs, over, SELECTIVITY), values(runs, under, SELECTIVITY)) for wanted in ("alike", "above"))
+        if alike["p"] is not None:
+            ratio = number((alike["value"], alike["low"], alike["high"]))
+            lines.append([f"`{over}` ÷ `{under}`", ratio, str(alike["seeds"]), f"{alike['p']:.2g}", f"{apart['p']:.2g}"])
+    rows = table(runs, LOOKS, MAP_COLUMNS | {"jaccard60 ÷ best": over_ceiling, "density on digit": of("digit_density"),
+                                             "far from ink": of("far_background_density"), "k-NN": KNN, "linear probe": PROBE})
+    return rows + "\n\n" + markdown(["C7: selectivity", "ratio", "seeds", "p of alike", "p of different, neither corrected"], lines)
 
 
 def settings_table(runs):
@@ -446,7 +498,7 @@ def blocks(study, folder="figures/"):
     runs = study["laptop"]
     judged = judge(runs)
     return {"verdicts": verdict_table(judged, folder), "tests": test_table(judged), "settings": settings_table(runs),
-            "paper": paper_table(study["paper"])} | claim_tables(runs)
+            "looks": looks_table(runs), "paper": paper_table(study["paper"])} | claim_tables(runs)
 
 
 def fill(text, found):
