@@ -463,9 +463,13 @@ def looks_table(runs):
         if alike["p"] is not None:
             ratio = number((alike["value"], alike["low"], alike["high"]))
             lines.append([f"`{over}` ÷ `{under}`", ratio, str(alike["seeds"]), f"{alike['p']:.2g}", f"{apart['p']:.2g}"])
-    rows = table(runs, LOOKS, MAP_COLUMNS | {"jaccard60 ÷ best": over_ceiling, "density on digit": of("digit_density"),
-                                             "far from ink": of("far_background_density"), "k-NN": KNN, "linear probe": PROBE})
-    return rows + "\n\n" + markdown(["C7: selectivity", "ratio", "seeds", "p of alike", "p of different, neither corrected"], lines)
+    columns = MAP_COLUMNS | {"jaccard60 ÷ best": over_ceiling, "density on digit": of("digit_density"),
+                             "far from ink": of("far_background_density"), "k-NN": KNN, "linear probe": PROBE}
+    first = {(row, seed): line for (row, seed), line in runs.items() if seed == 0}
+    longer = {"C5: 500 steps": "different-1", "C5: 2,000 steps": "different-long"}
+    pages = [table(runs, longer, columns), "With seed 0 alone:", table(first, LOOKS, columns),
+             markdown(["C7: selectivity", "ratio", "seeds", "p of alike", "p of different, neither corrected"], lines)]
+    return "\n\n".join(pages)
 
 
 def settings_table(runs):
