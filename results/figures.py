@@ -26,7 +26,8 @@ def dots(axes, runs, rows, read, title, lines=()):
     """A dot a seed for each {title: row}, their mean as a bar; dashed lines {name: height} to compare with."""
     for x, row in enumerate(rows.values()):
         found = list(values(runs, row, read).values())
-        axes.plot(x + 0.25 * (np.arange(len(found)) / max(1, len(found) - 1) - 0.5), found, "o", color="tab:blue", alpha=0.5, ms=4)
+        spread = np.linspace(-0.12, 0.12, len(found)) if len(found) > 1 else 0
+        axes.plot(x + spread * np.ones(len(found)), found, "o", color="tab:blue", alpha=0.5, ms=4)
         axes.plot([x - 0.3, x + 0.3], [interval(found)[0]] * 2, color="black")
     for name, height in dict(lines).items():
         axes.axhline(height, color="tab:gray", linestyle="--", linewidth=1)
@@ -109,8 +110,8 @@ def figure_7(axes, runs):
     axes[0].axvspan(*MARGIN, color="tab:green", alpha=0.15)
     axes[0].axvline(1, color="tab:gray", linewidth=1)
     axes[0].set_yticks(range(len(tests)), [test["text"].removeprefix("selectivity, ") for test in tests], fontsize=8)
-    axes[0].set_title("ratio of selectivities; green: alike", fontsize=10)
-    dots(axes[1], runs, {f"{views}, {crops}": row for views, rows in CROPS.items() for crops, row in rows.items()},
+    axes[0].set_title("ratios, 95%, not corrected; green: within 10%", fontsize=10)
+    dots(axes[1], runs, {f"{views[:4]}, {crops}": row for views, rows in CROPS.items() for crops, row in rows.items()},
          SELECTIVITY, "selectivity", {"brightness": reference(runs, "same-4", "brightness", "selectivity")})
 
 
@@ -130,7 +131,8 @@ def figure_9(axes, runs):
     axes[0].legend(fontsize=8)
     rows = {f"batch {batch}": row for batch, row in best_rates(runs).items()}
     dots(axes[1], runs, rows, SELECTIVITY, "selectivity at the best rate")
-    dots(axes[2], runs, rows, KNN, "k-NN accuracy at the best rate")
+    untrained = interval(values(runs, "different-1", UNTRAINED_KNN).values())[0]
+    dots(axes[2], runs, rows, KNN, "k-NN accuracy at the best rate", {"untrained": untrained})
 
 
 def figure_10(axes, runs):

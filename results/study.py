@@ -157,17 +157,22 @@ def write_study(runs):
         file.write("[\n" + ",\n".join(lines) + "\n]\n")
 
 
+def flags_of(args, row, seed):
+    """The part of a run's command that says what is trained; where it ran may be another place."""
+    flags = grid(args.preset)[row]["flags"]
+    weights = f" --weights {shlex.quote(args.weights)}" if args.weights and "--weights" not in flags else ""
+    return f"{flags}{weights} --seed {seed} --device"
+
+
 def command(args, row, seed):
     """What a person would type for this run, and the folder that it makes."""
     folder = f"{args.runs}/{args.preset}/{row}/seed-{seed}"
-    where = "" if args.data_root == "data" else f" --data-root {shlex.quote(args.data_root)}"
-    flags = grid(args.preset)[row]["flags"]
+    flags = flags_of(args, row, seed)
     digits = "" if "stl10" in flags else f" --digits {DIGITS}"
-    line = f"python train.py --preset {args.preset}{digits} {flags} --seed {seed} --device {args.device}{where}"
-    if args.weights and "--weights" not in flags:
-        where += f" --weights {shlex.quote(args.weights)}"
+    where = "" if args.data_root == "data" else f" --data-root {shlex.quote(args.data_root)}"
     threads = "OMP_NUM_THREADS=1 " if args.device == "cpu" else ""  # sums depend on how many; and a run a core is faster
-    return f"{threads}{line} --output {shlex.quote(folder)}", folder
+    line = f"{threads}python train.py --preset {args.preset}{digits} {flags} {args.device}{where}"
+    return f"{line} --output {shlex.quote(folder)}", folder
 
 
 def rounded(value):
@@ -239,7 +244,7 @@ def run(args, row, seed):
             return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
 
     status = call(["train.py", "--resume", folder], "a") if begun else None
-    if status in (None, 1, 2):  # nothing to go on with
+    if status in (None, 2):  # there is nothing to go on with
         shutil.rmtree(path, ignore_errors=True)
         status = call(shlex.split(text.split("python ", 1)[1]), "w")
     if status:
@@ -267,21 +272,21 @@ def wanted(args, runs):
 
 def is_done(args, runs, job):
     """Whether study.json has the run, with the flags that the grid gives it now; on whatever device."""
-    row, seed = job
-    return f" {grid(args.preset)[row]['flags']} --seed {seed} " in runs.get(job, {}).get("command", "")
+    return f" {flags_of(args, *job)} " in runs.get(job, {}).get("command", "")
 
 
 def run_all(args):
     """Everything that is still to do, some runs at a time; True if none failed."""
     study, lock, failed = read_study(), threading.Lock(), set()
     runs = study[args.preset]
-    if args.fresh:
-        for job in wanted(args, runs):
-            runs.pop(job, None)
+    fresh = set(wanted(args, runs)) if args.fresh else set()  # their lines stay until there are new ones
 
     def one(job):
+        if job in fresh:
+            shutil.rmtree(os.path.join(ROOT, command(args, *job)[1]), ignore_errors=True)
         line = run(args, *job)
         with lock:
+            fresh.discard(job)
             if line is None:
                 failed.add(job)
                 return
@@ -289,7 +294,7 @@ def run_all(args):
             write_study(study)
 
     # in rounds, since the best learning rates are known, and run with more seeds, only after the first
-    while jobs := [job for job in wanted(args, runs) if not is_done(args, runs, job) and job not in failed]:
+    while jobs := [job for job in wanted(args, runs) if (job in fresh or not is_done(args, runs, job)) and job not in failed]:
         say(f"{len(jobs)} runs to do, {args.jobs} at a time")
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
@@ -303,8 +308,10 @@ def run_all(args):
 def again(args, row, seed):
     """Run a line of study.json once more, elsewhere, and compare; True if nothing is different."""
     old = read_study()[args.preset].get((row, seed))
-    if old is None:
-        raise ValueError(f"--again {row} {seed}: study.json has no such run of the preset {args.preset}")
+    if old is None or row not in grid(args.preset):
+        raise ValueError(f"--again {row} {seed}: study.json or the grid has no such run of the preset {args.preset}")
+    if not is_done(args, {(row, seed): old}, (row, seed)):
+        raise ValueError(f"--again {row} {seed}: the grid has other flags for it by now than study.json")
     args.runs += "-again"
     shutil.rmtree(os.path.join(ROOT, command(args, row, seed)[1]), ignore_errors=True)
     new = run(args, row, seed)
@@ -394,7 +401,7 @@ def main(argv=None):
         print(f"results/study.py: error: {data.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("stopped; the same command goes on")
+        say("stopped; the same command, without --fresh, goes on")
         return 130
 
 

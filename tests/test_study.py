@@ -103,6 +103,18 @@ def test_train_accepts_every_row(preset):
     assert claims >= set(verdicts.CLAIMS) - ({"Q3"} if preset == "laptop" else set())
 
 
+def test_other_weights_are_another_run():
+    """Rows take them but those that say their own, and a run from random weights is not taken for one from DINO's."""
+    args = study.parse_args(["--preset", "paper", "--weights", "none", "--device", "cpu"])
+    lines = {name: study.command(args, name, 0)[0] for name in study.grid("paper")}
+    assert all(line.count("--weights") == 1 for line in lines.values())
+    assert "--weights none --seed 0" in lines["same-2"] and "--weights dino_vits16" in lines["vit-small-16"]
+    runs = {("same-2", 0): {"command": lines["same-2"]}}
+    assert study.is_done(args, runs, ("same-2", 0))
+    args.weights = None
+    assert not study.is_done(args, runs, ("same-2", 0))
+
+
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
 def test_rows_that_are_compared_differ_in_what_is_said_alone(preset):
     """2×2: as many crops through the student; C7: as many canvases; Q1: as many images."""
