@@ -277,7 +277,7 @@ def is_done(args, runs, job):
 
 def run_all(args):
     """Everything that is still to do, some runs at a time; True if none failed."""
-    study, lock, failed = read_study(), threading.Lock(), set()
+    study, lock, tried, failed = read_study(), threading.Lock(), set(), set()
     runs = study[args.preset]
     fresh = set(wanted(args, runs)) if args.fresh else set()  # their lines stay until there are new ones
 
@@ -294,7 +294,8 @@ def run_all(args):
             write_study(study)
 
     # in rounds, since the best learning rates are known, and run with more seeds, only after the first
-    while jobs := [job for job in wanted(args, runs) if (job in fresh or not is_done(args, runs, job)) and job not in failed]:
+    while jobs := [job for job in wanted(args, runs) if (job in fresh or not is_done(args, runs, job)) and job not in tried]:
+        tried.update(jobs)
         say(f"{len(jobs)} runs to do, {args.jobs} at a time")
         with ThreadPoolExecutor(args.jobs) as pool:
             try:

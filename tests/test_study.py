@@ -222,7 +222,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(study, "STUDY", str(tmp_path / "study.json"))
     rows = {name: {"flags": "--loss nce", "seeds": range(1), "claims": ["C3"]} for name in ("bad", "good")}
     monkeypatch.setattr(study, "grid", lambda preset: rows)
-    done = {"preset": "laptop", "row": "good", "seed": 0, "command": "python train.py --loss nce --seed 0 --output x"}
+    done = {"preset": "laptop", "row": "good", "seed": 0, "command": "python train.py --loss nce --seed 0 --device cpu --output x"}
     monkeypatch.setattr(study, "run", lambda args, row, seed: done if row == "good" else None)
     assert not study.run_all(study.parse_args(["--only", "C3"]))
     assert json.loads((tmp_path / "study.json").read_text()) == [done]
