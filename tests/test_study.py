@@ -60,6 +60,8 @@ def test_every_run_is_traceable_and_complete(committed):
         if not name.startswith(("look-", "batch-", "same-long")):
             assert len(seeds) >= (10 if {"C3", "C5", "C7"} & set(row["claims"]) else 5)
     assert len(verdicts.best_rates(runs)) == 4
+    for name in verdicts.best_rates(runs).values():
+        assert {seed for other, seed in runs if other == name} == set(range(5))
     for (name, seed), line in runs.items():
         flags = rows[name]["flags"]
         assert f" --preset laptop --digits mnist {flags} --seed {seed} " in line["command"]
