@@ -81,7 +81,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, mean):
-        """Move the centre towards `mean` (K,), that of this step's teacher logits over crops and images.
+        """Move the centre towards `mean` (K,), that of this step's teacher logits.
 
         Apart from `forward`, so that a step computed in pieces uses one centre throughout.
         """

@@ -3,22 +3,23 @@
     python train.py --loss nce --views same
     python train.py --loss nce --views different
 
-Student and teacher are one network with two sets of weights. Both look at crops of an image;
-the student learns to match the teacher (losses.py), and the teacher is the exponential moving
-average of the student. Nobody says what a digit is. The question of the paper is where the
-attention of such a network goes (visualize.py).
-
-Section and equation numbers are those of the paper; see the README.
+Student and teacher are one network with two sets of weights. Both see crops of an image; the
+student learns to match the teacher (losses.py), which is the exponential moving average of the
+student. Nobody says what a digit is. The paper asks where the attention of such a network goes
+(metrics.py, visualize.py). Section and equation numbers are the paper's.
 """
 
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,261 +30,183 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import visualize
+import metrics
 import vit
 from losses import DINOLoss, NCELoss
 
-# A preset is a row of defaults; flags override it. "paper" follows sections II.C and III, and
-# DINO where the paper is silent. "laptop" is as small as still shows the effect from random
-# weights within minutes on two CPU cores.
-PRESETS = {
-    "paper": {
-        "image_size": 224,
-        "patch_size": 8,
-        "dim": 384,
-        "depth": 12,
-        "heads": 6,
-        "weights": "dino",
-        "init_std": 0.02,
-        "canvas_size": 100,
-        "num_distractors": 6,
-        "distractor_size": 9,
-        "batch_size": 32,
-        "epochs": 20,
-        "images_per_epoch": 50_000,
-        "base_lr": 0.0005,  # for a batch of 64
-        "temperature": 0.1,
-        "same_crops": 4,
-        "symmetric": False,
-        "local_crops_scale": (0.1, 0.4),
-        "momentum_teacher": 0.996,
-        "warmup_teacher_temp": 0.04,
-        "head_hidden_dim": 2048,
-        "head_layers": 3,
-        "bottleneck_dim": 256,
-        "head_norm": False,
-        "out_dim": 65_536,
-        "dino": {},  # what is different with --loss dino
-        "stl10": {"images_per_epoch": 100_000, "epochs": 10},  # and with --dataset stl10; figures 2 and 3
-    },
-    "laptop": {
-        "image_size": 56,
-        "patch_size": 7,
-        "dim": 96,
-        "depth": 2,
-        "heads": 3,
-        "weights": "none",
-        "init_std": None,
-        "canvas_size": 64,
-        "num_distractors": 3,
-        "distractor_size": 9,
-        "batch_size": 64,
-        "epochs": 10,
-        "images_per_epoch": 12_800,
-        "base_lr": 0.001,
-        "temperature": 0.2,
-        "same_crops": 2,  # with `symmetric`, as many as different views compare: the canvas is all that differs
-        "symmetric": True,
-        "local_crops_scale": (0.3, 0.6),
-        "momentum_teacher": 0.9,
-        "warmup_teacher_temp": 0.02,
-        "head_hidden_dim": 512,
-        "head_layers": 2,
-        "bottleneck_dim": 128,
-        "head_norm": True,
-        "out_dim": 1024,
-        # DINO's τ_s; and a teacher as fast as above collapses: it has no negatives to keep it up
-        "dino": {"temperature": 0.1, "momentum_teacher": 0.99},
-        "stl10": {},
-    },
+# ----------------------------------------------------------------------------------------- Settings
+#
+# `paper` follows sections II.C and III, and DINO where the paper is silent. `laptop` is as small as
+# still shows the effect from random weights within minutes on two CPU cores. Every row is a flag. A
+# type in place of a value means that `make_config` derives the value from the other settings.
+
+SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section of the paper)
+    ("loss", "nce", "nce", "nce, eq. (3), or dino, cross-entropy, eqs. (1, 2)"),
+    ("views", "same", "same", "crops of the same canvas, or of two different ones (III.B)"),
+    ("crops", int, int, "crops a branch, 4, 2 or 1 (III.C): same 4 | 2, different 1"),
+    ("symmetric", False, True, "with different views each branch also sees the other's crops"),
+    ("dataset", "clutter", "clutter", "clutter: digits in clutter; stl10: photographs (II.C)"),
+    ("split", "unlabeled", "unlabeled", "of stl10: unlabeled, 100,000 images, or train, 5,000"),
+    ("background", "black", "black", "behind the digits: black, texture, or a folder (figure 5)"),
+    ("texture_pool", 0, 0, "number of textures in all; 0: each canvas has its own"),
+    ("digits", "auto", "auto", "mnist (II.C), sklearn: 1,797 digits; auto: mnist if it can be had"),
+    ("canvas_size", 100, 64, "side of a canvas, pixels (II.C)"),
+    ("num_distractors", 6, 3, "pieces of other digits on a canvas (II.C)"),
+    ("distractor_size", 9, 9, "their side, pixels (II.C)"),
+    ("image_size", 224, 56, "side of a crop fed to the network, pixels (III)"),
+    ("global_crops_scale", (0.5, 1.0), (0.5, 1.0), "share of the canvas that a global crop covers"),
+    ("local_crops_scale", (0.1, 0.4), (0.3, 0.6), "the same of a local crop"),
+    ("rotation", 15.0, 15.0, "largest rotation, degrees either way (III.B)"),
+    ("blur", (0.1, 2.0), (0.1, 2.0), "range of the blur's sigma, pixels at 224 (III.B)"),
+    ("weights", "dino", "none", "dino: ViT-S/8 (III); none; a file; dino_vits16, _vitb8, _vitb16"),
+    ("patch_size", 8, 7, "side of a patch, pixels (III)"),
+    ("dim", 384, 96, "width of the network (III)"),
+    ("depth", 12, 2, "number of blocks (III)"),
+    ("heads", 6, 3, "attention heads a block (IV)"),
+    ("init_std", 0.02, 0.0, "standard deviation of random weights; 0: 1/√inputs"),
+    ("head_hidden_dim", 2048, 512, "projection head: width of its hidden layers"),
+    ("head_layers", 3, 2, "projection head: layers of its MLP"),
+    ("bottleneck_dim", 256, 128, "projection head: width of its output, which nce compares"),
+    ("head_norm", False, True, "projection head: a LayerNorm after each hidden layer"),
+    ("out_dim", 65_536, 1024, "K of eqs. (1, 2), the logits of --loss dino"),
+    ("batch_size", 32, 64, "images a step (III)"),
+    ("micro_batch", 0, 0, "images computed at a time, exactly (IV); 0: the whole batch"),
+    ("checkpoint_blocks", False, False, "recompute activations: less memory, a third more time"),
+    ("compile", False, False, "torch.compile the blocks; takes a minute and a C++ compiler"),
+    ("precision", "auto", "auto", "of autocast: float32, bfloat16 or float16; auto: the best here"),
+    ("epochs", int, 10, "length of the run: 20 | 10; 10 with stl10 (figures 2, 3)"),
+    ("images_per_epoch", int, 12_800, "50,000 | 12,800 (II.C); paper's stl10: 100,000"),
+    ("lr", float, float, "peak: .0005 | .001 × batch/64 (III), above 256 by the square root"),
+    ("warmup", 0.15, 0.15, "share of the run with a rising learning rate: 3 of 20 epochs (III)"),
+    ("weight_decay", 0.04, 0.04, "at the start (III)"),
+    ("weight_decay_end", 0.4, 0.4, "at the end (III)"),
+    ("clip_grad", 3.0, 3.0, "largest norm of the gradient"),
+    ("temperature", float, float, "τ of eq. (3), τ_s of eq. (1): 0.1 (III) | nce 0.2, dino 0.1"),
+    ("teacher_temp", 0.04, 0.04, "τ_t of eq. (1)"),
+    ("warmup_teacher_temp", 0.04, 0.02, "τ_t at the start, until the learning rate's ramp ends"),
+    ("momentum_teacher", 0.996, float, "of the EMA, rising to 1: 0.996 | nce 0.9, dino 0.99"),
+    ("keep_epochs", [], [], "keep the teacher after these epochs too: 1,5,10"),
+    ("checkpoint_minutes", 10.0, 10.0, "write the checkpoint so often, beside the end of an epoch"),
+    ("seed", 0, 0, "decides the initial weights and every image"),
+    ("device", str, str, "where to train: cuda if it is there, else cpu"),
+    ("data_root", "data", "data", "folder that holds, or will hold, MNIST/raw/ or stl10_binary/"),
+]
+CHOICES = {
+    "loss": ["nce", "dino"],
+    "views": ["same", "different"],
+    "crops": [1, 2, 4],
+    "dataset": ["clutter", "stl10"],
+    "split": ["unlabeled", "train"],
+    "digits": ["auto", "mnist", "sklearn"],
+    "precision": ["auto", "float32", "bfloat16", "float16"],
 }
-# What both presets share. The first ones have flags.
-COMMON = {
-    "loss": "nce",
-    "views": "same",
-    "dataset": "clutter",
-    "split": "unlabeled",
-    "background": "black",
-    "texture_pool": 0,
-    "digits": "auto",
-    "micro_batch": 0,  # the whole batch at once
-    "checkpoint_blocks": False,
-    "compile": False,
-    "checkpoint_minutes": 10.0,
-    "seed": 0,
-    "precision": "auto",
-    "keep_epochs": "",
-    "data_root": "data",
-    "global_crops_scale": (0.5, 1.0),  # share of the canvas's area
-    "rotation": 15.0,  # degrees either way
-    "blur": (0.1, 2.0),  # sigma in pixels at 224
-    "teacher_temp": 0.04,
-    "warmup": 0.15,  # of the run: 3 of the paper's 20 epochs
-    "weight_decay": 0.04,
-    "weight_decay_end": 0.4,
-    "clip_grad": 3.0,
-}
-
-KNN_BANK = 512  # training canvases that the k-NN of each epoch classifies by
-
-
-# ---------------------------------------------------------------------------------- settings
-
-
-def parse_args(argv):
-    def default(key):  # a preset's value in the help text
-        return f"[paper {PRESETS['paper'][key]}, laptop {PRESETS['laptop'][key]}]"
-
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Train a ViT on cluttered digits without labels. Sections are the paper's."
-    )
-    add = parser.add_argument
-    add("--loss", choices=["nce", "dino"], help="eq. (3), or DINO's cross-entropy, eqs. (1, 2) [nce]")
-    add("--views", choices=["same", "different"],
-        help="both branches see crops of one canvas, or of two with the same digit; section III.B [same]")
-    add("--crops", type=int, choices=[1, 2, 4], help="crops a branch, section III.C [same: paper 4, laptop 2; different: 1]")
-    add("--dataset", choices=["clutter", "stl10"],
-        help="digits in clutter, or photographs without labels; section II.C [clutter]")
-    add("--split", choices=["unlabeled", "train"],
-        help="of STL-10: the 100,000 unlabelled images or the 5,000 labelled ones; section II.C [unlabeled]")
-    add("--background", metavar="{black,texture,DIR}",
-        help="what lies behind digit and clutter: nothing, textures that are drawn, or a folder's images; figure 5 [black]")
-    add("--texture-pool", type=int, metavar="N",
-        help="so many textures in all; 0: every canvas has one of its own [0]")
-    add("--digits", choices=["auto", "mnist", "sklearn"],
-        help="MNIST (section II.C), or the 1,797 digits of scikit-learn; auto: MNIST if it can be had [auto]")
-    add("--weights", metavar="{dino,none,FILE}",
-        help="what the backbone starts from: DINO's ViT-S/8 (section III), random, a file, or another of DINO's: "
-        f"{', '.join(name for name in vit.DINO_FILES if name not in ('dino', 'dino_vits8'))} {default('weights')}")
-    add("--preset", choices=list(PRESETS),
-        help="the defaults of the flags in [ ], and the model's size [paper where CUDA is, else laptop]")
-    add("--image-size", type=int, help=f"side of a crop fed to the network, pixels; section III {default('image_size')}")
-    add("--patch-size", type=int, help=f"side of a patch, pixels; section III {default('patch_size')}")
-    add("--heads", type=int, help=f"attention heads a block; section IV {default('heads')}")
-    add("--batch-size", type=int, help=f"images a step; section III {default('batch_size')}")
-    add("--micro-batch", type=int,
-        help="images computed at a time: the gradient of the whole batch in the memory of so many; section IV [all]")
-    add("--checkpoint-blocks", action="store_true", default=None,
-        help="keep no activations inside the blocks but compute them again: less memory, a third more time")
-    add("--compile", action="store_true", default=None,
-        help="compile the blocks by torch.compile before the first step; takes a minute and a C++ compiler [off]")
-    add("--epochs", type=int, help=f"length of the run; figure 4 {default('epochs')[:-1]}; with stl10 paper 10, figures 2, 3]")
-    add("--images-per-epoch", type=int, help=f"section II.C {default('images_per_epoch')[:-1]}; with stl10 paper 100000]")
-    add("--lr", type=float, help="peak learning rate; section III [paper 0.0005 × batch/64, laptop "
-        f"{PRESETS['laptop']['base_lr']} × batch/64; above batch 256 by the square root from there]")
-    add("--temperature", type=float, help="τ of eq. (3), τ_s of eq. (1); section III [0.1; laptop with nce "
-        f"{PRESETS['laptop']['temperature']}]")
-    add("--seed", type=int, help="decides the initial weights and every image [0]")
-    add("--device", help="where to train [cuda if there, else cpu]")
-    add("--precision", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of autocast; auto: bfloat16 where the device has it, else float16 on CUDA, else float32 [auto]")
-    add("--keep-epochs", metavar="1,5,10",
-        help="keep the teacher after these epochs too, so that visualize.py shows its attention over training [none]")
-    add("--data-root", help="folder that holds, or will hold, MNIST/raw/ or stl10_binary/ [data]")
-    add("--checkpoint-minutes", type=float, help="write the checkpoint so often, beside the end of every epoch [10]")
-    add("--resume", metavar="RUN",
-        help="go on with a run that was stopped, from its folder or checkpoint, with its settings; --epochs, --device, "
-        "--data-root, --compile and --checkpoint-minutes may be others")
-    add("--output", help="folder of the run, new [runs/<dataset>-<loss>-<views>, of textures …-texture; then -2, -3]")
-    args = parser.parse_args(argv)
-    if [] in vars(args).values():  # what argparse makes of --flag=-- in some versions of Python
-        parser.error("-- is no value of a flag")
-    return args
-
-
-def make_config(args, shape=None):
-    """All settings of the run in one flat dict: the preset, the flags over it, and what follows.
-
-    `shape` is what the weights to start from prescribe (patch_size, dim, depth, pos_size, heads);
-    None before they are read, when what depends on it is not checked yet.
-
-    Raises ValueError for values that cannot work, before anything is read or written.
-    """
-    flags = given(args)
-    preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
-    defaults = COMMON | {"device": "cuda" if torch.cuda.is_available() else "cpu"} | PRESETS[preset]
-    with_dino, with_stl10 = defaults.pop("dino"), defaults.pop("stl10")
-    if args.loss == "dino":
-        defaults |= with_dino
-    if args.dataset == "stl10":
-        defaults |= with_stl10
-    config = c = {**defaults, **(shape or {}), **flags, "preset": preset, "fallbacks": []}
-    if args.crops is None:
-        c["crops"] = c["same_crops"] if c["views"] == "same" else 1
-    if args.lr is None:
-        c["lr"] = c["base_lr"] * min(c["batch_size"], 256) / 64 * math.sqrt(max(1, c["batch_size"] / 256))
-    if args.micro_batch is not None and args.micro_batch < 1:
-        raise ValueError(f"--micro-batch {args.micro_batch} must be above 0")
-    try:
-        c["keep_epochs"] = sorted({int(epoch) for epoch in c["keep_epochs"].split(",") if c["keep_epochs"]})
-    except ValueError:
-        raise ValueError(f"--keep-epochs {c['keep_epochs']} is no list of epochs such as 1,5,10") from None
-    if not set(c["keep_epochs"]) <= set(range(c["epochs"] + 1)):
-        raise ValueError(f"--keep-epochs {args.keep_epochs}: epochs go from 0, before the first step, to {c['epochs']}")
-    check_settings(c, weights_to_be_read=shape is None and c["weights"] != "none")
-    # ViT-S/8 keeps its positions on the grid of 224 px, as DINO's weights do, whatever the input.
-    if shape is None:
-        c["pos_size"] = 224 if preset == "paper" and 224 % c["patch_size"] == 0 else c["image_size"]
-    elif c["patch_size"] != shape["patch_size"]:
-        raise ValueError(f"--patch-size {c['patch_size']}: the weights have patches of {shape['patch_size']}")
-    return config
-
-
-def check_settings(config, weights_to_be_read=False):
-    """Raise ValueError, in one line, for settings that cannot work."""
-    c = config
-    positive = ("image_size", "patch_size", "heads", "batch_size", "epochs", "images_per_epoch", "lr", "temperature",
-                "checkpoint_minutes")
-    for name in positive:
-        if not (c[name] > 0 and math.isfinite(c[name])):
-            raise ValueError(f"{flag(name)} {c[name]} must be above 0")
-    if not -(2**63) <= c["seed"] < 2**63:
-        raise ValueError(f"--seed {c['seed']} is no whole number of 64 bits")
-    ranks = place()[1]
-    if c["batch_size"] % ranks:
-        raise ValueError(f"--batch-size {c['batch_size']} cannot be shared by {ranks} ranks: a multiple of {ranks} can")
-    share = c["batch_size"] // ranks
-    if c["micro_batch"] and share % c["micro_batch"]:
-        whose = f"the share of a rank, {share}" if ranks > 1 else f"--batch-size {share}"
-        raise ValueError(f"--micro-batch {c['micro_batch']} does not divide {whose}: {vit.divisors(share)} do")
-    if c["image_size"] % c["patch_size"] and not weights_to_be_read:
-        near = max(1, round(c["image_size"] / c["patch_size"])) * c["patch_size"]
-        raise ValueError(f"--image-size {c['image_size']} is not divisible by --patch-size {c['patch_size']}: {near} is")
-    if c["dataset"] == "stl10" and c["views"] == "different":
-        raise ValueError("--views different shows a digit on two canvases; stl10 has one photograph of a thing: --views same")
-    if c["dataset"] == "stl10" and c["background"] != "black":
-        raise ValueError("--background is for --dataset clutter: photographs have their own")
-    if c["texture_pool"] < 0 or (c["texture_pool"] and c["background"] != "texture"):
-        raise ValueError(f"--texture-pool {c['texture_pool']}: a number of textures, with --background texture, is wanted")
-    if c["dim"] % c["heads"] and not weights_to_be_read:
-        raise ValueError(f"--heads {c['heads']} does not divide the width {c['dim']}: {vit.divisors(c['dim'])} do")
-    if c["loss"] == "nce" and c["batch_size"] < 2:
-        raise ValueError("--batch-size 1 leaves --loss nce without negatives: 2 is the least")
-    if c["batch_size"] > c["images_per_epoch"]:
-        raise ValueError(f"--batch-size {c['batch_size']} is larger than --images-per-epoch {c['images_per_epoch']}")
-
-
-def given(args):
-    """The flags that were given, by their names in the settings."""
-    return {name: v for name, v in vars(args).items() if v is not None and name not in ("output", "resume")}
+RANGES = [  # settings, least, largest
+    ("epochs images_per_epoch batch_size image_size patch_size dim depth heads", 1, 1e9),
+    ("head_hidden_dim head_layers bottleneck_dim out_dim", 1, 1e9),
+    ("lr temperature teacher_temp warmup_teacher_temp checkpoint_minutes clip_grad", 1e-99, 1e9),
+    ("global_crops_scale local_crops_scale warmup", 1e-3, 1),
+    ("momentum_teacher weight_decay weight_decay_end init_std", 0, 1),
+    ("rotation blur", 0, 360),
+    ("micro_batch texture_pool num_distractors", 0, 1e6),
+    ("distractor_size", 1, 28),
+    ("canvas_size", 28, 1e4),  # a digit has 28×28 pixels
+]
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def autocast_dtype(precision, device):
-    """What the networks compute in: bfloat16 where it is fast, float16 on older GPUs, or float32."""
-    if precision != "auto":
-        return getattr(torch, precision)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():  # elsewhere it is emulated, and slow
-        return torch.bfloat16
-    return torch.float32
+def epoch_list(text):
+    return sorted(int(epoch) for epoch in text.split(","))
 
 
-# --------------------------------------------------------------------------------- schedules
+def parse_args(argv):
+    """The settings that were given as flags, and preset, resume and output."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a ViT on cluttered digits without labels. In brackets: the section of "
+        "the paper, and the defaults of the presets paper | laptop.",
+        argument_default=argparse.SUPPRESS,  # only what was given
+    )
+    for name, paper, laptop, text in SETTINGS:
+        derived = isinstance(laptop, type)
+        how = {"type": laptop if derived else type(laptop), "choices": CHOICES.get(name)}
+        if isinstance(laptop, bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(laptop, tuple):
+            how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        elif isinstance(laptop, list):
+            how = {"type": epoch_list}
+        text += "" if derived else f" [{paper} | {laptop}]"
+        parser.add_argument(flag(name), help=text, **how)
+    add = parser.add_argument
+    add("--preset", choices=["paper", "laptop"], help="[paper with CUDA, else laptop]")
+    add("--resume", metavar="RUN", help="go on with a stopped run: its folder or checkpoint")
+    add("--output", help="new folder of the run [runs/<dataset>-<loss>-<views>]")
+    parser.set_defaults(preset=None, resume=None, output=None)
+    args = parser.parse_args(argv)
+    args.settings = {k: v for k, v in vars(args).items() if k not in ("preset", "resume", "output")}
+    return args
+
+
+def make_config(args, shape=None):
+    """All settings of the run in one flat dict: the preset, the flags over it, what follows.
+
+    `shape` is what the weights to start from prescribe: patch_size, dim, depth, heads, pos_size.
+    """
+    cuda = torch.cuda.is_available()
+    preset = args.preset or ("paper" if cuda else "laptop")
+    column, laptop = (2, True) if preset == "laptop" else (1, False)
+    defaults = {row[0]: row[column] for row in SETTINGS if not isinstance(row[column], type)}
+    c = {**defaults, **(shape or {}), **args.settings, "preset": preset, "fallbacks": []}
+    dino, stl10, batch = c["loss"] == "dino", c["dataset"] == "stl10", c["batch_size"]
+    derived = {
+        "crops": 1 if c["views"] == "different" else 2 if laptop else 4,
+        "epochs": 10 if stl10 else 20,
+        "images_per_epoch": 100_000 if stl10 else 50_000,
+        "lr": (0.001 if laptop else 0.0005) * min(batch, 256) / 64 * max(1, batch / 256) ** 0.5,
+        "temperature": 0.2 if laptop and not dino else 0.1,
+        # DINO's loss has no negatives, which keep a fast teacher from collapse
+        "momentum_teacher": 0.99 if dino else 0.9,
+        "device": "cuda" if cuda else "cpu",
+        # ViT-S/8 stores its positions on the grid of 224 px, as DINO's weights do
+        "pos_size": 224 if not laptop and 224 % (c["patch_size"] or 1) == 0 else c["image_size"],
+    }
+    return {**derived, **c}
+
+
+def check_config(config, shape=None):
+    """Raise ValueError, in one line, for settings that cannot work."""
+    c, ranks = config, rank_and_world_size()[1]
+    for names, least, largest in RANGES:
+        for name in names.split():
+            low, high = c[name] if isinstance(c[name], (tuple, list)) else (c[name] or 0,) * 2
+            if not least <= low <= high <= largest:
+                raise ValueError(f"{flag(name)} {c[name]}: use {least:g} to {largest:g}")
+    batch, micro, pool = c["batch_size"], c["micro_batch"], c["texture_pool"]
+    share, photos, patch = batch // ranks, c["dataset"] == "stl10", c["patch_size"]
+    near = max(1, round(c["image_size"] / patch)) * patch
+    textured, images = c["background"] == "texture", c["images_per_epoch"]
+    rules = [  # what must not be, the flag, advice
+        (batch % ranks, "batch_size", f"use a multiple of {ranks}, the number of ranks"),
+        (batch > images, "batch_size", f"use no more than the epoch's {images} images"),
+        (c["loss"] == "nce" and batch == 1, "batch_size", "use 2 or more, for negatives"),
+        (micro and share % micro, "micro_batch", f"use a divisor of {share}, or 0"),
+        (c["image_size"] % patch, "image_size", f"use a multiple of the patch size, as {near}"),
+        (photos and c["views"] == "different", "views", "use same: a photo has no second canvas"),
+        (photos and c["background"] != "black", "background", "use it with --dataset clutter"),
+        (pool and not textured, "texture_pool", "use it with --background texture"),
+        (max(c["keep_epochs"], default=0) > c["epochs"], "keep_epochs", "use epochs of the run"),
+    ]
+    for name, value in (shape or {}).items():
+        rules.append((name != "heads" and c[name] != value, name, f"use {value}, the weights'"))
+    for wrong, name, advice in rules:
+        if wrong:
+            raise ValueError(f"{flag(name)} {c[name]}: {advice}")
+
+
+# ---------------------------------------------------------------------------------------- Schedules
 
 
 def cosine(start, end, progress):
@@ -300,18 +223,30 @@ def learning_rate(config, progress):
 
 def teacher_temperature(config, progress):
     """τ_t: from a lower, safer value up to its own while the learning rate ramps up."""
-    share = min(1, progress / config["warmup"])
-    return config["warmup_teacher_temp"] + share * (config["teacher_temp"] - config["warmup_teacher_temp"])
+    start, share = config["warmup_teacher_temp"], min(1, progress / config["warmup"])
+    return start + share * (config["teacher_temp"] - start)
 
 
-# ------------------------------------------------------------------------------- the training
+# ----------------------------------------------------------------------------------------- The step
+
+
+def autocast_dtype(precision, device):
+    """What the networks compute in; auto: bfloat16 where it is fast, float16 on older GPUs."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    # on a CPU without these instructions bfloat16 is emulated, and slow
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def make_optimizer(student):
     """AdamW; biases and norms are spared the weight decay, as in DINO."""
-    decayed = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], fused=True)
+    decayed = {"params": [p for p in student.parameters() if p.ndim > 1]}
+    others = {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, others], fused=True)
 
 
 @torch.no_grad()
@@ -320,562 +255,458 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def embed(config, network, crops, numbers):
-    """The crops of these numbers, each (B, 3, H, W), through a network in one pass: (len(numbers), B, dim)."""
+def project(config, network, crops, which):
+    """The crops `which` of (C, B, 3, H, W) through a network in one pass: (len(which), B, dim)."""
     dtype = autocast_dtype(config["precision"], crops.device)
+    crops = crops if len(which) == len(crops) else crops[which]
     with torch.autocast(crops.device.type, dtype, enabled=dtype != torch.float32):
-        out = network(crops.flatten(0, 1) if len(numbers) == len(crops) else torch.cat([crops[i] for i in numbers]))
-    out = out if out.dtype == torch.float64 else out.float()  # the losses divide by small temperatures
-    return out.unflatten(0, (len(numbers), -1))
+        out = network(crops.flatten(0, 1))
+    out = out if out.dtype == torch.float64 else out.float()  # the losses divide by a small τ
+    return out.unflatten(0, (len(which), -1))
 
 
-def loss_of(config, loss_fn, student, teacher, views, params, progress, backward=None):
+def batch_loss(config, loss_fn, student, teacher, views, params, progress, backward=None):
     """The loss of the batch that `params` describe, computed `micro_batch` images at a time.
 
-    The pieces give exactly the loss and the gradient of the whole. NCE compares each image with
-    all others, but those come from the teacher, which has no gradient: its projections of the
-    whole batch come first, a few numbers an image. The images are rendered again for the student
-    rather than kept. `progress`, from 0 to 1, is how much of the run is done.
+    Pieces give exactly the loss and the gradient of the whole. NCE compares each image with all
+    others of the batch, but those come from the teacher, which has no gradient: its projections
+    come first, a few numbers an image, and images are rendered again for the student rather than
+    kept. `progress`, from 0 to 1, is how much of the run is done. In training `backward` takes the
+    loss of each piece; of several ranks each computes its share of the batch.
 
-    In training, `backward` is called with the loss of each piece, and where there are several
-    ranks each computes its share of the batch; `student` is then a DistributedDataParallel.
-
-    Returns the loss, detached, and with DINO the mean of the teacher's logits (K,), else None;
-    of several ranks, each one's part of the sum over all.
+    Returns the loss, detached, and with DINO the mean of the teacher's logits (K,), else None; of
+    several ranks, each one's part of the sum over all.
     """
-    rank, ranks = place() if backward else (0, 1)
-    images = len(params["centre"])
+    rank, ranks = rank_and_world_size() if backward else (0, 1)
+    images, nce = len(params["centre"]), config["loss"] == "nce"
     share = images // ranks
-    size = min(config["micro_batch"] or share, share)
-    starts = range(rank * share, (rank + 1) * share, size)
-    pieces = [{name: value[i : min(i + size, (rank + 1) * share)] for name, value in params.items()} for i in starts]
-    keys, loss, logits = None, 0.0, 0.0
-    if config["loss"] == "nce" and len(pieces) > 1:
-        with torch.no_grad():
-            keys = torch.cat([embed(config, teacher, views.render(piece), views.teacher) for piece in pieces], dim=1)
-            keys = gather(keys, ranks)
-    for start, piece in zip(starts, pieces):
+    size, first = config["micro_batch"] or share, rank * share
+    own = {name: value[first : first + share] for name, value in params.items()}
+    pieces = [{k: v[i : i + size] for k, v in own.items()} for i in range(0, share, size)]
+
+    keys = []
+    for piece in pieces:
         crops = views.render(piece)
         with torch.no_grad():
-            targets = embed(config, teacher, crops, views.teacher) if keys is None else keys
-        more = piece is not pieces[-1]  # only after the last piece do the ranks add up their gradients
-        with student.no_sync() if more and ranks > 1 else contextlib.nullcontext():
-            outputs = embed(config, student, crops, views.student)
-        if config["loss"] == "nce":
-            targets = gather(targets, ranks) if keys is None else keys
-            part = loss_fn(outputs, targets, views.pairs, first=start)
+            keys.append(project(config, teacher, crops, views.teacher))
+    keys = torch.cat(keys, dim=1)  # (crops, share, dim or K)
+    logits = None if nce else keys.sum(dim=(0, 1)) / (len(keys) * images)
+    keys = all_gather(keys) if nce and ranks > 1 else keys  # (crops, images, dim)
+
+    loss = 0.0
+    for number, piece in enumerate(pieces):
+        crops = crops if len(pieces) == 1 else views.render(piece)
+        # only after the last piece do the ranks add up their gradients
+        more = number + 1 < len(pieces) and ranks > 1
+        with student.no_sync() if more else contextlib.nullcontext():
+            outputs = project(config, student, crops, views.student)
+        start, n = number * size, outputs.shape[1]
+        if nce:
+            part = loss_fn(outputs, keys, views.pairs, first=first + start)
         else:
-            part = loss_fn(outputs, targets, views.pairs, teacher_temperature(config, progress))
-            logits = logits + targets.sum(dim=(0, 1)) / (len(targets) * images)
-        part = part * (len(piece["centre"]) / images)
+            targets, tau = keys[:, start : start + n], teacher_temperature(config, progress)
+            part = loss_fn(outputs, targets, views.pairs, tau)
+        part = part * (n / images)
         if backward:
             backward(part * ranks)  # DistributedDataParallel takes the mean over the ranks
         loss = loss + part.detach()
-    return loss, logits if config["loss"] == "dino" else None
+    return loss, logits
 
 
-def training_step(config, loss_fn, student, teacher, optimizer, scaler, views, params, step, steps):
-    """Step number `step` of `steps`, on the batch that `params` describe: changes student, teacher and centre.
+def training_step(config, parts, parallel, views, params, step, steps):
+    """Step number `step` of `steps`, on the batch that `params` describe: changes all of `parts`.
 
-    Returns the loss (of several ranks, this one's part of the sum) and the norm of the gradient, both
-    on the device: nothing here waits for it.
+    `parallel` is the student, or its DistributedDataParallel. Returns the loss of the batch and the
+    norm of the gradient, both on the device: nothing here waits for it.
     """
+    student, teacher, optimizer, loss_fn, scaler = parts.values()
     progress = step / steps
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, progress)
-    optimizer.param_groups[0]["weight_decay"] = cosine(config["weight_decay"], config["weight_decay_end"], progress)
+    decay = cosine(config["weight_decay"], config["weight_decay_end"], progress)
+    optimizer.param_groups[0]["weight_decay"] = decay
     optimizer.zero_grad()
-    loss, logits = loss_of(
-        config, loss_fn, student, teacher, views, params, progress, lambda part: scaler.scale(part).backward()
+    networks = loss_fn, parallel, teacher
+    loss, logits = batch_loss(
+        config, *networks, views, params, progress, lambda part: scaler.scale(part).backward()
     )
-    if config["loss"] == "dino":
-        if place()[1] > 1:
-            dist.all_reduce(logits)
-        loss_fn.update_center(logits)
-        if step < steps // config["epochs"]:  # DINO holds its last layer still in the first epoch
-            getattr(student, "module", student).head.last_layer.weight_v.grad = None
+    if logits is not None:
+        loss_fn.update_center(all_reduce(logits))
+        if step < steps // config["epochs"]:  # DINO freezes its last layer in the first epoch
+            student.head.last_layer.weight_v.grad = None
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(student.parameters(), config["clip_grad"])
     scaler.step(optimizer)
     scaler.update()
     update_teacher(teacher, student, cosine(config["momentum_teacher"], 1.0, progress))
-    return loss, norm
+    return all_reduce(loss), norm
 
 
-def drawn_ahead(views, steps):
-    """The parameters of each of `steps`; on a GPU drawn by a thread while it computes the step before."""
+def prefetch(views, steps):
+    """The parameters of each of `steps`; on a GPU sampled ahead by a thread."""
     if views.device.type == "cpu":
-        yield from map(views.draw, steps)  # its cores have enough to do
+        yield from map(views.sample, steps)  # its cores have enough to do
         return
 
-    def draw(step):
-        return {name: value.pin_memory() for name, value in views.draw(step).items()}
+    def sample(step):
+        return {name: value.pin_memory() for name, value in views.sample(step).items()}
 
     with ThreadPoolExecutor(1) as thread:
-        drawn = thread.submit(draw, steps[0])
+        pending = thread.submit(sample, steps[0])
         for step in steps:
-            params = drawn.result()
-            drawn = thread.submit(draw, step + 1)
+            params = pending.result()
+            pending = thread.submit(sample, step + 1)
             yield params
 
 
-# --------------------------------------------------------------------------------- many ranks
+# ---------------------------------------------------------------------------------------- The ranks
 
 
-def meet():
+def init_distributed():
     """Under torchrun: join the other ranks, each with a GPU of its own where there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.cuda.is_available():
+        cuda = torch.cuda.is_available()
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
-def place():
-    """The number of this rank, from 0, and how many there are: 0 and 1 but under torchrun."""
+def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(keys, ranks):
-    """The projections (crops, b, dim) of all ranks' images, in the order of the ranks: (crops, ranks · b, dim)."""
-    if ranks == 1:
-        return keys
-    parts = [torch.empty_like(keys) for _ in range(ranks)]
+def all_gather(keys):
+    """The projections (crops, b, dim) of all ranks' images, in order: (crops, ranks · b, dim)."""
+    parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, keys.contiguous())
     return torch.cat(parts, dim=1)
 
 
-def any_rank(number):
-    """The largest of the ranks' numbers. They meet on the CPU: no GPU is waited for."""
-    if place()[1] == 1:
-        return number
-    largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item()
+def all_reduce(tensor, largest=False):
+    """The sum, or the largest, of the ranks' tensors, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return tensor
 
 
-# ----------------------------------------------------------------------------------- the loop
+def print_rank0(line):
+    """To standard error, once for all ranks; above the progress bar."""
+    if rank_and_world_size()[0] == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------- Checkpoints
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A file that becomes `path` whole or not at all, even if the power fails. Raises OSError."""
+    part = os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        raise OSError(f"{path} could not be written ({vit.one_line(error)[:150]})") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def save_checkpoint(path, content):
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def save_run(folder, config, parts, step, history, total):
+    """Write all that the run needs to go on after `step` steps."""
+    if rank_and_world_size()[0] == 0:
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content |= {"config": config, "step": step, "metrics": history}
+        content["epoch"] = step // (config["images_per_epoch"] // config["batch_size"])
+        content["epoch_loss"] = [total.item()]  # over the steps of an epoch that is not over
+        content["threads"] = torch.get_num_threads()  # on which the last bits of a sum depend
+        save_checkpoint(os.path.join(folder, "ckpt.pth"), content)
+
+
+def read_run(args):
+    """The checkpoint that --resume names, its settings with the flags over them, and its folder."""
+    path = os.path.join(args.resume, "ckpt.pth") if os.path.isdir(args.resume) else args.resume
+    checkpoint = vit.read_checkpoint(path)
+    needed = {"config", "step", "epoch", "metrics", "epoch_loss", "threads", "optimizer"}
+    if args.output or not isinstance(checkpoint, dict) or needed - checkpoint.keys():
+        raise ValueError(f"--resume {path}: use a ckpt.pth of train.py, without --output")
+    config = checkpoint["config"]
+    may_change = ("epochs", "device", "data_root", "compile", "checkpoint_minutes")
+    for name, value in args.settings.items():
+        if name not in may_change and config[name] != value:
+            raise ValueError(f"{flag(name)} {value}: the run has {config[name]}; leave it as it is")
+        config[name] = value
+    if config["epochs"] <= checkpoint["epoch"]:
+        ended = f"--resume {path}: the run has ended after {checkpoint['epoch']} epochs"
+        raise ValueError(f"{ended}; use more --epochs, or python visualize.py {path}")
+    return checkpoint, config, os.path.dirname(path) or "."
+
+
+def make_folder(config, output):
+    """The run's folder: --output, or the first of runs/NAME, runs/NAME-2, … not there yet."""
+    if output and os.path.exists(os.path.join(output, "ckpt.pth")):
+        raise ValueError(f"--output {output}: it holds a run; use a new folder")
+    texture = "" if config["background"] == "black" else "-texture"
+    name = f"runs/{config['dataset']}-{config['loss']}-{config['views']}{texture}"
+    for number in itertools.count(1):
+        folder = output or (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(folder, exist_ok=bool(output))
+            return folder
+
+
+# ----------------------------------------------------------------------------------------- The loop
+
+NOT_FINITE = (
+    "the loss or its gradient is NaN or infinite, at step {} or up to 19 before; the last "
+    "checkpoint is older; use a lower --lr"
+)
+
+
+def make_parts(config, student):
+    """All that changes in training, and that a checkpoint holds."""
+    device = student.backbone.cls_token.device
+    dtype = autocast_dtype(config["precision"], device)
+    loss_fn = NCELoss(config["temperature"])
+    if config["loss"] == "dino":
+        loss_fn = DINOLoss(config["out_dim"], config["temperature"])
+    return {
+        "student": student,
+        "teacher": copy.deepcopy(student).requires_grad_(False),
+        "optimizer": make_optimizer(student),
+        "loss": loss_fn.to(device),
+        "scaler": torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    }
 
 
 class Validation:
-    """A fixed set of validation canvases or photographs, and what is measured on it again and again.
-
-    They are the same for every run of a preset. Attention to digits is measured on the layout
-    `matched`; k-NN classifies the same canvases by KNN_BANK training canvases.
-    """
+    """What a line of log.jsonl says of the validation images, the same for every run."""
 
     def __init__(self, config, splits, device):
-        self.config, held_out, bank = config, splits["validation"], splits.get("bank", splits["train"])
-        n = visualize.VALIDATION_IMAGES
-        # kept, for drawing them anew each epoch would cost as much as looking at them
-        self.canvases = list(data.evaluation_batches(config, held_out, n, "matched", "validation", device=device))
-        self.bank = list(data.evaluation_batches(config, bank, KNN_BANK, "matched", "train", device=device))
-        batch = min(config["batch_size"], n, len(held_out))  # as in training: the loss depends on it
-        self.views = data.TrainingViews(config | {"batch_size": batch, "seed": 0}, held_out, "validation", device)
-        self.drawn = [self.views.draw(step) for step in range(n // batch)]
+        self.config, self.measure = config, metrics.Validation(config, splits)
+        held_out, n = splits["validation"], metrics.VALIDATION_IMAGES
+        batch = min(config["batch_size"], n, len(held_out))  # the loss depends on it
+        fixed, self.steps = config | {"batch_size": batch, "seed": 0}, range(n // batch)
+        self.views = data.TrainingViews(fixed, held_out, "validation", device)
 
     @torch.no_grad()
-    def __call__(self, student, teacher, loss_fn, progress):
-        """The validation loss, the teacher's attention in numbers, and its k-NN accuracy, for log.jsonl."""
-        losses = [
-            loss_of(self.config, loss_fn, student, teacher, self.views, params, progress)[0].item()
-            for params in self.drawn
-        ]
-        table = visualize.measure(teacher.backbone, self.canvases, resamples=0)
-        bank, bank_labels, _ = visualize.features(teacher.backbone, self.bank)
-        queries, labels, _ = visualize.features(teacher.backbone, self.canvases)
-        found = visualize.knn_classify(bank, bank_labels, queries)
-        shown = ("selectivity", "auroc", "pointing", "entropy", "diversity")
-        return {
-            "images": len(labels),
-            "loss": sum(losses) / len(losses),
-            "knn": (found == labels).double().mean().item(),
-            **{row: {m: values[m]["value"] for m in shown if m in values} for row, values in table.items()},
-        }
+    def __call__(self, parts, progress):
+        rest, total = (parts["loss"], parts["student"], parts["teacher"], self.views), 0.0
+        for step in self.steps:
+            total += batch_loss(self.config, *rest, self.views.sample(step), progress)[0].item()
+        if not math.isfinite(total):
+            raise FloatingPointError("the validation loss is NaN or infinite; use a lower --lr")
+        return {"loss": total / len(self.steps), **self.measure(parts["teacher"].backbone)}
 
 
-def train(config, student, splits, folder, checkpoint=None, stop=None):
-    """Train `student` on views of the training split, on one device, or each rank on its own.
+def log_epoch(folder, config, teacher, history):
+    """Write log.jsonl, and the teacher of an epoch of --keep-epochs; in a log file, say a line."""
+    line, epochs = history[-1], config["epochs"]
+    epoch = line["epoch"]
+    if rank_and_world_size()[0] == 0:
+        with atomic_write(os.path.join(folder, "log.jsonl")) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in history)
+        if epoch in config["keep_epochs"]:
+            content = {"config": config, "epoch": epoch, "teacher": teacher.state_dict()}
+            content["metrics"] = history
+            save_checkpoint(os.path.join(folder, f"epoch-{epoch}.pth"), content)
+    if epoch > 0 and not sys.stderr.isatty():  # a progress bar would fill the file
+        selectivity = line["validation"]["mean"].get("selectivity") or math.nan
+        print_rank0(
+            f"epoch {epoch}/{epochs}: loss {line['loss']:.3f}, selectivity {selectivity:.2f}, "
+            f"{line['images_per_second']:.0f} images/s, "
+            f"{(epochs - epoch) * line['seconds'] / 60:.1f} minutes left"
+        )
 
-    With a `checkpoint` of the run it goes on from there, as if it had not stopped: all that chance
-    decides is a function of the seed and the step. `stop` is a Stopper, or None.
 
-    Before the first epoch and after each, a line goes to log.jsonl in `folder`; the checkpoint is
-    written before the first step, after each epoch, every `checkpoint_minutes`, and when the run is
-    told to stop; of several ranks the first one writes. Returns the teacher and the lines of
-    log.jsonl. Raises FloatingPointError if the loss or the gradient is no number, OSError if
-    the checkpoint is of no use or nothing can be written, and Stopped once it has stopped.
+def train(config, parts, splits, folder, checkpoint=None, stop=None):
+    """Train parts["student"] on views of the training split; of several ranks each calls this.
+
+    With a `checkpoint` the run goes on from there as if it had not stopped: all that chance decides
+    is a function of the seed and the step. `stop` is an Event that ends the run after its step. A
+    line goes to log.jsonl in `folder` before the first epoch and after each; ckpt.pth is written
+    before the first step, after each epoch, every `checkpoint_minutes` and at a stop. Returns
+    whether the run came to its end. Raises FloatingPointError for a NaN, or OSError.
     """
-    c, device = config, student.backbone.cls_token.device
-    rank, ranks = place()
-    views = data.TrainingViews(c, splits["train"], device=device)
-    validate = Validation(c, splits, device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    student.backbone.checkpoint_blocks = c["checkpoint_blocks"]
-    if c["compile"]:
-        compile_blocks(student, teacher)
-    optimizer = make_optimizer(student)
-    loss_fn = (NCELoss(c["temperature"]) if c["loss"] == "nce" else DINOLoss(c["out_dim"], c["temperature"])).to(device)
-    dtype = autocast_dtype(c["precision"], device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    steps_per_epoch = c["images_per_epoch"] // c["batch_size"]
-    steps = c["epochs"] * steps_per_epoch
-    parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "loss": loss_fn, "scaler": scaler}
-    history, start = [], 0
-    total = torch.zeros((), device=device)  # the loss, summed over the steps of the epoch
-    skipped = torch.zeros((), device=device, dtype=torch.int64)  # steps of the run whose gradient left float16's range
-    broken = torch.full((), -1, device=device)  # the first step whose loss or gradient was no number
+    c, batch, student, teacher = config, config["batch_size"], parts["student"], parts["teacher"]
+    device, (rank, ranks) = student.backbone.cls_token.device, rank_and_world_size()
+    views, stop = data.TrainingViews(c, splits["train"], device=device), stop or threading.Event()
+    validation = Validation(c, splits, device)
+    per_epoch, start, history = c["images_per_epoch"] // batch, 0, []
+    steps, total = c["epochs"] * per_epoch, torch.zeros((), device=device)  # of an epoch's losses
     if checkpoint:
-        history, start = checkpoint["metrics"], checkpoint["step"]
-        sums = checkpoint["epoch_loss"]
-        total += sums[rank] if len(sums) == ranks else sum(sums) / ranks
-        skipped += checkpoint["skipped"]
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"{folder}: the checkpoint does not fit its own settings ({data.one_line(error)[:200]})") from error
-        if rank == 0:
-            write_log(folder, history)  # cut back to the checkpoint
-    parallel = DistributedDataParallel(student) if ranks > 1 else student
-    stop = stop or Stopper()
-    saved, saved_at = start, time.monotonic()
-
-    def check():
-        """Raise FloatingPointError if a step so far went wrong. Waits for the device."""
-        step = broken.item()
-        if step >= 0:
-            raise FloatingPointError(
-                f"step {step + 1}: the loss or its gradient is no number, at learning rate "
-                f"{learning_rate(c, step / steps):.2g}; the checkpoint in {folder}, of step {saved}, is from before; "
-                f"try a lower --lr than {c['lr']:g}"
-            )
-
-    def save(step):
-        """Write all that the run needs to go on after `step` steps."""
-        nonlocal saved, saved_at
-        check()
-        epoch_loss = of_all_ranks(total)
-        if rank == 0:
-            save_checkpoint(os.path.join(folder, "ckpt.pth"), {
-                "config": c,
-                "step": step,
-                "epoch": step // steps_per_epoch,
-                **{name: part.state_dict() for name, part in parts.items()},
-                "metrics": history,
-                "epoch_loss": epoch_loss,  # each rank's sum over the steps of an epoch that is not over
-                "skipped": skipped.item(),
-                "threads": torch.get_num_threads(),  # on which the last bits of a sum depend
-            })
-        saved, saved_at = step, time.monotonic()
-
-    def log(line, progress):
-        """Add the validation to a line, and the line to the history and to log.jsonl."""
-        started = time.perf_counter()
-        line["validation"] = validate(student, teacher, loss_fn, progress)
-        line["validation_seconds"] = time.perf_counter() - started
-        if not math.isfinite(line["validation"]["loss"]):
-            raise FloatingPointError(f"the validation loss after epoch {line['epoch']} is {line['validation']['loss']}; "
-                                     f"try a lower --lr than {c['lr']:g}")
-        history.append(line)
-        if rank == 0:
-            write_log(folder, history)
-            if line["epoch"] in c["keep_epochs"]:
-                kept = {"config": c, "epoch": line["epoch"], "teacher": teacher.state_dict(), "metrics": history}
-                path = os.path.join(folder, f"epoch-{line['epoch']}.pth")
-                save_checkpoint(path, kept)
-
-    if not checkpoint:
-        save(0)
+        start, history = checkpoint["step"], checkpoint["metrics"]
+        total += sum(checkpoint["epoch_loss"])
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    else:
+        save_run(folder, c, parts, 0, history, total)
     if not history:
-        log({"epoch": 0, "step": 0}, progress=0)
-    bar = tqdm(total=steps * c["batch_size"], initial=start * c["batch_size"], unit="image", unit_scale=True,
-               smoothing=0.05, disable=rank > 0)
-    with bar:
-        for epoch in range(start // steps_per_epoch, c["epochs"]):
-            started, first = time.perf_counter(), max(start, epoch * steps_per_epoch)
-            todo = range(first, (epoch + 1) * steps_per_epoch)
-            for step, params in zip(todo, drawn_ahead(views, todo)):
-                loss, norm = training_step(c, loss_fn, parallel, teacher, optimizer, scaler, views, params, step, steps)
-                total += loss
-                skipped += scaler.is_enabled() & ~norm.isfinite()
-                # float16's scaler skips a step whose gradient is too large for it, and scales less from then on
-                healthy = loss.isfinite() & (norm.isfinite() | (scaler.get_scale() > 1))
-                broken = torch.where((broken < 0) & ~healthy, step, broken)
-                bar.update(c["batch_size"])
-                if step % 20 == 0:  # reading a number waits for the device
-                    check()
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item() * ranks:.3f}")
-                minutes = (time.monotonic() - saved_at) / 60
-                why = any_rank(stop.signal or int(minutes > c["checkpoint_minutes"]))  # a signal's number is above 1
-                if why and step + 1 < todo.stop:
-                    save(step + 1)
-                    if why > 1:
-                        raise Stopped(why)
-            mean_loss = sum(of_all_ranks(total)) / steps_per_epoch
-            seconds = time.perf_counter() - started
-            check()
-            log({
-                "epoch": epoch + 1,
-                "step": step + 1,
-                "loss": mean_loss,
-                "lr": optimizer.param_groups[0]["lr"],
-                "weight_decay": optimizer.param_groups[0]["weight_decay"],
-                "momentum_teacher": cosine(c["momentum_teacher"], 1.0, step / steps),
-                **({"skipped_steps": skipped.item()} if scaler.is_enabled() else {}),
-                "images_per_second": len(todo) * c["batch_size"] / seconds,
-                "seconds": seconds,
-            }, step / steps)
-            total = torch.zeros((), device=device)
-            save(step + 1)
-            why = any_rank(stop.signal or 0)
-            if why and epoch + 1 < c["epochs"]:
-                raise Stopped(why)
-    return teacher, history
+        history.append({"epoch": 0, "step": 0, "validation": validation(parts, 0)})
+    log_epoch(folder, c, teacher, history)
+    parallel = DistributedDataParallel(student) if ranks > 1 else student
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    quiet = rank > 0 or not sys.stderr.isatty()
+    bar = tqdm(total=steps * batch, initial=start * batch, unit=" images", disable=quiet)
+    saved_at, epoch_at, todo = time.monotonic(), time.monotonic(), range(start, steps)
+    for step, params in zip(todo, prefetch(views, todo)):
+        loss, norm = training_step(c, parts, parallel, views, params, step, steps)
+        total += loss
+        # float16's scaler skips a step whose gradient overflows, and scales less from then on
+        finite &= loss.isfinite() & (norm.isfinite() | parts["scaler"].is_enabled())
+        bar.update(batch)
+        done, late = step + 1, time.monotonic() - saved_at > 60 * c["checkpoint_minutes"]
+        stopping, late = all_reduce(
+            torch.tensor([stop.is_set(), late]).int(), largest=True
+        ).tolist()
+        epoch_ends = done % per_epoch == 0
+        if done % 20 == 0 or epoch_ends or stopping or late:  # reading a number waits for the GPU
+            if not finite:
+                raise FloatingPointError(NOT_FINITE.format(done))
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if epoch_ends:
+            seconds = time.monotonic() - epoch_at
+            line = {"epoch": done // per_epoch, "step": done, "loss": total.item() / per_epoch}
+            line |= {"lr": learning_rate(c, step / steps), "seconds": seconds}
+            line |= {"images_per_second": (done - start) * batch / seconds}
+            history.append(line | {"validation": validation(parts, step / steps)})
+            log_epoch(folder, c, teacher, history)
+            total.zero_()
+            start, epoch_at = done, time.monotonic()
+        if epoch_ends or stopping or late:
+            save_run(folder, c, parts, done, history, total)
+            saved_at = time.monotonic()
+        if stopping and done < steps:
+            return False
+    return True
 
 
-def of_all_ranks(value):
-    """The ranks' tensors of no dimension as a list of numbers. Waits for the device."""
-    parts = [torch.empty_like(value) for _ in range(place()[1])]
-    if len(parts) == 1:
-        return [value.item()]
-    dist.all_gather(parts, value)
-    return [part.item() for part in parts]
+# --------------------------------------------------------------------------------------------- Main
 
 
 def compile_blocks(*networks):
-    """Compile all blocks, which share what is compiled; a line of warning and no more where that cannot be done."""
+    """Compile all blocks, which share what is compiled; a warning where that cannot be done."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=networks[0].backbone.cls_token.device))
-    except Exception as error:  # of many kinds, by what is missing
-        say(f"warning: --compile does nothing here ({data.one_line(error)[:150]})")
+        torch.compile(lambda x: x + 1)(networks[0].backbone.cls_token.detach())
+    except RuntimeError as error:  # no compiler, or a Python that is too new
+        print_rank0(f"warning: --compile does nothing here ({vit.one_line(error)[:150]})")
         return
     for network in networks:
         for block in network.backbone.blocks:
             block.compile()
 
 
-class Stopped(Exception):
-    """The run was told to stop by a signal, its argument, and has written its checkpoint."""
+@contextlib.contextmanager
+def stop_on_signal():
+    """An Event that SIGINT or SIGTERM sets, to end after a step; a second SIGINT acts at once."""
+    stop = threading.Event()
 
+    def handle(number, frame):
+        stop.signal = number
+        stop.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-class Stopper:
-    """Notes, in a `with` block, that SIGINT or SIGTERM came, so that a step can end; a second SIGINT stops at once."""
-
-    signal = None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def save_checkpoint(path, content):
-    """Write whole or not at all, with a digest: to a temporary file, then renamed.
-
-    The one that was there stays as ….prev.pth. Raises OSError if it cannot be written.
-    """
-    try:
-        with vit.whole(path) as part:
-            with open(part, "wb") as file:
-                torch.save(content | {"digest": vit.digest(content)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if os.path.exists(path):
-                os.replace(path, previous(path))
-    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
-        raise OSError(f"{path} could not be written ({data.one_line(error)[:150]}); the one before it is whole") from error
-
-
-def write_log(folder, history):
-    with vit.whole(os.path.join(folder, "log.jsonl")) as part, open(part, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in history)
-
-
-def previous(path):
-    return path.removesuffix(".pth") + ".prev.pth"
-
-
-def new_folder(config, output):
-    """Make the run's folder: --output, or the first of runs/NAME, runs/NAME-2, … not there yet."""
-    visualize.make_folder(output or "runs")
-    if output:
-        return output
-    texture = "" if config["background"] == "black" else "-texture"
-    name = os.path.join("runs", f"{config['dataset']}-{config['loss']}-{config['views']}{texture}")
-    number = 1
-    while True:
-        folder = name if number == 1 else f"{name}-{number}"
-        try:
-            os.mkdir(folder)
-            return folder
-        except FileExistsError:
-            number += 1
-
-
-def read_whole(path):
-    """A checkpoint with all that a run needs to go on; OSError or ValueError if it is none."""
-    checkpoint = vit.read_checkpoint(path)
-    needed = ("config", "step", "student", "teacher", "optimizer", "loss", "scaler", "metrics", "epoch_loss", "skipped",
-              "threads", "digest")
-    lost = [name for name in needed if not (isinstance(checkpoint, dict) and name in checkpoint)]
-    if lost:
-        raise ValueError(f"--resume {path} lacks {', '.join(lost)}: a checkpoint of a run of train.py is wanted")
-    return checkpoint
-
-
-def read_run(args):
-    """The checkpoint that --resume names, its settings with the flags over them; the one before it if it is damaged."""
-    path = os.path.join(args.resume, "ckpt.pth") if os.path.isdir(args.resume) else args.resume
-    folder = os.path.dirname(path) or "."
-    if args.output:
-        raise ValueError(f"--output {args.output}: a resumed run goes on in its own folder, {folder}")
-    try:
-        checkpoint = read_whole(path)
-    except (OSError, ValueError) as error:
-        if not os.path.exists(previous(path)):
-            raise
-        checkpoint = read_whole(previous(path))
-        say(f"warning: {error}; going on from {previous(path)}")
-        os.replace(previous(path), path)  # else the next save would let the damaged one push out the whole one
-    config = checkpoint["config"]
-    torch.set_num_threads(checkpoint["threads"])
-    planned = config["epochs"]
-    for name, value in given(args).items():
-        if name in ("epochs", "device", "data_root", "compile", "checkpoint_minutes"):
-            config[name] = value
-        elif config[name] != value:
-            raise ValueError(f"--resume {folder} has {flag(name)} {config[name]}, not {value}: leave the flag out")
-    steps_per_epoch = config["images_per_epoch"] // config["batch_size"]
-    if config["epochs"] * steps_per_epoch <= checkpoint["step"]:
-        raise ValueError(f"--resume {folder} has had its {config['epochs']} epochs: more --epochs go on with it, and python "
-                         f"visualize.py {path} measures it")
-    if config["epochs"] != planned:
-        say(f"{config['epochs']} epochs instead of {planned}: the schedules are planned anew from here on")
-    return checkpoint, config, folder
-
-
 def prepare(args, folder=None):
-    """Everything that can fail for what the user gave: settings, device, weights, digits, folder.
+    """All that can fail for what the user gave: settings, device, weights, data, folder.
 
-    Makes the folder of a new run, unless another rank has made `folder` already.
+    Makes the folder of a new run, unless another rank has made it already.
     """
+    checkpoint, weights, shape = None, None, {}
     if args.resume:
         checkpoint, config, folder = read_run(args)
-        check_settings(config)
-        device = vit.find_device(config["device"])
-        student = vit.build_network(config).to(device)
-        return config, student, data.load_dataset(config, device)[0], folder, checkpoint
-    config = make_config(args)
-    if args.output and not folder and os.path.exists(os.path.join(args.output, "ckpt.pth")):
-        raise ValueError(f"--output {args.output} already holds a run: name a new folder")
+        torch.set_num_threads(checkpoint["threads"])
+    else:
+        config = make_config(args)
+        if config["weights"] != "none":
+            weights, _ = vit.load_backbone(config["weights"])
+            shape = {name: getattr(weights, name) for name in vit.SHAPE}
+            config = make_config(args, shape)
+    check_config(config, shape)
     device = vit.find_device(config["device"])
-    weights = None
-    if config["weights"] != "none":
-        weights, heads = vit.read_weights(config["weights"])
-        config = make_config(args, vit.shape_of(weights) | {"heads": heads})  # its width and depth are theirs
-        if heads != config["heads"]:
-            config["fallbacks"].append(
-                f"--heads {config['heads']}: the q, k and v of --weights {config['weights']} count as {heads}"
-            )
     student = vit.build_network(config)
     if weights:
-        vit.load_backbone(student.backbone, weights, f"--weights {config['weights']}")
+        student.backbone.load_state_dict(weights.state_dict())
+        if weights.heads != config["heads"]:
+            text = f"--heads {config['heads']} cuts q, k and v of weights with {weights.heads} anew"
+            config["fallbacks"].append(text)
     splits, warning = data.load_dataset(config, device)
-    if warning:
+    if warning and warning not in config["fallbacks"]:
         config["fallbacks"].append(warning)
-    data.draw_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])  # raises if there are too few
-    return config, student.to(device), splits, folder or new_folder(config, args.output), None
+    # raises if there are fewer images than a batch has
+    data.sample_digits(config["seed"], 0, len(splits["train"]), config["batch_size"])
+    folder = folder or make_folder(config, args.output)
+    return config, student.to(device), splits, checkpoint, folder
 
 
-def prepare_all(args):
-    """`prepare` on every rank; the first one goes ahead, for it fetches and makes what is missing.
-
-    Returns None, once it has been told, if something was wrong.
-    """
-    prepared, folder = None, [None]
-    if place()[0] == 0:
-        try:
+def prepare_ranks(args):
+    """`prepare` on every rank; the first goes ahead, for it fetches and makes what is missing."""
+    (rank, ranks), folder = rank_and_world_size(), [None]
+    try:
+        if rank == 0:
             prepared = prepare(args)
-            folder = [prepared[3]]
-        except (ValueError, OSError) as error:
-            print(f"train.py: error: {data.one_line(error)}", file=sys.stderr)
-    if place()[1] > 1:
-        dist.broadcast_object_list(folder)
-    return prepared or (folder[0] and prepare(args, folder[0]))
+            folder = [prepared[-1]]
+    finally:  # after an error too: the others wait for it
+        if ranks > 1:
+            dist.broadcast_object_list(folder)
+    if rank > 0:
+        prepared = prepare(args, folder[0]) if folder[0] else sys.exit(2)
+    return prepared
 
 
 def run(args):
     """The whole run that the flags ask for; returns the exit status."""
-    prepared = prepare_all(args)
-    if prepared is None:
-        return 2
-    config, student, splits, folder, checkpoint = prepared
-    rank, ranks = place()
+    c, student, splits, checkpoint, folder = prepare_ranks(args)
+    (rank, ranks), path = rank_and_world_size(), os.path.join(folder, "ckpt.pth")
     if rank == 0:
-        why = "resumed" if checkpoint else "asked for" if args.preset else "CUDA is there" if config["preset"] == "paper" else "no CUDA here"
-        print(
-            f"preset {config['preset']} ({why}): ViT of width {config['dim']}, {config['depth']} blocks, {config['heads']} "
-            f"heads, {config['image_size']} px, patch {config['patch_size']}; {config['epochs']} epochs of "
-            f"{config['images_per_epoch']:,} images on {config['device']}{f', {ranks} ranks' if ranks > 1 else ''}, into {folder}"
-        )
-        for line in config["fallbacks"]:
-            print(f"warning: {line}", file=sys.stderr)
-
-    untrained = None if checkpoint else copy.deepcopy(student.backbone)
-    trained = False
-    try:
-        with Stopper() as stop:
-            teacher, history = train(config, student, splits, folder, checkpoint, stop)
-        trained = True
-        if rank > 0:
-            return 0
-        path = os.path.join(folder, "ckpt.pth")
-        visualize.draw_curves(history, config, os.path.join(folder, "curves.png"))
-        untrained = untrained or visualize.untrained_backbone(config)
-        subject = visualize.Subject(path, config, teacher.backbone, config["epochs"], history, splits=splits)
-        visualize.report(subject, untrained, folder)
-    except Stopped as stopped:
-        say(f"stopped; python train.py --resume {folder} goes on")
-        return 128 + stopped.args[0]
-    except KeyboardInterrupt:
-        if trained:
-            say(f"left; the run has ended: python visualize.py {path} measures and draws it")
-        else:
-            say(f"left at once; python train.py --resume {folder} goes on from its last checkpoint")
-        return 128 + signal.SIGINT
-    except (FloatingPointError, OSError) as error:
-        say(f"train.py: error: {data.one_line(error)}")
-        return 1
-    print(f"python visualize.py {path}")
+        why = "CUDA" if torch.cuda.is_available() else "no CUDA"
+        why = "resumed" if checkpoint else "as asked" if args.preset else why
+        print(f"preset {c['preset']} ({why}): {metrics.describe(c)}")
+        length = f"{c['epochs']} epochs of {c['images_per_epoch']:,} images"
+        print(f"{length} on {c['device']}, ranks: {ranks}, into {folder}", flush=True)
+    for line in c["fallbacks"]:
+        print_rank0(f"warning: {line}")
+    parts = make_parts(c, student)
+    if c["compile"]:
+        compile_blocks(student, parts["teacher"])
+    with stop_on_signal() as stop:
+        if not train(c, parts, splits, folder, checkpoint, stop):
+            print_rank0(f"stopped; python train.py --resume {folder} goes on")
+            return 128 + getattr(stop, "signal", signal.SIGTERM)  # another rank's
+    if rank == 0:
+        result, _ = metrics.evaluate(path, c, c["epochs"], parts["teacher"].backbone, splits)
+        print(metrics.report([result], os.path.join(folder, "metrics.json")))
+        print(f"python visualize.py {path}")
     return 0
-
-
-def say(line):
-    """To standard error, once for all ranks."""
-    if place()[0] == 0:
-        print(line, file=sys.stderr)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    socket.setdefaulttimeout(15)  # a host without an answer by then counts as unreachable
     try:
-        meet()
+        init_distributed()
         return run(args)
-    except (RuntimeError, MemoryError) as error:  # on a CPU having no memory left is a RuntimeError like others
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        say("train.py: error: out of memory; a smaller --micro-batch, --checkpoint-blocks or a smaller --image-size need less")
-        return 1
-    except KeyboardInterrupt:  # before the first step
-        say("left before there was anything to keep")
+    except KeyboardInterrupt:
+        print_rank0("interrupted; python train.py --resume RUN goes on from its last checkpoint")
         return 128 + signal.SIGINT
+    except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
+        print_rank0(f"train.py: error: {vit.error_line(error)}")
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,19 +1,20 @@
-"""How fast a training step is, and what memory it takes, against timm's ViT-S/8 trained by lightly's DINO.
+"""How fast a training step is, and what memory it takes, against timm and lightly.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/throughput.py                                  # on a CPU within three minutes
     python benchmarks/throughput.py --image-size 224 --batch-size 2
-    python benchmarks/throughput.py --memory --large-batch 1024      # also a batch of 1024 by pieces of 16
+    python benchmarks/throughput.py --memory --large-batch 1024      # also 1024 by pieces of 16
 
 Both sides train the same network on the same shapes: ViT-S/8, two crops of each image that student
-and teacher both see, DINO's head with K = 65,536 (or with --loss nce its bottleneck alone). The peer
-is put together as lightly's own example does it: its projection head, loss and momentum update, one
-forward a view, AdamW as it comes; timm's `vit_small_patch8_224` is the backbone.
+and teacher both see, DINO's head with K = 65,536 (or with --loss nce its bottleneck alone). The
+peer is put together as lightly's own example does it: its projection head, loss and momentum
+update, one forward a view, AdamW as it comes; timm's `vit_small_patch8_224` is the backbone.
 
-First both are fed crops from memory, taking turns step by step. Then each makes its own input, taking
-turns in blocks of steps: ours renders canvases on the device, the peer crops, turns and blurs ready-made
-PIL canvases by torchvision's transforms in a DataLoader. A step's model FLOPs, (3 × student + teacher)
-forward, are set against a square matrix product of the same run. Medians are printed, then a line of JSON.
+First both are fed crops from memory, taking turns step by step. Then each makes its own input,
+taking turns in blocks of steps: ours renders canvases on the device, the peer crops and blurs
+ready-made PIL canvases by torchvision's transforms in a DataLoader. A step's model FLOPs, (3 ×
+student + teacher) forward, are set against a square matrix product of the same run. Medians are
+printed, then a line of JSON.
 """
 
 import argparse
@@ -60,33 +61,48 @@ def digits(least=0):
 
 
 def our_config(args, *flags):
-    given = ["--preset", "paper", "--weights", "none", "--digits", "sklearn", "--views", "same", "--crops", "2",
-             "--loss", args.loss, "--device", args.device, "--image-size", str(args.image_size),
-             "--batch-size", str(args.batch_size), *flags]
+    given = [
+        "--preset",
+        "paper",
+        "--weights",
+        "none",
+        "--digits",
+        "sklearn",
+        "--views",
+        "same",
+        "--crops",
+        "2",
+        "--loss",
+        args.loss,
+        "--device",
+        args.device,
+        "--image-size",
+        str(args.image_size),
+        "--batch-size",
+        str(args.batch_size),
+        *flags,
+    ]
     return train.make_config(train.parse_args(given))
 
 
 def ours(config, crops=None):
-    """A function that takes our training step; its input comes from `crops`, or is drawn and rendered anew."""
+    """A function that takes our training step, fed from `crops` or rendering its own input."""
     device = torch.device(config["device"])
     student = vit.build_network(config).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
     student.backbone.checkpoint_blocks = config["checkpoint_blocks"]
+    parts = train.make_parts(config, student)
     if config["compile"]:
-        train.compile_blocks(student, teacher)
+        train.compile_blocks(student, parts["teacher"])
     views = data.TrainingViews(config, digits(config["batch_size"]).to(device), device=device)
-    loss_fn = train.NCELoss(config["temperature"]) if config["loss"] == "nce" else train.DINOLoss(config["out_dim"])
-    dtype = train.autocast_dtype(config["precision"], device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    rest = loss_fn.to(device), student, teacher, train.make_optimizer(student), scaler, views
     steps = 1_000_000
-    ahead = train.drawn_ahead(views, range(steps // 2, steps))
+    ahead = train.prefetch(views, range(steps // 2, steps))
     params = next(ahead)
     if crops is not None:
         views.render = lambda params: crops[:, : len(params["centre"])]
 
     def step():
-        train.training_step(config, *rest, params if crops is not None else next(ahead), steps // 2, steps)
+        drawn = params if crops is not None else next(ahead)
+        train.training_step(config, parts, student, views, drawn, steps // 2, steps)
 
     step.views = views
     return step
@@ -95,36 +111,54 @@ def ours(config, crops=None):
 def peer(args, precision, crops=None, compiled=False):
     """The same for the peer. `precision` is of its autocast, float32 for none."""
     c = our_config(args)
-    student = timm.create_model("vit_small_patch8_224", num_classes=0, img_size=args.image_size).to(args.device)
+    student = timm.create_model("vit_small_patch8_224", num_classes=0, img_size=args.image_size).to(
+        args.device
+    )
     sizes = c["head_hidden_dim"], c["bottleneck_dim"]
     heads = [DINOProjectionHead(c["dim"], *sizes, c["out_dim"]) for _ in range(2)]
     if args.loss == "nce":
         hidden, bottleneck = sizes
-        layers = [(c["dim"], hidden, None, torch.nn.GELU()), (hidden, hidden, None, torch.nn.GELU())]
+        layers = [
+            (c["dim"], hidden, None, torch.nn.GELU()),
+            (hidden, hidden, None, torch.nn.GELU()),
+        ]
         heads = [ProjectionHead([*layers, (hidden, bottleneck, None, None)]) for _ in range(2)]
     student_head, teacher_head = (head.to(args.device) for head in heads)
     teacher = copy.deepcopy(student)
     deactivate_requires_grad(teacher)
     deactivate_requires_grad(teacher_head)
     optimizer = torch.optim.AdamW([*student.parameters(), *student_head.parameters()], lr=1e-4)
-    criterion = (DINOLoss(c["out_dim"]) if args.loss == "dino" else NTXentLoss(c["temperature"])).to(args.device)
-    look, teach = (torch.compile(network) if compiled else network for network in (student, teacher))
+    criterion = (
+        DINOLoss(c["out_dim"]) if args.loss == "dino" else NTXentLoss(c["temperature"])
+    ).to(args.device)
+    look, teach = (
+        torch.compile(network) if compiled else network for network in (student, teacher)
+    )
     loader = None if crops is not None else iter(peer_loader(args))
     waited = []
 
     def step():
         started = time.perf_counter()
-        views = [view.to(args.device, non_blocking=True) for view in (next(loader) if loader else crops)]
+        views = [
+            view.to(args.device, non_blocking=True) for view in (next(loader) if loader else crops)
+        ]
         waited.append(time.perf_counter() - started)
         update_momentum(student, teacher, 0.996)
         update_momentum(student_head, teacher_head, 0.996)
-        with torch.autocast(torch.device(args.device).type, getattr(torch, precision), enabled=precision != "float32"):
+        with torch.autocast(
+            torch.device(args.device).type,
+            getattr(torch, precision),
+            enabled=precision != "float32",
+        ):
             teacher_out = [teacher_head(teach(view)) for view in views]
             student_out = [student_head(look(view)) for view in views]
             if args.loss == "dino":
                 loss = criterion(teacher_out, student_out)
             else:
-                loss = (criterion(student_out[0], teacher_out[1]) + criterion(student_out[1], teacher_out[0])) / 2
+                loss = (
+                    criterion(student_out[0], teacher_out[1])
+                    + criterion(student_out[1], teacher_out[0])
+                ) / 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -138,17 +172,25 @@ class Canvases(torch.utils.data.Dataset):
 
     def __init__(self, args):
         split = digits()
-        params = data.CanvasSampler(split).draw(data.generator(0, "benchmark"), torch.arange(len(split)))
-        canvases = data.render_canvases(params, split.images, 100)[0]
-        self.pictures = [Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases]
-        self.transform = T.Compose([
-            T.RandomResizedCrop(args.image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
-            T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
-            T.RandomApply([T.GaussianBlur(1 + 2 * max(1, args.image_size // 20), sigma=(0.1, 2.0))], p=0.5),
-            T.Grayscale(3),
-            T.ToTensor(),
-            T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
-        ])
+        config = {"canvas_size": 100, "num_distractors": 6, "distractor_size": 9}
+        sampler, rng = data.CanvasSampler(config, split), data.generator(0, "benchmark")
+        params = sampler.sample(rng, torch.arange(len(split)))
+        canvases = data.render_canvases(params, config, split.images)[0]
+        self.pictures = [
+            Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases
+        ]
+        self.transform = T.Compose(
+            [
+                T.RandomResizedCrop(args.image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
+                T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
+                T.RandomApply(
+                    [T.GaussianBlur(1 + 2 * max(1, args.image_size // 20), sigma=(0.1, 2.0))], p=0.5
+                ),
+                T.Grayscale(3),
+                T.ToTensor(),
+                T.Normalize(data.MEAN.flatten(), data.STD.flatten()),
+            ]
+        )
 
     def __len__(self):
         return 1_000_000
@@ -161,23 +203,28 @@ class Canvases(torch.utils.data.Dataset):
 def peer_loader(args):
     pin = torch.device(args.device).type == "cuda"
     return torch.utils.data.DataLoader(
-        Canvases(args), args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers, pin_memory=pin
+        Canvases(args),
+        args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        pin_memory=pin,
     )
 
 
 # -------------------------------------------------------------------------------- measurements
 
 
-def synchronise(device):
+def synchronize(device):
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(function, device):
-    synchronise(device)
+    synchronize(device)
     started = time.perf_counter()
     function()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
@@ -192,7 +239,7 @@ def take_turns(sides, steps, device):
 
 
 def peak_bytes(make, device):
-    """Most memory in tensors while `make()` is built and its step is taken twice, beyond what there was."""
+    """Most memory in tensors while `make()` is built and its step is taken twice."""
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -201,7 +248,9 @@ def peak_bytes(make, device):
         step()
         return torch.cuda.max_memory_allocated() - before
     with tempfile.TemporaryDirectory() as folder:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             step = make()
             step()
             step()
@@ -212,7 +261,7 @@ def peak_bytes(make, device):
 
 
 def forward_flops(config):
-    """FLOPs of backbone and head for one crop; of the last block what [CLS] needs, as all that our step computes."""
+    """FLOPs of backbone and head for one crop; of the last block only what [CLS] needs."""
     d, n = config["dim"], 1 + (config["image_size"] // config["patch_size"]) ** 2
     block = 24 * n * d * d + 4 * n * n * d  # qkv 6, proj 2, MLP 16; q kᵀ and the weighted v
     last = 4 * n * d * d + 20 * d * d + 4 * n * d  # k and v of all tokens, the rest of [CLS] alone
@@ -224,22 +273,29 @@ def forward_flops(config):
 
 def matmul_rate(m, k, n, dtype, device):
     """FLOP/s of a product of matrices, the best of some."""
-    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+    a, b = (
+        torch.randn(m, k, device=device, dtype=dtype),
+        torch.randn(k, n, device=device, dtype=dtype),
+    )
     return 2 * m * k * n / min(seconds(lambda: a @ b, device) for _ in range(6))
 
 
 def input_share(step, steps, device):
-    """What part of our step is making its input; on a GPU its parameters are drawn during the step before."""
+    """Share of our step that makes its input; a GPU's parameters are sampled ahead."""
     views, on_gpu, parts = step.views, torch.device(device).type == "cuda", []
     for number in range(steps + 1):
-        params = views.draw(number)
-        make = functools.partial(views.render, params) if on_gpu else functools.partial(draw_and_render, views, number)
+        params = views.sample(number)
+        make = (
+            functools.partial(views.render, params)
+            if on_gpu
+            else functools.partial(sample_and_render, views, number)
+        )
         parts.append(seconds(make, device) / seconds(step, device))
     return statistics.median(parts[1:])
 
 
-def draw_and_render(views, number):
-    return views.render(views.draw(number))
+def sample_and_render(views, number):
+    return views.render(views.sample(number))
 
 
 # ----------------------------------------------------------------------------------- the report
@@ -249,21 +305,25 @@ def fed_from_memory(args):
     """Steps of both sides in both precisions, in turn: seconds by name."""
     config = our_config(args)
     views = data.TrainingViews(config, digits().to(args.device), device=torch.device(args.device))
-    crops = views.render(views.draw(0))
+    crops = views.render(views.sample(0))
     fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
     sides = {}
     for precision in dict.fromkeys((fast, "float32")):
         sides[f"ours {precision}"] = ours(our_config(args, "--precision", precision), crops)
         sides[f"peer {precision}"] = peer(args, precision, crops)
     if torch.device(args.device).type == "cuda":
-        sides[f"ours compiled {fast}"] = ours(our_config(args, "--precision", fast, "--compile"), crops)
+        sides[f"ours compiled {fast}"] = ours(
+            our_config(args, "--precision", fast, "--compile"), crops
+        )
         sides[f"peer compiled {fast}"] = peer(args, fast, crops, compiled=True)
     return take_turns(sides, args.steps, args.device), config, fast
 
 
 def end_to_end(args, fast):
-    """Seconds a step when each side makes its own input, in blocks of steps; the peer's share of waiting for it."""
-    theirs = fast if torch.device(args.device).type == "cuda" else "float32"  # on a CPU as its example is
+    """Seconds a step when each side makes its own input; the share that the peer waits for it."""
+    theirs = (
+        fast if torch.device(args.device).type == "cuda" else "float32"
+    )  # on a CPU as its example is
     mine, times, waits = ours(our_config(args, "--precision", fast)), {"ours": [], "peer": []}, []
 
     def block(step):
@@ -272,20 +332,36 @@ def end_to_end(args, fast):
 
     for _ in range(2):
         times["ours"].append(block(mine))
-        step = peer(args, theirs)  # the workers of its loader begin and end with it, so that ours are not disturbed
+        step = peer(
+            args, theirs
+        )  # the workers of its loader begin and end with it, so that ours are not disturbed
         times["peer"].append(block(step))
         waits.append(sum(step.waited[1:]) / args.steps / times["peer"][-1])
         del step
     share = input_share(mine, args.steps, args.device)
-    whole = {f"ours {fast}": statistics.mean(times["ours"]), f"peer {theirs}": statistics.mean(times["peer"])}
+    whole = {
+        f"ours {fast}": statistics.mean(times["ours"]),
+        f"peer {theirs}": statistics.mean(times["peer"]),
+    }
     return whole, share, statistics.mean(waits)
 
 
 def laptop_input_share(args):
     shares = {}
     for views in ("different", "same"):
-        flags = ["--preset", "laptop", "--digits", "sklearn", "--views", views, "--device", args.device]
-        shares[views] = input_share(ours(train.make_config(train.parse_args(flags))), 30, args.device)
+        flags = [
+            "--preset",
+            "laptop",
+            "--digits",
+            "sklearn",
+            "--views",
+            views,
+            "--device",
+            args.device,
+        ]
+        shares[views] = input_share(
+            ours(train.make_config(train.parse_args(flags))), 30, args.device
+        )
     return shares
 
 
@@ -303,8 +379,11 @@ def report_memory(args):
         config = our_config(large, "--micro-batch", str(args.batch_size))
         makers[f"ours, {args.large_batch} by {args.batch_size}"] = lambda: ours(config)
     peaks = {name: peak_bytes(make, args.device) for name, make in makers.items()}
-    print(f"most memory in two steps, with weights and optimizer; ViT-S/8, {args.image_size} px, batch {args.batch_size}, "
-          f"loss {args.loss}")
+    print(
+        "most memory in two steps, with weights and optimizer; ViT-S/8, "
+        f"{args.image_size} px, batch {args.batch_size}, "
+        f"loss {args.loss}"
+    )
     for name, peak in peaks.items():
         print(f"{name:28}{peak / 2**20:10.0f} MiB{peak / peaks['ours']:8.2f} of ours")
     return {"peak_bytes": peaks}
@@ -314,40 +393,66 @@ def report_speed(args):
     times, config, fast = fed_from_memory(args)
     tokens = 2 * args.batch_size * (1 + (args.image_size // 8) ** 2)
     side = 8192 if torch.device(args.device).type == "cuda" else 2048
-    flops = 4 * 2 * args.batch_size * forward_flops(config)  # a backward is two forwards; the teacher one; two crops
-    rates = {p: matmul_rate(side, side, side, getattr(torch, p), args.device) for p in dict.fromkeys((fast, "float32"))}
+    # a backward pass is two forward passes; the teacher's one; two crops
+    flops = 4 * 2 * args.batch_size * forward_flops(config)
+    rates = {
+        p: matmul_rate(side, side, side, getattr(torch, p), args.device)
+        for p in dict.fromkeys((fast, "float32"))
+    }
     own = {p: matmul_rate(tokens, 384, 1536, getattr(torch, p), args.device) for p in rates}
-    print(f"a step fed from memory, ViT-S/8, {args.image_size} px, batch {args.batch_size} × 2 crops, loss {args.loss}\n")
-    print(f"{'':24}{'images/s':>10}{'ms a step':>11}{'of a ' + str(side) + '³ product':>19}{'of the MLP’s product':>22}")
+    print(
+        f"a step fed from memory, ViT-S/8, {args.image_size} px, "
+        f"batch {args.batch_size} × 2 crops, loss {args.loss}\n"
+    )
+    print(
+        f"{'':24}{'images/s':>10}{'ms a step':>11}"
+        f"{'of a ' + str(side) + '³ product':>19}{'of the MLP’s product':>22}"
+    )
     utilisation = {}
     for name, took in times.items():
         p = name.split()[-1]
         utilisation[name] = flops / took / rates[p]
-        print(f"{name:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}"
-              f"{utilisation[name]:19.0%}{flops / took / own[p]:22.0%}")
+        print(
+            f"{name:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}"
+            f"{utilisation[name]:19.0%}{flops / took / own[p]:22.0%}"
+        )
     example = "peer float32" if torch.device(args.device).type == "cpu" else f"peer {fast}"
     pairs = [(f"ours {fast}", example)] + [(f"ours {p}", f"peer {p}") for p in rates]
     if f"peer compiled {fast}" in times:
-        pairs += [(f"ours {fast}", f"peer compiled {fast}"), (f"ours compiled {fast}", f"peer compiled {fast}")]
+        pairs += [
+            (f"ours {fast}", f"peer compiled {fast}"),
+            (f"ours compiled {fast}", f"peer compiled {fast}"),
+        ]
     ratios = {f"{a} over {b}": times[b] / times[a] for a, b in dict.fromkeys(pairs)}
-    whole, share, waited = end_to_end(args, fast)
-    mine, theirs = whole
-    ratios[f"end to end: {mine} over {theirs}, {args.workers} workers"] = whole[theirs] / whole[mine]
-    shares = laptop_input_share(args)
-    print("\neach with its own input")
-    for name, note in ((mine, f"input {share:.1%} of it"), (theirs, f"waiting for its loader {waited:.1%}")):
-        print(f"{name:24}{args.batch_size / whole[name]:10.2f}{1000 * whole[name]:11.0f}    {note}")
-    print(f"input of the laptop preset: {shares['different']:.1%} of a step (different views), "
-          f"{shares['same']:.1%} (same)\n")
+    result = report_end_to_end(args, fast, ratios)
     for name, ratio in ratios.items():
         print(f"{ratio:6.2f} × {name}")
-    return {
+    return result | {
         "ms_a_step": {name: round(1000 * took, 1) for name, took in times.items()},
-        "end_to_end_ms_a_step": {name: round(1000 * took, 1) for name, took in whole.items()},
         "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "model_flops_a_step": flops, "flop_utilisation": utilisation,
-        "matmul_flops_per_s": rates, "own_shape_flops_per_s": own,
-        "input_share": {"ours": share, "laptop different": shares["different"], "laptop same": shares["same"]},
+        "model_flops_a_step": flops,
+        "flop_utilisation": utilisation,
+        "matmul_flops_per_s": rates,
+        "own_shape_flops_per_s": own,
+    }
+
+
+def report_end_to_end(args, fast, ratios):
+    """Each side with its own input; adds to the ratios."""
+    whole, share, waited = end_to_end(args, fast)
+    mine, theirs = whole
+    name = f"end to end: {mine} over {theirs}, {args.workers} workers"
+    ratios[name] = whole[theirs] / whole[mine]
+    shares = laptop_input_share(args)
+    print("\neach with its own input")
+    notes = {mine: f"input {share:.1%} of it", theirs: f"waiting for its loader {waited:.1%}"}
+    for name, note in notes.items():
+        print(f"{name:24}{args.batch_size / whole[name]:10.2f}{1000 * whole[name]:11.0f}    {note}")
+    different, same = shares["different"], shares["same"]
+    print(f"input of the laptop preset: {different:.1%} (different views), {same:.1%} (same)\n")
+    return {
+        "end_to_end_ms_a_step": {name: round(1000 * took, 1) for name, took in whole.items()},
+        "input_share": {"ours": share, "laptop different": different, "laptop same": same},
         "peer_waits_for_input": waited,
     }
 
@@ -359,20 +464,43 @@ def main():
     parser.add_argument("--image-size", type=int, default=224 if cuda else 96)
     parser.add_argument("--batch-size", type=int, default=32 if cuda else 16)
     parser.add_argument("--loss", choices=["dino", "nce"], default="dino")
-    parser.add_argument("--steps", type=int, default=30 if cuda else 4, help="that count, after one that does not")
+    parser.add_argument(
+        "--steps", type=int, default=30 if cuda else 4, help="that count, after one that does not"
+    )
     parser.add_argument("--workers", type=int, default=2, help="of the peer's DataLoader")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
-    parser.add_argument("--large-batch", type=int, default=0, metavar="N", help="with --memory: N by pieces of --batch-size")
+    parser.add_argument(
+        "--large-batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --memory: N by pieces of --batch-size",
+    )
     args = parser.parse_args()
     started = time.perf_counter()
     result = report_memory(args) if args.memory else report_speed(args)
-    name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else f"{platform.machine()} CPU"
+    name = (
+        torch.cuda.get_device_name()
+        if torch.device(args.device).type == "cuda"
+        else f"{platform.machine()} CPU"
+    )
     print(f"\n{name}, {torch.get_num_threads()} threads, in {time.perf_counter() - started:.0f} s")
-    print(json.dumps(vars(args) | result | {
-        "device": name, "threads": torch.get_num_threads(), "date": str(datetime.date.today()),
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "timm": timm.__version__, "lightly": lightly.__version__,
-    }))
+    print(
+        json.dumps(
+            vars(args)
+            | result
+            | {
+                "device": name,
+                "threads": torch.get_num_threads(),
+                "date": str(datetime.date.today()),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "timm": timm.__version__,
+                "lightly": lightly.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ from sklearn.datasets import load_sample_images
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
+CANVAS = {"canvas_size": 100, "num_distractors": 6, "distractor_size": 9}
+AUGMENTATION = {
+    "global_crops_scale": (0.5, 1.0),
+    "local_crops_scale": (0.1, 0.4),
+    "rotation": 15.0,
+    "blur": (0.1, 2.0),
+}
+
 
 def torchvision_views(pictures, image_size, photos):
     """As lists of transforms are commonly written: one PIL image at a time."""
@@ -35,41 +43,68 @@ def torchvision_views(pictures, image_size, photos):
         T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
         T.RandomGrayscale(p=0.2),
     ]
-    transform = T.Compose([
-        T.RandomResizedCrop(image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
-        T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
-        *(colours if photos else []),
-        T.RandomApply([T.GaussianBlur(23, sigma=(0.1, 2.0))], p=0.5),
-        *([] if photos else [T.Grayscale(3)]),
-        T.ToTensor(),
-        T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
-    ])
+    transform = T.Compose(
+        [
+            T.RandomResizedCrop(image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
+            T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
+            *(colours if photos else []),
+            T.RandomApply([T.GaussianBlur(23, sigma=(0.1, 2.0))], p=0.5),
+            *([] if photos else [T.Grayscale(3)]),
+            T.ToTensor(),
+            T.Normalize(data.MEAN.flatten(), data.STD.flatten()),
+        ]
+    )
     return torch.stack([transform(picture) for picture in pictures])
 
 
 def our_views(rng, canvases, position, image_size, photos):
     """One global crop of each of canvases (B, channels, S, S)."""
-    crops = data.draw_crops(rng, [(0, "global")], len(canvases), position, canvases.shape[-1], image_size)
-    views = canvases[:, None]
+    size, config = canvases.shape[-1], AUGMENTATION | {"image_size": image_size}
+    crops = data.sample_crops(rng, [(0, "global")], len(canvases), position, size, config)
+    views, outside = canvases[:, None], "zeros"
     if photos:
-        views = data.change_colours(views, data.draw_colours(rng, (len(canvases), 1)))
-    return data.normalise(data.render_crops(views, crops, image_size, outside="reflection" if photos else "zeros"))
+        jitter = data.sample_color_jitter(rng, (len(canvases), 1))
+        views, outside = data.color_jitter(views, jitter), "reflection"
+    return data.normalize(data.render_crops(views, crops, image_size, outside=outside))
 
 
 def lightly_views(image_size):
-    """lightly's DINO transform of a list of pictures, two global views each; None if lightly is not installed."""
+    """lightly's DINO transform of a list of pictures, two global views each; None without it."""
     try:
         from lightly.transforms import DINOTransform
     except ImportError:
         return None
-    transform = DINOTransform(global_crop_size=image_size, global_crop_scale=(0.5, 1.0), n_local_views=0, rr_degrees=15)
+    transform = DINOTransform(
+        global_crop_size=image_size, global_crop_scale=(0.5, 1.0), n_local_views=0, rr_degrees=15
+    )
     return lambda pictures: [transform(picture) for picture in pictures]
 
 
+def canvas_inputs(n):
+    """n canvases (n, 1, 100, 100) in [0, 1], where their digits lie, and the same as PIL images."""
+    digits = data.load_digits("sklearn")[0]["train"]
+    params = data.CanvasSampler(CANVAS, digits).sample(data.generator(0, "n"), torch.arange(n))
+    canvases = data.render_canvases(params, CANVAS, digits.images)[0]
+    pictures = [Image.fromarray((image[0].numpy() * 255).astype(np.uint8)) for image in canvases]
+    return canvases, params["position"], pictures
+
+
+def photo_inputs(n):
+    """The same of photographs, (n, 3, 96, 96), which have no digit."""
+    images = photographs(n)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    return images / 255, None, pictures
+
+
 def photographs(n):
-    """Crops of scikit-learn's two photographs, (n, 3, 96, 96) uint8, as large as STL-10's images."""
+    """Crops of scikit-learn's two photographs, (n, 3, 96, 96) uint8, as large as STL-10's."""
     photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
-    return torch.stack([photos[i % 2][:, 5 * i % 300 : 5 * i % 300 + 96, 7 * i % 500 : 7 * i % 500 + 96] for i in range(n)])
+    return torch.stack(
+        [
+            photos[i % 2][:, 5 * i % 300 : 5 * i % 300 + 96, 7 * i % 500 : 7 * i % 500 + 96]
+            for i in range(n)
+        ]
+    )
 
 
 def main():
@@ -77,20 +112,18 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32, help="the paper's batch by default")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--dataset", choices=["clutter", "stl10"], default="clutter", help="stl10: with colours and flips")
+    parser.add_argument(
+        "--dataset",
+        choices=["clutter", "stl10"],
+        default="clutter",
+        help="stl10: with colors and flips",
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     rng, photos = data.generator(0, "benchmark"), args.dataset == "stl10"
-    if photos:
-        images, position = photographs(args.batch_size), None
-        canvases = images / 255  # (B, 3, 96, 96)
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    else:
-        digits = data.load_digits("sklearn")[0]["train"]
-        params = data.CanvasSampler(digits).draw(rng, torch.arange(args.batch_size))
-        canvases, position = data.render_canvases(params, digits.images, 100)[0], params["position"]  # (B, 1, 100, 100)
-        pictures = [Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases]
+    inputs = photo_inputs if photos else canvas_inputs
+    canvases, position, pictures = inputs(args.batch_size)
     lightly = lightly_views(args.image_size) if photos else None
 
     def milliseconds_a_view(function, *arguments):
@@ -111,12 +144,24 @@ def main():
     medians = {name: statistics.median(runs) for name, runs in times.items()}
     for name, median in medians.items():
         print(f"{name:12}{median:7.2f} ms a view, {median / medians['data.py']:5.1f} times ours")
-    print(json.dumps({
-        "ms_a_view": {name: round(median, 3) for name, median in medians.items()},
-        "ratio": {name: round(median / medians["data.py"], 2) for name, median in medians.items() if name != "data.py"},
-        "dataset": args.dataset, "batch_size": args.batch_size, "image_size": args.image_size, "threads": 1,
-        "torch": torch.__version__, "torchvision": torchvision.__version__,
-    }))
+    print(
+        json.dumps(
+            {
+                "ms_a_view": {name: round(median, 3) for name, median in medians.items()},
+                "ratio": {
+                    name: round(median / medians["data.py"], 2)
+                    for name, median in medians.items()
+                    if name != "data.py"
+                },
+                "dataset": args.dataset,
+                "batch_size": args.batch_size,
+                "image_size": args.image_size,
+                "threads": 1,
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

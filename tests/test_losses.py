@@ -32,9 +32,11 @@ def test_dino_loss_and_centre_are_dinos_over_several_steps(student_crops):
     loss_fn, losses = DINOLoss(16).double(), []
     for step, teacher_temp in enumerate([0.03, 0.04, 0.05, 0.05, 0.05]):
         rng = np.random.RandomState(10 * student_crops + step)
-        student = torch.from_numpy(rng.standard_normal((student_crops, 4, 16)).astype(np.float32)).double()
-        teacher = torch.from_numpy((rng.standard_normal((2, 4, 16)) + 0.3).astype(np.float32)).double()
-        losses.append(loss_fn(student, teacher, all_but_same(student_crops, 2), teacher_temp).item())
+        student = rng.standard_normal((student_crops, 4, 16)).astype(np.float32)
+        teacher = (rng.standard_normal((2, 4, 16)) + 0.3).astype(np.float32)
+        student, teacher = (torch.from_numpy(x).double() for x in (student, teacher))
+        pairs = all_but_same(student_crops, 2)
+        losses.append(loss_fn(student, teacher, pairs, teacher_temp).item())
         loss_fn.update_center(teacher.mean((0, 1)))
     expected, centre = DINO_SAYS[student_crops]
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
@@ -51,13 +53,15 @@ PAIRINGS = [
     (2, 2, [(0, 0), (0, 1), (1, 0), (1, 1)]),  # different views, two crops
     (2, 2, [(0, 1), (1, 0)]),  # same views, two crops
     (4, 4, all_but_same(4, 4)),  # same views, four crops
-    (4, 4, [(i, j) for i in range(4) for j in range(4) if i // 2 != j // 2]),  # different, swapped too
+    # different views, swapped too
+    (4, 4, [(i, j) for i in range(4) for j in range(4) if i // 2 != j // 2]),
 ]
 
 
 @pytest.mark.parametrize("student_crops,teacher_crops,pairs", PAIRINGS)
 def test_dino_loss_is_equations_1_and_2_in_plain_loops(student_crops, teacher_crops, pairs):
-    student, teacher = random_outputs(1, student_crops, 5, 7), random_outputs(2, teacher_crops, 5, 7)
+    student = random_outputs(1, student_crops, 5, 7)
+    teacher = random_outputs(2, teacher_crops, 5, 7)
     loss_fn = DINOLoss(7, student_temp=0.2).double()
     loss_fn.center += torch.linspace(-1, 1, 7)
     expected = 0
@@ -65,13 +69,15 @@ def test_dino_loss_is_equations_1_and_2_in_plain_loops(student_crops, teacher_cr
         for b in range(5):
             p_teacher = softmax((teacher[j, b].numpy() - loss_fn.center[0].numpy()) / 0.07)
             p_student = softmax(student[i, b].numpy() / 0.2)
-            expected -= sum(p_teacher[k] * math.log(p_student[k]) for k in range(7)) / 5 / len(pairs)
+            cross_entropy = -sum(p_teacher[k] * math.log(p_student[k]) for k in range(7))
+            expected += cross_entropy / 5 / len(pairs)
     assert abs(loss_fn(student, teacher, pairs, 0.07).item() - expected) < 1e-6
 
 
 @pytest.mark.parametrize("student_crops,teacher_crops,pairs", PAIRINGS)
 def test_nce_is_equation_3_in_plain_loops(student_crops, teacher_crops, pairs):
-    student, teacher = random_outputs(1, student_crops, 5, 7), random_outputs(2, teacher_crops, 5, 7)
+    student = random_outputs(1, student_crops, 5, 7)
+    teacher = random_outputs(2, teacher_crops, 5, 7)
 
     def sim(a, b):
         a, b = a.numpy(), b.numpy()
@@ -81,9 +87,17 @@ def test_nce_is_equation_3_in_plain_loops(student_crops, teacher_crops, pairs):
     for i, j in pairs:
         for b in range(5):
             positive = math.exp(sim(student[i, b], teacher[j, b]) / 0.1)
-            negatives = sum(math.exp(sim(student[i, b], teacher[j, k]) / 0.1) for k in range(5) if k != b)
+            others = [k for k in range(5) if k != b]
+            negatives = sum(math.exp(sim(student[i, b], teacher[j, k]) / 0.1) for k in others)
             expected -= math.log(positive / (positive + negatives)) / 5 / len(pairs)
     assert abs(NCELoss(0.1)(student, teacher, pairs).item() - expected) < 1e-6
+
+
+def test_nce_in_pieces_of_the_batch_is_that_of_the_whole():
+    student, teacher, nce = random_outputs(1, 2, 6, 7), random_outputs(2, 2, 6, 7), NCELoss()
+    pairs = [(0, 1), (1, 0)]
+    pieces = [nce(student[:, k : k + 2], teacher, pairs, first=k) for k in (0, 2, 4)]
+    torch.testing.assert_close(sum(pieces) / 3, nce(student, teacher, pairs))
 
 
 def test_chance_levels():
@@ -94,7 +108,8 @@ def test_chance_levels():
 
 @pytest.mark.parametrize("loss_fn", [NCELoss(), DINOLoss(6).double()])
 def test_gradient_flows_through_the_student_alone(loss_fn):
-    student, teacher = random_outputs(1, 2, 4, 6).requires_grad_(), random_outputs(2, 2, 4, 6).requires_grad_()
+    student = random_outputs(1, 2, 4, 6).requires_grad_()
+    teacher = random_outputs(2, 2, 4, 6).requires_grad_()
     loss_fn(student, teacher, [(0, 1), (1, 0)]).backward()
     assert teacher.grad is None
     assert student.grad.abs().sum() > 0

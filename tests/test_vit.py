@@ -2,13 +2,19 @@
 
 import argparse
 import http.server
+import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import vit
+
+SHIPPED = Path(__file__).parent.parent / "results" / "checkpoints" / "same.pth"
 
 
 def seeded_weights(model):
@@ -57,29 +63,29 @@ DINO_SAYS = {
 
 @pytest.mark.parametrize("seed,size", list(enumerate(DINO_SAYS)))
 def test_features_and_last_attention_are_dinos(vit_small, seed, size):
-    image = torch.from_numpy(np.random.RandomState(seed).standard_normal((1, 3, *size)).astype(np.float32))
+    image = torch.from_numpy(np.random.RandomState(seed).standard_normal((1, 3, *size))).float()
     with torch.no_grad():
         feature = vit_small(image)[0].double()
-        attention = vit_small.last_attention(image)[0].double()  # (heads, N, N)
-        cls_row = vit_small.last_attention(image, queries=1)[0, :, 0].double()
+        attention = vit_small.get_last_selfattention(image)[0].double()  # (heads, N, N)
+        cls_row = vit_small.get_last_selfattention(image, queries=1)[0, :, 0].double()
     n = attention.shape[-1]
     assert n == 1 + size[0] // 8 * (size[1] // 8)
-    expected_feature, expected_cls, expected_all = DINO_SAYS[size]
+    on_feature, on_cls, on_all = DINO_SAYS[size]
     directions = torch.stack([probe(100 + k, 384) for k in range(4)])
-    np.testing.assert_allclose(directions @ feature, expected_feature, atol=1e-5)
-    np.testing.assert_allclose(cls_row @ probe(109, n), expected_cls, atol=1e-6)
-    np.testing.assert_allclose(probe(110, n) @ attention @ probe(109, n), expected_all, atol=1e-6)
+    np.testing.assert_allclose(directions @ feature, on_feature, atol=1e-5)
+    np.testing.assert_allclose(cls_row @ probe(109, n), on_cls, atol=1e-6)
+    np.testing.assert_allclose(probe(110, n) @ attention @ probe(109, n), on_all, atol=1e-6)
     np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-5)
 
 
 def test_parameter_names_and_count_are_dinos():
     state = vit.VisionTransformer().state_dict()
     assert sum(v.numel() for v in state.values()) == 21_670_272
-    block = [f"{layer}.{kind}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-             for kind in ("weight", "bias")]
+    layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    block = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     expected = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
-    expected += [f"blocks.{i}.{name}" for i in range(12) for name in block] + ["norm.weight", "norm.bias"]
-    assert list(state) == expected
+    expected += [f"blocks.{i}.{name}" for i in range(12) for name in block]
+    assert list(state) == [*expected, "norm.weight", "norm.bias"]
 
 
 @pytest.mark.parametrize("size", [(28, 28), (35, 63), (84, 84)])
@@ -87,14 +93,22 @@ def test_any_size_that_the_patch_divides(size):
     model = vit.VisionTransformer(patch_size=7, dim=24, depth=2, heads=4, pos_size=56)
     images = torch.randn(2, 3, *size)
     assert model(images).shape == (2, 24)
-    assert model.last_attention(images).shape == (2, 4, *[1 + size[0] * size[1] // 49] * 2)
+    assert model.get_last_selfattention(images).shape == (2, 4, *[1 + size[0] * size[1] // 49] * 2)
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="heads 5.*24.*1, 2, 3, 4, 6, 8, 12, 24"):
+    with pytest.raises(ValueError, match="heads 5.* width 24"):
         vit.VisionTransformer(dim=24, heads=5)
+    model = vit.VisionTransformer(patch_size=7, dim=24, depth=1, heads=2, pos_size=56)
     with pytest.raises(ValueError, match="60×56.*patch size 7"):
-        vit.VisionTransformer(patch_size=7, dim=24, depth=1, heads=2, pos_size=56)(torch.zeros(1, 3, 60, 56))
+        model(torch.zeros(1, 3, 60, 56))
+
+
+@pytest.mark.parametrize("init_std,qkv,fc2", [(0.02, 0.02, 0.02), (0.0, 1 / 8, 1 / 16)])
+def test_initial_weights(init_std, qkv, fc2):
+    block = vit.VisionTransformer(8, 64, 1, 1, 32, init_std).blocks[0]
+    stds = [block.attn.qkv.weight.std().item(), block.mlp.fc2.weight.std().item()]
+    assert stds == pytest.approx([qkv, fc2], rel=0.1)
 
 
 def test_gradient_reaches_every_parameter():
@@ -111,28 +125,29 @@ def test_heads_of_both_losses():
     bottleneck = vit.ProjectionHead(24, None, 16, 2, 8, norm=True)(x)
     torch.testing.assert_close(bottleneck.norm(dim=-1), torch.ones(5))
     head = vit.ProjectionHead(24, 10, 16, 3, 8)
-    assert head(x).shape == (5, 10)
-    assert head(x).abs().max() <= 1  # cosines with the prototypes
+    assert head(x).shape == (5, 10) and head(x).abs().max() <= 1  # cosines with the prototypes
     assert {"last_layer.weight_v", "last_layer.weight_g"} <= head.state_dict().keys()
     # every image by itself: no statistics of the batch
     torch.testing.assert_close(head(x)[:2], head(x[:2]))
 
 
-# ------------------------------------------------------------------------------- the weights
+# -------------------------------------------------------------------------------------- The weights
 
 
 def tiny(**kwargs):
-    return vit.VisionTransformer(**{"patch_size": 8, "dim": 64, "depth": 2, "heads": 1, "pos_size": 32, **kwargs})
+    shape = {"patch_size": 8, "dim": 64, "depth": 2, "heads": 1, "pos_size": 32}
+    return vit.VisionTransformer(**shape | kwargs)
 
 
 def full_dino_checkpoint(backbone):
     """The layout of facebookresearch/dino's main_dino.py, with all that it drags along."""
-    prefixed = {f"module.backbone.{k}": v for k, v in backbone.state_dict().items()}
-    head = {"module.head.mlp.0.weight": torch.zeros(3, 3), "module.head.last_layer.weight_g": torch.ones(3, 1)}
+    weights = backbone.state_dict()
+    head = {"head.mlp.0.bias": torch.zeros(3), "head.last_layer.weight_g": torch.ones(3, 1)}
+    student = {f"backbone.{k}": v for k, v in weights.items()} | head
     return {
-        "student": prefixed | head,
-        "teacher": {f"backbone.{k}": v + 1 for k, v in backbone.state_dict().items()} | {"head.mlp.0.bias": torch.zeros(3)},
-        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.001), "weight_decay": np.float64(0.4)}]},
+        "student": {f"module.{k}": v for k, v in student.items()},
+        "teacher": {f"backbone.{k}": v + 1 for k, v in weights.items()} | head,
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.001)}]},
         "epoch": 3,
         "args": argparse.Namespace(arch="vit_small", lr=0.0005),
         "dino_loss": {"center": torch.zeros(1, 3)},
@@ -140,99 +155,81 @@ def full_dino_checkpoint(backbone):
     }
 
 
-def test_full_dino_checkpoint_gives_its_teacher(tmp_path):
-    model = tiny()
-    torch.save(full_dino_checkpoint(model), tmp_path / "full.pth")
-    checkpoint = vit.read_checkpoint(tmp_path / "full.pth")
-    rebuilt = vit.backbone_like(vit.backbone_weights(checkpoint, "full.pth"), "full.pth", vit.heads_of(checkpoint, 64))
-    assert (rebuilt.patch_size, rebuilt.dim, rebuilt.depth, rebuilt.heads, rebuilt.grid) == (8, 64, 2, 1, 4)
+def assert_same_weights(model, expected):
+    assert model.state_dict().keys() == expected.keys()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(rebuilt.state_dict()[name], value + 1)
+        assert value.dtype == torch.float32 and torch.equal(value, expected[name].float()), name
 
 
-def test_bare_state_dict_with_any_prefix(tmp_path):
-    model = tiny()
-    for prefix in ("", "module.", "backbone.", "module.backbone."):
-        torch.save({prefix + k: v for k, v in model.state_dict().items()}, tmp_path / "w.pth")
-        target = tiny()
-        vit.load_pretrained(target, str(tmp_path / "w.pth"))
-        torch.testing.assert_close(target.pos_embed, model.pos_embed)
-        torch.testing.assert_close(target.blocks[1].mlp.fc2.weight, model.blocks[1].mlp.fc2.weight)
+def shape_of(model):
+    return {name: getattr(model, name) for name in vit.SHAPE}
 
 
-@pytest.mark.parametrize("name,shape", [
-    ("cls_token", ()), ("pos_embed", (5,)), ("pos_embed", (1, 0, 64)), ("patch_embed.proj.weight", ())
-])
-def test_weights_without_the_dimensions_of_a_vit(name, shape):
-    with pytest.raises(ValueError, match=f"w.pth holds no Vision Transformer: there is no {name} of shape"):
-        vit.backbone_weights(tiny().state_dict() | {name: torch.zeros(shape)}, "w.pth")
+def test_full_dino_checkpoint_gives_its_teacher(tmp_path):
+    model, path = tiny(), str(tmp_path / "full.pth")
+    torch.save(full_dino_checkpoint(model), path)
+    loaded, content = vit.load_backbone(path)
+    assert shape_of(loaded) == shape_of(model) and loaded.grid == 4
+    assert_same_weights(loaded, {k: v + 1 for k, v in model.state_dict().items()})
+    assert content["step"] == 7 and content["args"].arch == "vit_small"
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("bomb-went-off", "w"))
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(8, 128, 2, 2, 32), (7, 24, 3, 1, 28)])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_bare_state_dict_of_any_kind(tmp_path, prefix, shape, dtype, old_format):
+    model, path = vit.VisionTransformer(*shape).to(getattr(torch, dtype)), str(tmp_path / "w.pth")
+    content = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    loaded = vit.load_backbone(path)[0]
+    assert_same_weights(loaded, model.state_dict())
+    assert shape_of(loaded) == shape_of(model)
 
 
-@pytest.mark.parametrize("content,says", [
-    (b"not a checkpoint", "not a PyTorch checkpoint"),
-    (b"", "not a PyTorch checkpoint"),
-    (Bomb(), "not a PyTorch checkpoint"),
-    ([1, 2], "holds no Vision Transformer"),
-    ({"conv1.weight": torch.zeros(3)}, "holds no Vision Transformer"),
-    (None, "no such file"),
-])
-def test_files_that_are_no_weights(tmp_path, monkeypatch, content, says):
-    monkeypatch.chdir(tmp_path)
-    if isinstance(content, bytes):
-        (tmp_path / "w.pth").write_bytes(content)
-    elif content is not None:
-        torch.save(content, tmp_path / "w.pth")
-    with pytest.raises((ValueError, OSError), match=says):
-        vit.load_pretrained(tiny(), "w.pth")
-    assert not (tmp_path / "bomb-went-off").exists()
+def test_a_shipped_checkpoint_still_loads():
+    loaded, content = vit.load_backbone(str(SHIPPED))
+    assert shape_of(loaded) == {"patch_size": 7, "dim": 96, "depth": 2, "heads": 3, "pos_size": 56}
+    teacher = {k: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
+    assert {v.dtype for v in teacher.values()} == {torch.float16}
+    assert_same_weights(loaded, {k.removeprefix("backbone."): v for k, v in teacher.items()})
 
 
-@pytest.mark.parametrize("other,says", [
-    (dict(dim=128), r"cls_token has shape \(1, 1, 128\).*needs \(1, 1, 64\)"),
-    (dict(patch_size=16), r"pos_embed has shape \(1, 5, 64\).*patch size 8.*\(1, 17, 64\)"),
-    (dict(depth=3), r"surplus blocks\.2"),
-    (dict(depth=1), r"has no blocks\.1"),
-])
-def test_weights_of_other_shapes(tmp_path, other, says):
-    torch.save(tiny(**other).state_dict(), tmp_path / "w.pth")
-    model = tiny()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=says):
-        vit.load_pretrained(model, str(tmp_path / "w.pth"))
-    for name, value in before.items():
-        assert torch.equal(value, model.state_dict()[name])
+def test_untrained_backbone_is_the_one_of_the_first_step(tmp_path, capsys):
+    config, path = torch.load(SHIPPED, weights_only=True)["config"], tmp_path / "w.pth"
+    first = vit.build_network(config).backbone.state_dict()
+    assert_same_weights(vit.untrained_backbone(config), first)
+    torch.save(first, path)
+    config |= {"weights": str(path), "seed": 1}
+    assert_same_weights(vit.untrained_backbone(config), first)
+    path.unlink()
+    assert vit.untrained_backbone(config) is None
+    assert "no such file" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------ the download
+# ------------------------------------------------------------------------------------- The download
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """DINO's server, on loopback, with a small file; `served` counts requests and cuts answers short."""
+    """DINO's server, on loopback, with a small file; `cut` bytes of it are sent."""
     torch.save(tiny().state_dict(), tmp_path / "served.pth")
     content = (tmp_path / "served.pth").read_bytes()
-    served = argparse.Namespace(requests=0, cut=len(content), body=content, model=tiny())
+    served = argparse.Namespace(requests=[], cut=len(content), body=content)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            served.requests += 1
+            served.requests.append(self.path)
             self.send_response(200)
             self.send_header("Content-Length", str(len(served.body)))
             self.end_headers()
             self.wfile.write(served.body[: served.cut])
 
-        def log_message(self, *args):
-            pass
+        def log_message(self, *args): ...
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(vit, "DINO_HOST", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(vit, "DINO_BYTES", {"dino_deitsmall8_pretrain": len(content)})
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(vit, "DINO_URL", f"http://127.0.0.1:{server.server_port}/{{0}}/{{0}}.pth")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     served.folder = tmp_path / "hub" / "checkpoints"
     served.stop = lambda: (server.shutdown(), server.server_close())
@@ -240,51 +237,47 @@ def hub(tmp_path, monkeypatch):
     served.stop()
 
 
-def test_download_once_then_cached(hub):
-    vit.load_pretrained(tiny(), "dino")
-    assert hub.requests == 1
+@pytest.mark.parametrize("name,file", vit.DINO_FILES.items())
+def test_download_once_then_cached(hub, name, file):
+    vit.load_backbone(name)
+    assert hub.requests == [f"/{file}/{file}.pth"]
     hub.stop()
-    vit.load_pretrained(tiny(), "dino")
+    assert shape_of(vit.load_backbone(name)[0]) == shape_of(tiny())
+    assert [f.name for f in hub.folder.iterdir()] == [f"{file}.pth"]
+    (hub.folder / f"{file}.pth").write_bytes(hub.body[:500])
+    with pytest.raises(ValueError, match=f"{file}.pth .*damaged.*use another copy"):
+        vit.load_backbone(name)
+
+
+@pytest.mark.parametrize("missing", [1, 100, 400_000])
+def test_download_cut_short_leaves_nothing_and_is_fetched_again(hub, missing):
+    hub.cut = len(hub.body) - missing
+    with pytest.raises(OSError, match="--weights dino.*--weights none.*--weights FILE"):
+        vit.load_backbone("dino")
+    assert list(hub.folder.iterdir()) == []
+    hub.cut = len(hub.body)
+    vit.load_backbone("dino")
+    assert len(hub.requests) == 2
+
+
+def test_several_downloads_at_once(hub):
+    with ThreadPoolExecutor(6) as threads:
+        assert len(list(threads.map(vit.load_backbone, ["dino"] * 6))) == 6
     assert [f.name for f in hub.folder.iterdir()] == ["dino_deitsmall8_pretrain.pth"]
 
 
-def test_download_cut_short_leaves_nothing_and_begins_again(hub):
-    hub.cut = 1000
-    with pytest.raises(OSError, match="--weights dino.*--weights none.*--weights FILE"):
-        vit.load_pretrained(tiny(), "dino")
+@pytest.mark.parametrize("silent,says", [(False, "refused"), (True, "timed out")])
+def test_a_server_that_is_down_or_silent(hub, monkeypatch, request, silent, says):
+    request.addfinalizer(partial(socket.setdefaulttimeout, socket.getdefaulttimeout()))
+    socket.setdefaulttimeout(0.3)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if silent:
+            server.listen()
+        monkeypatch.setattr(vit, "DINO_URL", f"http://127.0.0.1:{server.getsockname()[1]}/{{0}}")
+        with pytest.raises(OSError, match=f"failed .*{says}.*--weights none.*--weights FILE"):
+            vit.load_backbone("dino")
     assert list(hub.folder.iterdir()) == []
-    hub.cut = len(hub.body)
-    vit.load_pretrained(tiny(), "dino")
-
-
-def test_download_unreachable(hub):
-    hub.stop()
-    with pytest.raises(OSError, match="could not be fetched from 127.0.0.1.*--weights none.*--weights FILE"):
-        vit.load_pretrained(tiny(), "dino")
-    assert list(hub.folder.iterdir()) == []
-
-
-def test_cached_file_that_is_not_whole(hub):
-    hub.folder.mkdir(parents=True)
-    (hub.folder / "dino_deitsmall8_pretrain.pth").write_bytes(hub.body[:500])
-    with pytest.raises(OSError, match="500 bytes.*delete it"):
-        vit.load_pretrained(tiny(), "dino")
-
-
-def test_downloaded_weights_of_other_shapes(hub):
-    with pytest.raises(ValueError, match="--weights dino.*shape"):
-        vit.load_pretrained(tiny(dim=128, heads=2), "dino")
-
-
-def test_a_server_that_never_answers_counts_as_unreachable(hub, monkeypatch):
-    import socket
-
-    silent = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(vit, "NO_ANSWER_SECONDS", 0.3)
-    monkeypatch.setattr(vit, "DINO_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
-    with pytest.raises(OSError, match="could not be fetched"):
-        vit.load_pretrained(tiny(), "dino")
-    silent.close()
 
 
 def test_missing_device_is_named():

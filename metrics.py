@@ -1,0 +1,426 @@
+"""Attention measured against the truth, beside maps that understand nothing; k-NN and linear probe.
+
+Maps are (n, m, patches): m maps for each of n images, each map summing to 1. Digit and clutter are
+(n, patches): how many pixels of each patch they have. Attention is spread evenly over the pixels of
+a patch. Numbers are computed for each image, then averaged.
+"""
+
+import json
+import math
+import textwrap
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
+
+import data
+import vit
+
+TEST_IMAGES = 1000
+BANK_IMAGES = 10_000  # training images that k-NN and probe learn from
+VALIDATION_IMAGES = 512  # choose the best head, and draw the curves
+VALIDATION_BANK = 512
+
+
+# -------------------------------------------------------------------------- Maps and their metrics
+
+
+@torch.no_grad()
+def cls_attention(backbone, images):
+    """Where [CLS] attends in the last block: (B, heads, patches), each map summing to 1.
+
+    `images` (B, 3, H, W), normalized. The attention that [CLS] pays to itself is left out.
+    Raises FloatingPointError if the weights give no finite numbers.
+    """
+    maps = backbone.get_last_selfattention(images, queries=1)[:, :, 0, 1:]
+    maps = maps / maps.sum(dim=-1, keepdim=True)
+    if not maps.isfinite().all():
+        raise FloatingPointError("the attention of the last block is NaN or infinite")
+    return maps
+
+
+def patch_sums(images, patch_size):
+    """Sum of (B, H, W) over each patch, row by row: (B, patches). Of a mask: its pixel count."""
+    return F.avg_pool2d(images.float()[:, None], patch_size, divisor_override=1).flatten(1)
+
+
+def density(maps, counts):
+    """Share of the attention on a region, (n, patches) pixels, ÷ its share of the area: (n, m).
+
+    1 if uniform; NaN where an image has no such region.
+    """
+    return maps.shape[-1] * (maps * counts[:, None]).sum(-1) / counts.sum(-1)[:, None]
+
+
+def auroc(maps, digit, clutter):
+    """P(a pixel of the digit gets more attention than one of the clutter), ties ½: (n, m).
+
+    0.5: cannot tell. Only ranks matter: a faint contrast counts like a strong one. NaN without ink.
+    """
+    maps = maps.contiguous()
+    digit, clutter = (counts[:, None].expand_as(maps) for counts in (digit, clutter))
+    ranked, order = maps.sort(dim=-1)
+    # clutter pixels with less attention than each patch, those with as much counting half
+    up_to = F.pad(clutter.gather(-1, order).cumsum(-1), (1, 0))
+    less = up_to.gather(-1, torch.searchsorted(ranked, maps, right=False))
+    less_or_equal = up_to.gather(-1, torch.searchsorted(ranked, maps, right=True))
+    wins = (digit * (less + less_or_equal) / 2).sum(-1)
+    return wins / (digit.sum(-1) * clutter.sum(-1))
+
+
+def pointing(maps, digit, clutter):
+    """Whether the top patch (ties averaged) holds more digit than clutter: (n, m), 0 to 1."""
+    top = maps == maps.amax(-1, keepdim=True)
+    return (top & (digit > clutter)[:, None]).sum(-1) / top.sum(-1)
+
+
+def jaccard(maps, digit, patch_area, mass=0.6):
+    """Jaccard index of the digit with the patches that hold `mass` of the attention: (n, m).
+
+    Patches are taken in descending order, tied ones together (DINO's comparison with masks).
+    """
+    ranked = maps.sort(dim=-1, descending=True).values
+    # rounding must not ask for one patch more
+    missing = (ranked.cumsum(-1) < mass - 1e-6).sum(-1, keepdim=True)
+    taken = maps >= ranked.gather(-1, missing)
+    inside = (taken * digit[:, None]).sum(-1)
+    return inside / (digit.sum(-1)[:, None] + patch_area * taken.sum(-1) - inside)
+
+
+def best_jaccard(digit, patch_area):
+    """The highest Jaccard index that any set of patches has with the digit's pixels: (n,)."""
+    # of all sets of k patches the one with most digit is best, so only `patches` sets compete
+    inside = digit.sort(dim=-1, descending=True).values.cumsum(-1)
+    area = patch_area * torch.arange(1, digit.shape[-1] + 1, device=digit.device)
+    return (inside / (digit.sum(-1, keepdim=True) + area - inside)).amax(-1)
+
+
+def entropy(maps):
+    """How spread out a map is, (n, m): 0 if all lies on one patch, 1 if it is uniform."""
+    return torch.special.entr(maps).sum(-1) / math.log(maps.shape[-1])
+
+
+def diversity(maps):
+    """Mean Jensen–Shannon divergence between any two of m maps, bits, 0 to 1: (n,). NaN for one."""
+    i, j = torch.triu_indices(maps.shape[1], maps.shape[1], offset=1)
+    each = torch.special.entr(maps).sum(-1)
+    mixed = torch.special.entr((maps[:, i] + maps[:, j]) / 2).sum(-1)  # (n, pairs)
+    return (mixed - (each[:, i] + each[:, j]) / 2).mean(1) / math.log(2)
+
+
+def attention_metrics(maps, digit, clutter, patch_area):
+    """All metrics of single maps: {name: (n, m)}, float64, NaN without the region."""
+    maps, digit, clutter = maps.double(), digit.double(), clutter.double()
+    regions = {"digit": digit, "clutter": clutter, "background": patch_area - digit - clutter}
+    regions["far_background"] = torch.where(digit + clutter == 0, patch_area, 0.0)
+    metrics = {f"{name}_density": density(maps, counts) for name, counts in regions.items()}
+    for name in ("digit", "clutter", "background"):
+        metrics[f"{name}_share"] = (maps * regions[name][:, None]).sum(-1) / patch_area
+    return metrics | {
+        "auroc": auroc(maps, digit, clutter),
+        "pointing": pointing(maps, digit, clutter).double(),
+        "jaccard60": jaccard(maps, digit, patch_area),
+        "best_jaccard": best_jaccard(digit, patch_area)[:, None].expand(maps.shape[:2]),
+        "entropy": entropy(maps),
+    }
+
+
+# ------------------------------------------------------------------------------------- Intervals
+
+
+def bootstrap(values, index, resamples=1000, seed=0):
+    """Means over images, and the same means over resampled images: (1 + resamples, …).
+
+    Canvases that show the same digit are not independent, so digits are resampled, with all their
+    canvases. `values` (n, …), NaN left out; `index` (n,), the digit that each image shows.
+    """
+    digits, group = torch.unique(index, return_inverse=True)
+    chance = np.full(len(digits), 1 / len(digits))
+    drawn = np.random.default_rng(seed).multinomial(len(digits), chance, resamples)
+    weight = torch.cat([torch.ones(1, len(digits)), torch.from_numpy(drawn)]).double()
+    zeros = torch.zeros(len(digits), *values.shape[1:], dtype=torch.float64)
+    total = zeros.index_add(0, group, values.double().nan_to_num())
+    count = zeros.index_add(0, group, (~values.isnan()).double())
+    return torch.tensordot(weight, total, 1) / torch.tensordot(weight, count, 1)
+
+
+def with_interval(means, values):
+    """{"value", "low", "high", "images"} of `values` (n,): their mean and its 95% interval.
+
+    `means` (1 + resamples,) are those of `bootstrap`. None: nothing to average, or to resample.
+    """
+    value, resampled = means[0].item(), means[1:][means[1:].isfinite()]
+    value, low, high = value if math.isfinite(value) else None, None, None
+    if value is not None and len(resampled):
+        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": value, "low": low, "high": high, "images": int((~values.isnan()).sum())}
+
+
+# ------------------------------------------------------------------------- Attention in numbers
+
+
+def measure_attention(backbone, batches, untrained=None, resamples=1000):
+    """Every metric of the network's attention to `data.evaluation_batches`, and of its rivals'.
+
+    Returns {row: {metric: {"value", "low", "high", "images"}}}. Rows:
+        mean: the mean map of the heads; head_1, head_2, …: each head.
+        uniform: the same everywhere. ink: the same on every patch that holds ink, nothing
+            elsewhere, as if all white pixels were alike. Both have selectivity 1 and auroc 0.5.
+        brightness: proportional to each patch's summed intensity. Digits have denser strokes
+            than clutter, so this already prefers them, having understood nothing.
+        shuffled: the network's mean map of another image: what position alone earns.
+        untrained: the mean map of the network `untrained`.
+    Metrics: those of `attention_metrics`; selectivity, mean digit density ÷ mean clutter density
+    over images that have clutter; diversity between the heads, of mean and untrained. Of
+    photographs, which have no masks, entropy and diversity alone, of the networks.
+    """
+    device, patch_size, columns = backbone.cls_token.device, backbone.patch_size, []
+    for batch in tqdm(batches, "attention", unit="batch", leave=False, disable=None):
+        images, regions = data.normalize(batch["images"].to(device)), []
+        if "digit" in batch:
+            regions = [batch["digit"], batch["clutter"], batch["images"].mean(1)]
+        maps = [cls_attention(network, images) for network in (backbone, untrained) if network]
+        counts = [patch_sums(region, patch_size) for region in regions]
+        columns.append([x.cpu() for x in (batch["index"], *maps, *counts)])
+    index, heads, *rest = (torch.cat(column) for column in zip(*columns))
+
+    mean, several = heads.mean(1), {"mean": heads}  # (n, patches), (n, heads, patches)
+    rows = {"mean": mean} | {f"head_{h + 1}": map_ for h, map_ in enumerate(heads.unbind(1))}
+    if regions:
+        digit, clutter, intensity = rest[-3:]
+        rows |= {"uniform": torch.ones_like(mean), "ink": (digit + clutter > 0).float()}
+        rows |= {"brightness": intensity + 1e-9, "shuffled": mean.roll(1, dims=0)}
+    if untrained:
+        rows["untrained"], several["untrained"] = rest[0].mean(1), rest[0]
+    maps = torch.stack([map_ / map_.sum(-1, keepdim=True) for map_ in rows.values()], dim=1)
+    values = {"entropy": entropy(maps.double())}
+    if regions:  # a hundred images at a time, so that memory does not grow with n
+        pieces = zip(maps.split(100), digit.split(100), clutter.split(100))
+        pieces = [attention_metrics(*piece, patch_size**2) for piece in pieces]
+        values |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        has_clutter = ~values["clutter_density"].isnan()
+        values["selectivity"] = values["digit_density"].where(has_clutter, torch.nan)
+    values["diversity"] = torch.full_like(values["entropy"], torch.nan)
+    for row, each in several.items():
+        values["diversity"][:, list(rows).index(row)] = diversity(each.double())
+
+    means = dict(
+        zip(values, bootstrap(torch.stack([*values.values()], 1), index, resamples).unbind(1))
+    )
+    if regions:
+        means["selectivity"] = means["selectivity"] / means["clutter_density"]
+    table = {row: {} for row in rows}
+    for name, value in values.items():
+        for row, column, resampled in zip(rows, value.T, means[name].T):
+            if name != "diversity" or row in several:
+                table[row][name] = with_interval(resampled, column)
+    return table
+
+
+@torch.no_grad()
+def extract_features(backbone, batches):
+    """L2-normalized [CLS] features (n, dim), labels (n,) and digits (n,) of batches of canvases."""
+    rows = []
+    for batch in tqdm(batches, "features", unit="batch", leave=False, disable=None):
+        images = data.normalize(batch["images"].to(backbone.cls_token.device))
+        features = F.normalize(backbone(images), dim=-1)
+        rows.append((features.cpu(), batch["labels"].cpu(), batch["index"].cpu()))
+    return tuple(torch.cat(column) for column in zip(*rows))
+
+
+def knn_classify(bank, bank_labels, queries, k=20, temperature=0.07):
+    """The class that wins a vote of each query's k nearest neighbours in the bank: (n,).
+
+    Features (N, dim), (n, dim) are L2-normalized; as in DINO a vote weighs exp(cosine / 0.07).
+    """
+    similarity, neighbour = (queries @ bank.T).topk(min(k, len(bank)))
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
+    votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
+    return votes.argmax(1)
+
+
+def linear_probe(bank, bank_labels, queries):
+    """The class that a linear classifier, fitted to the bank, gives each query: (n,)."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return torch.from_numpy(probe.fit(bank.numpy(), bank_labels.numpy()).predict(queries.numpy()))
+
+
+def measure_features(config, backbone, splits):
+    """How well the features tell the ten classes apart, training images to test images.
+
+    Returns {"knn", "linear_probe": accuracy with its interval}, and the test features and labels.
+    """
+    bank = splits.get("bank", splits["train"])
+    images = data.evaluation_batches(config, bank, min(BANK_IMAGES, len(bank)), "paper", "train")
+    bank, bank_labels, _ = extract_features(backbone, images)
+    images = data.evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
+    points, labels, index = extract_features(backbone, images)
+    accuracies = {}
+    for name, classify in (("knn", knn_classify), ("linear_probe", linear_probe)):
+        correct = (classify(bank, bank_labels, points) == labels).double()
+        accuracies[name] = with_interval(bootstrap(correct, index), correct)
+    return accuracies, points, labels
+
+
+def evaluate(name, config, epoch, backbone, splits):
+    """All that metrics.json holds of a network; and its test features (n, dim) and labels (n,).
+
+    Attention on the test split, layouts matched and paper, and the head most selective on
+    validation canvases; of photographs their one table; accuracy of the features. Of a run of
+    train.py (epoch not None) the network before its first step, too.
+    """
+    untrained = None if epoch is None else vit.untrained_backbone(config)
+    if untrained:
+        untrained.to(backbone.cls_token.device)
+    settings = {key: value for key, value in config.items() if key != "fallbacks"}
+    result = {"checkpoint": name, "epoch": epoch, "fallbacks": config["fallbacks"]}
+    result["settings"], layouts = settings, ["matched", "paper"]
+    if config.get("dataset") == "stl10":
+        layouts = ["photographs"]
+    else:
+        held_out = splits["validation"], VALIDATION_IMAGES, "matched", "validation"
+        table = measure_attention(backbone, data.evaluation_batches(config, *held_out), None, 0)
+        heads = [row for row in table if row.startswith("head_")]
+        result["best_head"] = max(heads, key=lambda row: table[row]["selectivity"]["value"] or 0)
+    for layout in layouts:
+        images = data.evaluation_batches(config, splits["test"], TEST_IMAGES, layout)
+        result[layout] = measure_attention(backbone, images, untrained)
+    result["features"], *points = measure_features(config, backbone, splits)
+    if untrained:
+        result["untrained_features"] = measure_features(config, untrained, splits)[0]
+    return result, points
+
+
+class Validation:
+    """A fixed set of validation images, the same for every run, measured after each epoch.
+
+    Attention on the layout `matched`; k-NN of the same images by VALIDATION_BANK training images.
+    """
+
+    def __init__(self, config, splits):
+        bank, held_out = splits.get("bank", splits["train"]), (VALIDATION_IMAGES, "matched")
+        # kept, for rendering them anew each epoch would cost as much as measuring them
+        images = data.evaluation_batches(config, splits["validation"], *held_out, "validation")
+        bank = data.evaluation_batches(config, bank, VALIDATION_BANK, "matched", "train")
+        self.images, self.bank = list(images), list(bank)
+
+    def __call__(self, backbone):
+        """{"images", "knn", and for each row of `measure_attention` its main metrics}."""
+        table = measure_attention(backbone, self.images, resamples=0)
+        bank, bank_labels, _ = extract_features(backbone, self.bank)
+        queries, labels, _ = extract_features(backbone, self.images)
+        correct = knn_classify(bank, bank_labels, queries) == labels
+        result = {"images": len(labels), "knn": correct.double().mean().item()}
+        shown = ("selectivity", "auroc", "pointing", "entropy", "diversity")
+        for row, cells in table.items():
+            result[row] = {name: cells[name]["value"] for name in shown if name in cells}
+        return result
+
+
+# ------------------------------------------------------------------------------------ The report
+
+
+def format_cell(cell, interval=True):
+    """A metric as text, such as "1.91 [1.85, 1.97]"."""
+    if cell is None or cell["value"] is None:
+        return "–"
+    text = f"{cell['value']:.2f}"
+    if interval and cell["low"] is not None:
+        text += f" [{cell['low']:.2f}, {cell['high']:.2f}]"
+    return text
+
+
+def format_table(rows):
+    """Lines of at most 100 columns from {title: {metric: cell}}, for one network or several."""
+    titles = ["", "selectivity", "auroc", "pointing", "digit", "clutter", "far", "entropy"]
+    names = [f"{t}_density" if t in ("digit", "clutter") else t for t in titles[3:]]
+    names[3], lines = "far_background_density", [titles]
+    for title, cells in rows.items():
+        wide = [format_cell(cells.get(name)) for name in titles[1:3]]
+        lines.append([title, *wide, *(format_cell(cells.get(name), False) for name in names)])
+    widths = (18, 18, 18, 9, 9, 9, 9, 0)
+    return ["".join(f"{t:{w}}" for t, w in zip(line, widths)).rstrip() for line in lines]
+
+
+def is_above(table, row, reference):
+    """Whether a row's selectivity is above another's, their intervals apart as they are printed."""
+    low, high = table[row]["selectivity"]["low"], table[reference]["selectivity"]["high"]
+    return low is not None and high is not None and round(low, 2) > round(high, 2)
+
+
+def verdict(result):
+    """What the table comes to, in a sentence or two."""
+    table, best = result["matched"], result["best_head"]
+    mean, bright = table["mean"], table["brightness"]
+    value, density = mean["selectivity"]["value"], mean["digit_density"]
+    if value is None:
+        return "Cannot be told: no canvas has both digit and clutter."
+    text = f"attention is {value:.2f} times as dense on the digit as on the clutter"
+    brightness = f"brightness alone earns {bright['selectivity']['value']:.2f}"
+    found = {row: all(is_above(table, row, r) for r in ("brightness", "shuffled")) for row in table}
+    if density["high"] < 1:
+        text = f"No, it looks past the ink: on the digit it is {density['value']:.2f} times uniform"
+    elif found["mean"]:
+        text = f"Yes: {text}; {brightness}"
+        if mean["auroc"]["low"] <= bright["auroc"]["high"]:
+            ranks = f"{mean['auroc']['value']:.2f}, {bright['auroc']['value']:.2f}"
+            text += f". By auroc, ranks alone, it is not above brightness ({ranks})"
+    elif mean["selectivity"]["high"] < 1:
+        text = f"No, it prefers the clutter: {text}"
+    elif is_above(table, "mean", "shuffled"):
+        text = f"Not more than brightness explains: {text}; {brightness}"
+    else:
+        text = f"No: {text}, which position alone may earn"
+    if found[best] and not text.startswith("Yes"):
+        selectivity = format_cell(table[best]["selectivity"])
+        text += f". But {best.replace('_', ' ')}, by itself, does: {selectivity}"
+    return text + "."
+
+
+def describe(config, epoch=None):
+    """A line: what was trained how, on what, and how far."""
+    c = config
+    what = "random weights" if c["weights"] == "none" else f"weights {c['weights']}"
+    if "loss" in c:
+        what = f"{c['loss'].upper()} loss, {c['views']} views, crops of a canvas: {c['crops']}"
+    names = {"mnist": "MNIST", "sklearn": "scikit-learn's digits", "auto": "digits"}
+    images = "STL-10" if c.get("dataset") == "stl10" else names[c["digits"]]
+    if c.get("background", "black") != "black":
+        images += f", background {c['background']}"
+        images += f", {c['texture_pool']} in all" if c.get("texture_pool") else ""
+    progress = "" if epoch is None else f", epoch {epoch} of {c['epochs']}"
+    return f"{what}, {c['image_size']} px, patch {c['patch_size']}, {images}{progress}"
+
+
+def report(results, path):
+    """The answer and the rows that matter, on lines of 100 columns; all goes to the file `path`.
+
+    `results` are those of `evaluate`, one network's or several's.
+    """
+    with open(path, "w") as file:
+        json.dump(results if len(results) > 1 else results[0], file, indent=1)
+    lines, rows = [], {}
+    for number, result in enumerate(results, 1):
+        own, best = f"[{number}] " if len(results) > 1 else "", result.get("best_head")
+        about = describe(result["settings"], result["epoch"])
+        lines += textwrap.wrap(f"{own}{result['checkpoint']}: {about}", 100)
+        table = result["matched"] if best else result["photographs"]
+        if best:
+            question = "Does it look at the digit, rather than at all that is white?"
+            lines += textwrap.wrap(f"{question} {verdict(result)}", 100)
+        for name in ("features", "untrained_features"):
+            cells = [f"{k} {100 * cell['value']:.1f}%" for k, cell in result.get(name, {}).items()]
+            lines += [f"accuracy of {name.replace('_', ' ')}: {', '.join(cells)}"] if cells else []
+        rivals = ["brightness"] if own else ["brightness", "shuffled", "untrained"]
+        heads = [row for row in table if row.startswith("head_") and (row == best or not own)]
+        for row in ["mean", *heads, *(row for row in rivals if row in table)]:
+            rows[own + row.replace("_", " ") + " (best)" * (row == best)] = table[row]
+    what = "canvases, layout matched" if best else "photographs, of which there are no masks"
+    n = table["mean"]["entropy"]["images"]
+    lines += ["", f"attention to {n:,} test {what} [95% interval]"]
+    lines += [*format_table(rows), "", f"all metrics: {path}; what each means: README.md"]
+    return "\n".join(lines)

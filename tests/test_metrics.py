@@ -1,0 +1,430 @@
+"""Metrics by hand, where the answer is known; intervals, references, features; what is reported."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+import data
+import metrics
+import train
+import vit
+
+AREA = 49  # pixels of a patch
+YES = (1.9, 1.8, 2.0)  # a selectivity above brightness, with its interval
+SPLITS = data.load_digits("sklearn")[0]
+LAPTOP = train.make_config(train.parse_args(["--preset", "laptop"]))
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def enlarge(patches):
+    """A value for each of 64 patches, (…, 64), as pixels (…, 56, 56)."""
+    return patches.unflatten(-1, (8, 8)).repeat_interleave(7, -1).repeat_interleave(7, -2)
+
+
+def random_masks():
+    """Masks (40, 56, 56) of digit and clutter, each on some patches only; pixels of each patch."""
+    inked = enlarge(torch.rand(2, 40, 64, generator=rng()) < 0.3)
+    digit, clutter = (torch.rand(2, 40, 56, 56, generator=rng(1)) < 0.4) & inked
+    clutter &= ~digit
+    return digit, clutter, metrics.patch_sums(digit, 7), metrics.patch_sums(clutter, 7)
+
+
+def random_maps(ties=False):
+    """Any three maps of 40 images; with `ties`, of few different values."""
+    maps = torch.rand(40, 3, 64, generator=rng(2))
+    maps = (maps * 4).round() + 1 if ties else maps
+    return maps / maps.sum(-1, keepdim=True)
+
+
+def counts(*values):
+    """Pixels in each of 64 patches of one image: the values, then nothing."""
+    return torch.tensor([[*values, *[0] * (64 - len(values))]], dtype=torch.float32)
+
+
+def on(*patches):
+    """A map with the same attention on each of these patches of 64: (1, 1, 64)."""
+    row = torch.zeros(1, 1, 64)
+    row[..., list(patches)] = 1 / len(patches)
+    return row
+
+
+def network_of(seed=0):
+    return vit.build_network(LAPTOP | {"seed": seed}).backbone
+
+
+def test_uniform_attention_tells_nothing():
+    digit, clutter = counts(40, 30, 0, 0, 5), counts(0, 2, 9, 30, 5)
+    values = metrics.attention_metrics(torch.full((1, 1, 64), 1 / 64), digit, clutter, AREA)
+    for region in ("digit", "clutter", "background", "far_background"):
+        assert values[f"{region}_density"].item() == pytest.approx(1)
+    assert values["auroc"].item() == 0.5
+    assert values["entropy"].item() == pytest.approx(1)
+    assert values["pointing"].item() == pytest.approx(2 / 64)  # all are top; two hold more digit
+    assert values["jaccard60"].item() == pytest.approx(75 / (64 * AREA))  # all are taken
+
+
+def test_attention_on_the_digit_alone_and_on_the_clutter_alone():
+    digit, clutter = counts(49, 40, 30), counts(0, 0, 0, 20, 9)
+    values = metrics.attention_metrics(on(0, 1, 2), digit, clutter, AREA)
+    assert values["auroc"].item() == values["pointing"].item() == 1
+    assert values["clutter_density"].item() == values["far_background_density"].item() == 0
+    assert values["digit_density"].item() == pytest.approx(64 / 3)
+    shares = [values[f"{region}_share"].item() for region in ("digit", "clutter", "background")]
+    assert shares == pytest.approx([119 / 147, 0, 28 / 147])
+    # 119 pixels of digit in three patches; two would give 89 / (98 + 30), four no more digit
+    assert values["jaccard60"].item() == pytest.approx(119 / 147)
+    assert values["best_jaccard"].item() == pytest.approx(119 / 147)
+    assert values["entropy"].item() == pytest.approx(math.log(3) / math.log(64))
+    values = metrics.attention_metrics(on(3, 4), digit, clutter, AREA)
+    assert values["auroc"].item() == values["pointing"].item() == values["jaccard60"].item() == 0
+    assert values["clutter_density"].item() == pytest.approx(32)
+
+
+def test_pointing_and_jaccard60_by_hand():
+    """Ties are averaged by the one, and taken together by the other."""
+    digit, clutter = counts(10, 10, 10), counts(9, 10, 11)
+    for patches, share in (((0,), 1), ((1,), 0), ((2,), 0), ((0, 1), 0.5), ((0, 1, 2, 50), 0.25)):
+        assert metrics.pointing(on(*patches), digit, clutter).item() == pytest.approx(share)
+    digit, steep, even = counts(49, 49, 49, 49), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64)
+    steep[0, 0, :4] = torch.tensor([0.35, 0.25, 0.22, 0.18])  # the first two hold just 60%
+    even[0, 0, :5] = 0.2  # the three that would do bring the other two along
+    assert metrics.jaccard(steep, digit, AREA).item() == pytest.approx(2 / 4)
+    assert metrics.jaccard(even, digit, AREA).item() == pytest.approx(4 / 5)
+
+
+def test_diversity_by_hand():
+    same = metrics.diversity(random_maps()[:, :1].expand(-1, 3, -1))
+    torch.testing.assert_close(same, torch.zeros(40), atol=1e-6, rtol=0)
+    assert metrics.diversity(torch.cat([on(0, 1), on(5)], 1)).item() == pytest.approx(1)
+    # (1, 0) and (½, ½): H(¾, ¼) − ½ H(½, ½)
+    half = metrics.diversity(torch.cat([on(0), on(0, 1)], 1)).item()
+    assert half == pytest.approx(0.8113 - 0.5, abs=1e-4)
+    # of three heads, two agree: two of the three pairs are disjoint
+    assert metrics.diversity(torch.cat([on(0), on(0), on(9)], 1)).item() == pytest.approx(2 / 3)
+    assert metrics.diversity(on(0)).isnan().all()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_is_scikit_learns_on_the_pixels(ties):
+    digit, clutter, *counted = random_masks()
+    ours = metrics.attention_metrics(random_maps(ties), *counted, AREA)["auroc"]
+    for image, pixels in enumerate(enlarge(random_maps(ties))):
+        ink = digit[image] | clutter[image]
+        expected = [roc_auc_score(digit[image][ink], map_[ink]) for map_ in pixels]
+        assert ours[image].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(0.01, 1)), min_size=1, max_size=9))
+@settings(max_examples=200, deadline=None)
+def test_no_map_exceeds_the_best_jaccard_and_some_set_reaches_it(patches):
+    """Patches of four pixels with 0 to 4 of digit, and any attention on them."""
+    digit = torch.tensor([[float(n) for n, _ in patches]])
+    maps = torch.tensor([[[a for _, a in patches]]], dtype=torch.float64)
+    best = metrics.best_jaccard(digit, 4).item()
+    assert metrics.jaccard(maps / maps.sum(), digit, 4).item() <= best + 1e-9
+    sets = torch.tensor(list(itertools.product([0.0, 1.0], repeat=len(patches))))  # all of them
+    inside = (sets * digit).sum(1)
+    found = (inside / (digit.sum() + 4 * sets.sum(1) - inside)).nan_to_num().max().item()
+    assert best == pytest.approx(found)
+
+
+def test_neither_the_batch_nor_the_order_of_patches_changes_a_number():
+    """Of tied patches above all: what a sort puts first among equals must not show."""
+    _, _, d, c = random_masks()
+    order = torch.randperm(64, generator=rng(5))
+    for ties in (False, True):
+        maps = random_maps(ties=ties)
+        whole = metrics.attention_metrics(maps, d, c, AREA)
+        other = metrics.attention_metrics(maps[..., order], d[:, order], c[:, order], AREA)
+        part = metrics.attention_metrics(maps[3:8], d[3:8], c[3:8], AREA)
+        for name, value in whole.items():
+            assert torch.equal(value[3:8], part[name]), name
+            torch.testing.assert_close(value, other[name], atol=1e-12, rtol=0, equal_nan=True)
+
+
+def interval_of(values, index, **kwargs):
+    """Mean, and the 2.5th and 97.5th percentile of the resampled means."""
+    means = metrics.bootstrap(values, index, **kwargs).numpy()
+    return [means[0], *np.percentile(means[1:], [2.5, 97.5])]
+
+
+def test_interval_resamples_digits_not_images():
+    """Ten canvases of one digit are no ten observations: the interval is that of one each."""
+    values = torch.randn(100, generator=rng(3))
+    once = interval_of(values, torch.arange(100))
+    assert once == pytest.approx(interval_of(values.repeat(10), torch.arange(100).repeat(10)))
+    assert once[0] == pytest.approx(values.mean().item(), abs=1e-6)
+    assert once[2] - once[1] == pytest.approx(2 * 1.96 * values.std().item() / 10, rel=0.15)
+    missing = torch.tensor([1.0, 2.0, torch.nan, 3.0])
+    assert metrics.bootstrap(missing, torch.arange(4), resamples=0).tolist() == [2.0]
+
+
+def table_of(attention, monkeypatch, n=1000, layout="matched"):
+    """`measure_attention` of a network whose maps are what a function says of each batch."""
+    batches = list(data.evaluation_batches(LAPTOP, SPLITS["test"], n, layout))
+    now = iter(batches)
+    monkeypatch.setattr(metrics, "cls_attention", lambda network, images: attention(next(now)))
+    return metrics.measure_attention(network_of(), batches, resamples=200)
+
+
+def on_the_digit(batch):
+    held = metrics.patch_sums(batch["digit"], 7) + 1e-6
+    return (held / held.sum(-1, keepdim=True))[:, None].expand(-1, 3, -1)
+
+
+@pytest.mark.parametrize("layout", ["matched", "paper"])
+def test_references_come_out_as_theory_says(monkeypatch, layout):
+    table = table_of(lambda batch: torch.full((100, 2, 64), 1 / 64), monkeypatch, layout=layout)
+    for row in ("mean", "head_1", "head_2", "uniform", "ink", "shuffled"):
+        assert table[row]["selectivity"]["value"] == pytest.approx(1, abs=1e-5)
+        assert table[row]["auroc"]["value"] == pytest.approx(0.5, abs=1e-6)
+    for region in ("digit", "clutter", "background", "far_background"):
+        assert table["uniform"][f"{region}_density"]["value"] == pytest.approx(1, abs=1e-5)
+    assert table["ink"]["far_background_density"]["value"] == 0
+    brightness = table["brightness"]  # dense strokes win: it is no null
+    assert brightness["selectivity"]["low"] > 1.2 and brightness["auroc"]["low"] > 0.6
+    assert table["mean"]["diversity"]["value"] == pytest.approx(0, abs=1e-6)
+    assert "diversity" not in table["head_1"] and "untrained" not in table
+
+
+def test_a_map_that_does_not_see_the_image_earns_nothing_on_matched(monkeypatch):
+    """In the middle, at a corner, or anywhere at random. On `paper` the middle pays."""
+    y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
+    middle, corner = torch.exp(-(x**2 + y**2) / 4.5), torch.exp(-(x + y) / 4)
+    maps = torch.stack([middle, corner, torch.rand(8, 8, generator=rng(1))]).flatten(1)
+    maps = (maps / maps.sum(-1, keepdim=True)).expand(100, -1, -1)  # for each batch
+    matched = table_of(lambda batch: maps, monkeypatch, 4000)
+    paper = table_of(lambda batch: maps, monkeypatch, layout="paper")
+    for row in ("head_1", "head_2", "head_3", "shuffled"):
+        assert 0.47 < matched[row]["auroc"]["value"] < 0.53, row
+    assert paper["head_1"]["auroc"]["value"] > 0.6
+
+
+def test_a_network_that_looks_at_the_digit_and_its_maps_laid_on_other_images(monkeypatch):
+    table = table_of(on_the_digit, monkeypatch)
+    assert table["mean"]["selectivity"]["low"] > 3 and table["mean"]["auroc"]["value"] > 0.9
+    selectivity = table["shuffled"]["selectivity"]
+    assert selectivity["low"] < 1 < selectivity["high"]
+    assert 0.47 < table["shuffled"]["auroc"]["value"] < 0.53
+    assert all(900 < each["images"] <= 1000 for each in table["mean"].values())
+    batches = data.evaluation_batches(LAPTOP, SPLITS["test"], 1000)
+    entropies = torch.cat([metrics.entropy(on_the_digit(batch)[:, 0]) for batch in batches])
+    expected = interval_of(entropies, torch.arange(1000) % 250, resamples=200)
+    entropy = table["mean"]["entropy"]
+    assert [entropy[k] for k in ("value", "low", "high")] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_table_does_not_depend_on_the_batch_size():
+    networks, tables = (network_of(), network_of(seed=1)), []
+    for size in (60, 7):
+        batches = data.evaluation_batches(LAPTOP, SPLITS["test"], 60, batch_size=size)
+        tables.append(metrics.measure_attention(networks[0], batches, networks[1], 50))
+    for row, cells in tables[0].items():
+        for name, found in cells.items():
+            assert found == pytest.approx(tables[1][row][name], abs=2e-3), (row, name)
+
+
+def test_heads_mean_and_untrained_are_rows_of_their_own(monkeypatch):
+    """Two heads with known maps, their mean, and the untrained network's: none is another's."""
+    network, untrained = network_of(), network_of()
+
+    def attention(which, images):
+        patches = (0, 9) if which is network else (20,)
+        return torch.cat([on(p) for p in patches], 1).expand(len(images), -1, -1)
+
+    monkeypatch.setattr(metrics, "cls_attention", attention)
+    batches = list(data.evaluation_batches(LAPTOP, SPLITS["test"], 100))
+    table = metrics.measure_attention(network, batches, untrained, 0)
+    held = metrics.patch_sums(batches[0]["digit"], 7)
+    share = (held / held.sum(-1, keepdim=True)).mean(0) * 64  # density of a map on one patch
+    expected = {"head_1": share[0], "head_2": share[9], "untrained": share[20]}
+    expected["mean"] = (share[0] + share[9]) / 2
+    for row, value in expected.items():
+        assert table[row]["digit_density"]["value"] == pytest.approx(value.item(), abs=1e-5)
+        assert table[row]["digit_density"]["low"] is None  # nothing was resampled
+    assert table["mean"]["diversity"]["value"] == pytest.approx(1)
+    assert table["untrained"]["diversity"]["value"] is None  # one head
+
+
+def test_selectivity_is_over_images_that_have_clutter(monkeypatch):
+    """A canvas without any, looked at wherever, does not count."""
+    digit, clutter = torch.zeros(2, 2, 56, 56, dtype=torch.bool)
+    digit[:, :7, :7] = clutter[0, 7:14, :7] = True
+    maps = torch.stack([torch.full((3, 64), 1 / 64), on(0)[0].expand(3, -1)])
+    monkeypatch.setattr(metrics, "cls_attention", lambda network, images: maps)
+    batch = {"images": torch.zeros(2, 1, 56, 56), "index": torch.arange(2)}
+    batch |= {"digit": digit, "clutter": clutter}
+    row = metrics.measure_attention(network_of(), [batch], resamples=10)["mean"]
+    assert row["selectivity"]["value"] == pytest.approx(1)
+    assert row["digit_density"]["value"] == pytest.approx((1 + 64) / 2)
+    assert [row[name]["images"] for name in ("selectivity", "auroc", "pointing")] == [1, 1, 2]
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    for name in ("TEST_IMAGES", "BANK_IMAGES", "VALIDATION_IMAGES", "VALIDATION_BANK"):
+        monkeypatch.setattr(metrics, name, 60)
+
+
+def test_the_best_head_is_the_most_selective_on_validation(few_images, monkeypatch):
+    """Head 2 looks at the digits of the validation split, head 1 at those of the test split."""
+    seen, batches = {}, data.evaluation_batches
+
+    def remembered(config, split, *args, **kwargs):
+        for batch in batches(config, split, *args, **kwargs):
+            seen.update(batch=batch, validation=split is SPLITS["validation"])
+            yield batch
+
+    def attention(backbone, images):
+        maps = torch.full((len(images), 3, 64), 1 / 64)
+        maps[:, 1 if seen["validation"] else 0] = on_the_digit(seen["batch"])[:, 0]
+        return maps
+
+    monkeypatch.setattr(data, "evaluation_batches", remembered)
+    monkeypatch.setattr(metrics, "cls_attention", attention)
+    result, _ = metrics.evaluate("a.pth", LAPTOP, None, network_of(), SPLITS)
+    assert result["best_head"] == "head_2"
+    for layout in ("matched", "paper"):
+        assert result[layout]["head_1"]["selectivity"]["low"] > 2
+        assert result[layout]["head_2"]["selectivity"]["value"] == pytest.approx(1, abs=1e-5)
+
+
+def test_cls_attention_leaves_cls_out_and_sums_to_one():
+    torch.manual_seed(0)
+    backbone = vit.VisionTransformer(7, 24, 2, 3, 56)
+    images = torch.randn(2, 3, 56, 56)
+    maps = metrics.cls_attention(backbone, images)
+    whole = backbone.get_last_selfattention(images)[:, :, 0]
+    assert maps.shape == (2, 3, 64)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(maps, whole[..., 1:] / (1 - whole[..., :1]))
+    with torch.no_grad():
+        backbone.blocks[1].attn.qkv.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        metrics.cls_attention(backbone, images)
+
+
+def test_knn_is_dinos_query_by_query():
+    bank, queries = (torch.randn(n, 8, generator=rng(n)) for n in (300, 50))
+    bank, queries = (x / x.norm(dim=1, keepdim=True) for x in (bank, queries))
+    classes = torch.randint(10, (300,), generator=rng(3))
+    for query, ours in zip(queries, metrics.knn_classify(bank, classes, queries).tolist()):
+        cosine, votes = (bank @ query).tolist(), [0.0] * 10
+        for i in sorted(range(300), key=lambda i: -cosine[i])[:20]:
+            votes[classes[i]] += math.exp(cosine[i] / 0.07)
+        assert ours == votes.index(max(votes))
+
+
+def test_the_probe_is_linear():
+    """It separates what a line can, whatever the scale, but not a ring from its middle."""
+    points = torch.randn(600, 2, generator=rng(4)) * torch.tensor([1.0, 1e-3])
+    halves, ring = (points[:, 1] > 0).long() * 7, (points[:, 0].abs() > 0.7).long()
+    for labels, low, high in ((halves, 0.97, 1.0), (ring, 0.3, 0.7)):
+        found = metrics.linear_probe(points[:400], labels[:400], points[400:])
+        assert low <= (found == labels[400:]).double().mean() <= high
+
+
+def test_validation_measures_the_same_images_for_every_run(few_images):
+    backbone = network_of()
+    one, other = (metrics.Validation(LAPTOP | {"seed": s}, SPLITS)(backbone) for s in (0, 1))
+    assert one == other and one["images"] == 60
+    bank = data.evaluation_batches(LAPTOP, SPLITS["train"], 60, "matched", "train")
+    held_out = SPLITS["validation"], 60, "matched", "validation"
+    images = list(data.evaluation_batches(LAPTOP, *held_out))
+    table = metrics.measure_attention(backbone, images, resamples=0)
+    assert one.keys() - {"images", "knn"} == table.keys()
+    assert one["mean"].keys() == {"selectivity", "auroc", "pointing", "entropy", "diversity"}
+    for row, cells in table.items():
+        assert all(value == cells[name]["value"] for name, value in one[row].items()), row
+    bank, classes, _ = metrics.extract_features(backbone, bank)
+    points, labels, index = metrics.extract_features(backbone, images)
+    torch.testing.assert_close(points.norm(dim=-1), torch.ones(60))
+    assert torch.equal(labels, SPLITS["validation"].labels[:60]) and index.tolist() == [*range(60)]
+    correct = metrics.knn_classify(bank, classes, points) == labels
+    assert one["knn"] == pytest.approx(correct.double().mean().item())
+
+
+def cell(value, low, high):
+    return {"value": value, "low": low, "high": high, "images": 1000}
+
+
+def result_of(mean, best=None, shuffled=(1.0, 0.9, 1.1), heads=2):
+    """As of `evaluate`, with these selectivities (value, low, high); head 2 is the best."""
+    rows = {"mean": mean} | {f"head_{h + 1}": mean for h in range(heads)} | {"head_2": best or mean}
+    rows |= {"uniform": (1, 1, 1), "ink": (1, 1, 1), "brightness": (1.3, 1.2, 1.4)}
+    rows |= {"shuffled": shuffled, "untrained": (1.1, 1, 1.2)}
+    table = {row: {"selectivity": cell(*selectivity)} for row, selectivity in rows.items()}
+    for cells in table.values():
+        for name in ("auroc", "pointing", "jaccard60", "best_jaccard", "entropy", "diversity"):
+            cells[name] = cell(0.25, 0.24, 0.26)
+        for region in ("digit", "clutter", "background", "far_background"):
+            cells[f"{region}_density"] = cell(12.345, 11.345, 13.345)
+    accuracies = {name: cell(0.434, 0.4, 0.5) for name in ("knn", "linear_probe")}
+    result = {"checkpoint": "run/ckpt.pth", "epoch": 2, "fallbacks": [], "settings": LAPTOP}
+    result |= {"best_head": "head_2", "matched": table, "paper": table}
+    return result | {"features": accuracies, "untrained_features": accuracies}
+
+
+def test_the_verdict_is_in_plain_words():
+    for mean, best, says in (
+        (YES, None, "Yes: attention is 1.90 times as dense on the digit"),
+        ((1.5, 1.35, 1.6), None, "Not more than brightness explains: attention is 1.50"),  # touch
+        ((1.0, 0.95, 1.05), None, "No: attention is 1.00"),
+        ((0.8, 0.7, 0.9), None, "No, it prefers the clutter: attention is 0.80"),
+        ((1.2, 1.15, 1.25), (2.0, 1.9, 2.1), "But head 2, by itself, does: 2.00 [1.90, 2.10]"),
+        ((None, None, None), None, "Cannot be told"),
+    ):
+        text = metrics.verdict(result_of(mean, best))
+        assert says in text and ("But head" in text) == (best is not None)
+    for selectivity in ((0.8, 0.7, 0.9), YES):  # however it divides what little it gives
+        result = result_of(selectivity)
+        result["matched"]["mean"]["digit_density"] = cell(0.3, 0.2, 0.4)
+        text = metrics.verdict(result)
+        assert text.startswith("No, it looks past the ink") and "0.30 times" in text
+
+
+def test_the_verdict_says_what_does_not_agree():
+    text = metrics.verdict(result_of(YES, shuffled=(1.8, 1.7, 1.9)))  # above brightness alone
+    assert text.startswith("No: attention is 1.90")
+    result, ranks = result_of(YES), "By auroc, ranks alone, it is not above brightness (0.25, 0.25)"
+    assert ranks in metrics.verdict(result)
+    result["matched"]["mean"]["auroc"] = cell(0.7, 0.69, 0.71)
+    assert "By auroc" not in metrics.verdict(result)
+    table = result_of((1.004, 1.0041, 1.005), shuffled=(1.001, 0.999, 1.0039))["matched"]
+    assert not metrics.is_above(table, "mean", "shuffled")  # 1.00 and 1.00, as printed
+
+
+@pytest.mark.parametrize("heads", [2, 12])  # DINO's largest network has 12
+def test_the_report_is_short_and_leads_with_the_verdict(tmp_path, heads):
+    result, path = result_of(YES, heads=heads), tmp_path / "metrics.json"
+    text = metrics.report([result], str(path))
+    lines = [line for line in text.splitlines() if "/" not in line]
+    assert len(text.splitlines()) <= 30 and max(map(len, lines)) <= 100 and str(path) in text
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert text.index("at all that is white? Yes:") < text.index("selectivity  ")
+    (mean,) = [" ".join(line.split()) for line in lines if line.startswith("mean ")]
+    assert mean.startswith("mean 1.90 [1.80, 2.00] 0.25 [0.24, 0.26] 0.25")
+    for row in ("head 2 (best)", "brightness", "shuffled", "untrained"):
+        assert any(line.startswith(row) for line in lines), row
+    assert "0.43" in text or "43.4%" in text  # what the features tell
+
+
+def test_several_networks_are_in_one_table(tmp_path):
+    results = [result_of((value, value - 0.1, value + 0.1)) for value in (1.9, 1.2)]
+    text = metrics.report(results, str(tmp_path / "metrics.json"))
+    lines = [line for line in text.splitlines() if "/" not in line]
+    for start in ("[1] mean", "[1] head 2 (best)", "[1] brightness", "[2] mean", "[2] brightness"):
+        assert sum(line.startswith(start) for line in lines) == 1, start
+    assert text.count("selectivity  ") == 1 and text.count("Does it look at the digit") == 2
+    assert len(json.loads((tmp_path / "metrics.json").read_text())) == 2
+    assert max(map(len, lines)) <= 100
