@@ -386,7 +386,8 @@ def describe(config, epoch=None):
     c = config
     what = "random weights" if c["weights"] == "none" else f"weights {c['weights']}"
     if "loss" in c:
-        what = f"{c['loss'].upper()} loss, {c['views']} views, crops of a canvas: {c['crops']}"
+        crops = f"{c['crops']} crop{'s' * (c['crops'] > 1)}"
+        what = f"{c['loss'].upper()} loss, {c['views']} views, {crops}"
     names = {"mnist": "MNIST", "sklearn": "scikit-learn's digits", "auto": "digits"}
     images = "STL-10" if c.get("dataset") == "stl10" else names[c["digits"]]
     if c.get("background", "black") != "black":
@@ -409,18 +410,35 @@ def report(results, path):
         about = describe(result["settings"], result["epoch"])
         lines += textwrap.wrap(f"{own}{result['checkpoint']}: {about}", 100)
         table = result["matched"] if best else result["photographs"]
+        answer = "These are photographs, of which there are no masks to measure attention against."
         if best:
             question = "Does it look at the digit, rather than at all that is white?"
-            lines += textwrap.wrap(f"{question} {verdict(result)}", 100)
+            answer = f"{question} {verdict(result)}"
+        lines += textwrap.wrap(answer, 100)
         for name in ("features", "untrained_features"):
-            cells = [f"{k} {100 * cell['value']:.1f}%" for k, cell in result.get(name, {}).items()]
-            lines += [f"accuracy of {name.replace('_', ' ')}: {', '.join(cells)}"] if cells else []
+            if name in result:
+                knn, probe = (100 * cell["value"] for cell in result[name].values())
+                what = name.replace("_", " ")
+                lines.append(f"accuracy of {what}: k-NN {knn:.1f}%, linear probe {probe:.1f}%")
         rivals = ["brightness"] if own else ["brightness", "shuffled", "untrained"]
         heads = [row for row in table if row.startswith("head_") and (row == best or not own)]
         for row in ["mean", *heads, *(row for row in rivals if row in table)]:
             rows[own + row.replace("_", " ") + " (best)" * (row == best)] = table[row]
-    what = "canvases, layout matched" if best else "photographs, of which there are no masks"
+    compared = (
+        "image_size",
+        "patch_size",
+        "canvas_size",
+        "num_distractors",
+        "background",
+        "digits",
+    )
+    seen = [[result["settings"].get(name) for result in results] for name in compared]
+    differ = [
+        name for name, values in zip(compared, seen) if values.count(values[0]) < len(seen[0])
+    ]
+    if differ:
+        lines.append(f"They differ in {', '.join(differ)}: each is measured at its own.")
     n = table["mean"]["entropy"]["images"]
-    lines += ["", f"attention to {n:,} test {what} [95% interval]"]
+    lines += ["", f"attention to {n:,} test images, of canvases layout matched [95% interval]"]
     lines += [*format_table(rows), "", f"all metrics: {path}; what each means: README.md"]
     return "\n".join(lines)

@@ -519,10 +519,11 @@ def log_epoch(folder, config, teacher, history):
             content["metrics"] = history
             save_checkpoint(os.path.join(folder, f"epoch-{epoch}.pth"), content)
     if epoch > 0 and not sys.stderr.isatty():  # a progress bar would fill the file
-        selectivity = line["validation"]["mean"].get("selectivity") or math.nan
+        selectivity = line["validation"]["mean"].get("selectivity")  # photographs have none
         print_rank0(
-            f"epoch {epoch}/{epochs}: loss {line['loss']:.3f}, selectivity {selectivity:.2f}, "
-            f"{line['images_per_second']:.0f} images/s, "
+            f"epoch {epoch}/{epochs}: loss {line['loss']:.3f}, "
+            + (f"selectivity {selectivity:.2f}, " if selectivity else "")
+            + f"{line['images_per_second']:.0f} images/s, "
             f"{(epochs - epoch) * line['seconds'] / 60:.1f} minutes left"
         )
 

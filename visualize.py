@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 
@@ -61,15 +61,15 @@ class Model:
 # ----------------------------------------------------------------------------------------- Figures
 
 
-def caption(models):
-    """What a figure was made from, a line each, with everything that was replaced on the way."""
+def caption(models, width):
+    """What a figure was made from, wrapped for its width in inches, and what was replaced."""
     lines = []
     for number, model in enumerate(models, 1):
         name = f"[{number}] {model.name}: " if len(models) > 1 else ""
-        lines += textwrap.wrap(name + metrics.describe(model.config, model.epoch), 94)
-    for line in dict.fromkeys(line for model in models for line in model.config["fallbacks"]):
-        lines += textwrap.wrap(textwrap.shorten(line, 160), 88)
-    return "\n".join(lines)
+        lines.append(name + metrics.describe(model.config, model.epoch))
+    lines += dict.fromkeys(line for model in models for line in model.config["fallbacks"])
+    wrap = {"width": int(15 * width), "break_on_hyphens": False}
+    return "\n".join(text for line in lines for text in textwrap.wrap(line[:300], **wrap))
 
 
 def save_figure(figure, path):
@@ -78,30 +78,31 @@ def save_figure(figure, path):
     print(f"wrote {path}")
 
 
-def plot_grid(columns, path, title, row_names=(), outlines=()):
+def plot_grid(columns, path, title, models, row_names=(), outlines=()):
     """Pictures and maps in columns: {heading: a list with an array for each row}.
 
     Arrays are pictures (H, W, 3) in [0, 1], or maps (rows, columns), each colored from 0 (black) to
-    its own maximum. `outlines`: (color, list of masks (H, W)), drawn on the first column.
+    its own maximum. `outlines`: (heading, color, list of masks (H, W)), drawn on that column.
     """
     rows = len(next(iter(columns.values())))
-    size = (max(6, 1.4 * len(columns)), 1.45 * rows + 1)
+    width = max(6, 1.4 * len(columns))
     # compressed: no gaps between pictures, however wide the title is
-    grid = {"squeeze": False, "figsize": size, "layout": "compressed"}
-    figure, axes = plt.subplots(rows, len(columns), **grid)
-    for (heading, arrays), column in zip(columns.items(), axes.T):
-        column[0].set_title(heading, fontsize=8)
-        for axis, array in zip(column, arrays):
+    how = {"squeeze": False, "figsize": (width, 1.45 * rows + 1), "layout": "compressed"}
+    figure, axes = plt.subplots(rows, len(columns), **how)
+    axes = dict(zip(columns, axes.T))
+    for heading, arrays in columns.items():
+        axes[heading][0].set_title(heading, fontsize=8)
+        for axis, array in zip(axes[heading], arrays):
             axis.imshow(np.asarray(array), cmap="inferno", vmin=0)
             axis.axis("off")
-    for color, masks in outlines:
-        for axis, mask in zip(axes[:, 0], masks):
+    for heading, color, masks in outlines:
+        for axis, mask in zip(axes[heading], masks):
             if mask.any():
                 axis.contour(np.asarray(mask), levels=[0.5], colors=color, linewidths=0.7)
-    for axis, name in zip(axes[:, 0], row_names):
+    for axis, name in zip(next(iter(axes.values())), row_names):
         place = {"rotation": 90, "ha": "right", "va": "center", "transform": axis.transAxes}
         axis.text(-0.06, 0.5, name, fontsize=8, **place)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(f"{title}\n{caption(models, width)}", fontsize=9)
     save_figure(figure, path)
 
 
@@ -117,8 +118,9 @@ def plot_views(model, path, images=4):
     for branch, shown in branches.items():
         for number, crop in enumerate(shown, 1):
             canvas, kind = views.plan[crop]
-            columns[f"{branch} {number}: {kind},\ncanvas {'ab'[canvas]}"] = list(crops[crop])
-    plot_grid(columns, path, "What each branch is fed\n" + caption([model]))
+            where = f", canvas {'ab'[canvas]}" if model.config["views"] == "different" else ""
+            columns[f"{branch}, {number}\n{kind}{where}"] = list(crops[crop])
+    plot_grid(columns, path, "What each branch is fed", [replace(model, epoch=None)])
 
 
 def plot_attention(models, images, path, epochs=None):
@@ -128,27 +130,27 @@ def plot_attention(models, images, path, epochs=None):
     and clutter, if any. `epochs`: {name: backbone} of one run, a row each for every image.
     """
     columns, outlines, seen = {}, [], None
+    stages = list(epochs.values()) if epochs else [None]
     for number, (model, (pictures, masks)) in enumerate(zip(models, images), 1):
-        stages = list(epochs.values()) if epochs else [model.backbone]
         name = f"[{number}]\n" if len(models) > 1 else ""
         shown = [picture.movedim(0, -1).cpu() for picture in pictures for _ in stages]
         if seen is None or not all(map(torch.equal, seen, shown)):  # not the same inputs again
-            columns[f"{name}input"] = seen = shown
-        if number == 1:
-            masks = [[mask.cpu() for mask in each for _ in stages] for each in masks]
-            outlines = list(zip(("lime", "red"), masks))
+            heading = "input" if number == 1 else f"{name}input"
+            columns[heading] = seen = shown
+            for color, each in zip(("lime", "red"), masks):
+                outlines.append((heading, color, [mask.cpu() for mask in each for _ in stages]))
         try:
-            maps = [attention_map(stage, picture) for picture in pictures for stage in stages]
+            maps = [attention_map(s or model.backbone, p) for p in pictures for s in stages]
         except FloatingPointError as error:
             raise FloatingPointError(f"{model.name}: {error}") from error
         if model.backbone.heads > 1:
             columns[f"{name}mean of heads"] = [heads.mean(0) for heads in maps]
         for head in range(model.backbone.heads):
             columns[f"{name}head {head + 1}"] = [heads[head] for heads in maps]
-    title = "Where [CLS] of the last block looks"
-    title += " (digit outlined green, clutter red)" * bool(outlines)
-    row_names = list(epochs or {}) * len(images[0][0]) if len(epochs or {}) > 1 else []
-    plot_grid(columns, path, f"{title}\n{caption(models)}", row_names, outlines)
+    title = "Where [CLS] of the last block looks, each map from 0 (black) to its own maximum"
+    title += "\ndigit outlined green, clutter red" * bool(outlines)
+    row_names = list(epochs) * len(images[0][0]) if len(stages) > 1 else []
+    plot_grid(columns, path, title, models, row_names, outlines)
 
 
 def attention_map(backbone, picture):
@@ -164,7 +166,8 @@ def plot_curves(model, path):
     lines = [line["validation"] for line in model.history]
     heads = [row for row in lines[0] if row.startswith("head_")]
     names = [name for name in ("selectivity", "auroc", "pointing") if name in lines[0]["mean"]]
-    panels = ["loss", *names, "entropy", "diversity", "k-NN accuracy", "legend"]
+    names += ["entropy", "diversity"] if len(heads) > 1 else ["entropy"]
+    panels = ["loss", *names, "k-NN accuracy, %", "legend"]
     width = math.ceil(len(panels) / 2)
     figure, axes = plt.subplots(2, width, figsize=(3.5 * width, 6.6), layout="constrained")
     axes = dict(zip(panels, axes.flat))
@@ -172,39 +175,42 @@ def plot_curves(model, path):
         axis.remove()
 
     thick, grey = {"color": "black", "linewidth": 2}, {"color": "grey", "linestyle": "--"}
-    axes["loss"].plot(epochs[1:], [line["loss"] for line in model.history[1:]], label="training")
+    training = [line["loss"] for line in model.history[1:]]
+    axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
     axes["loss"].plot(epochs, [line["loss"] for line in lines], **thick, label="validation")
     if model.config["loss"] == "nce":
         axes["loss"].axhline(
             math.log(model.config["batch_size"]), **grey, label="ln(batch), chance"
         )
     axes["loss"].legend(fontsize=8)
-    axes["k-NN accuracy"].plot(epochs, [line["knn"] for line in lines], **thick)
-    axes["k-NN accuracy"].axhline(lines[0]["knn"], **grey)
+    accuracy = [100 * line["knn"] for line in lines]
+    axes["k-NN accuracy, %"].plot(epochs, accuracy, **thick)
+    axes["k-NN accuracy, %"].axhline(accuracy[0], **grey)
     styles = {head: {"linewidth": 1} for head in heads if len(heads) > 1} | {"mean": thick}
     styles["brightness"] = {"color": "darkorange", "linestyle": "--"}
     styles["shuffled"] = {"color": "purple", "linestyle": "--"}
-    for name in [*names, "entropy", "diversity"]:
+    for name in names:
         for row, style in styles.items():
             values = [line.get(row, {}).get(name) for line in lines]
             if name != "entropy" or row not in ("brightness", "shuffled"):
                 values = [math.nan if value is None else value for value in values]
                 axes[name].plot(epochs, values, **style, label=row.replace("_", " "))
-        axes[name].axhline(lines[0]["mean"][name] or 0, **grey, label="untrained")
+        axes[name].axhline(lines[0]["mean"][name], **grey, label="untrained")
         if name in ("selectivity", "auroc"):
             chance = {"selectivity": 1, "auroc": 0.5}[name]
             axes[name].axhline(chance, color="silver", linestyle=":", label="ink, uniform")
 
     legend = axes.pop("legend")
     legend.axis("off")
-    labelled = axes[(names or ["entropy"])[0]].get_legend_handles_labels()
+    labelled = axes[names[0]].get_legend_handles_labels()
     legend.legend(*labelled, loc="center", fontsize=9, ncols=1 if len(heads) <= 6 else 2)
+    notes = {"diversity": " of the heads, bits", "entropy": " (1: uniform)"}
     for name, axis in axes.items():
-        axis.set_title(name + " of the heads, bits" * (name == "diversity"), fontsize=11)
+        axis.set_title(name + notes.get(name, ""), fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    title = f"{lines[0]['images']} validation images, teacher's attention\n{caption([model])}"
-    figure.suptitle(title, fontsize=9)
+    title = f"{lines[0]['images']} validation images, teacher's attention"
+    figure.suptitle(f"{title}\n{caption([model], 3.5 * width)}", fontsize=9)
     save_figure(figure, path)
 
 
@@ -221,7 +227,7 @@ def plot_tsne(model, points, labels, accuracy, path):
     axis.set_xticks([])
     axis.set_yticks([])
     title = f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
-    figure.suptitle(f"{title}\n{caption([model])}", fontsize=8)
+    figure.suptitle(f"{title}\n{caption([model], 6)}", fontsize=9)
     save_figure(figure, path)
 
 
@@ -277,7 +283,8 @@ def kept_epochs(model):
     stages = {}
     for path in glob.glob(os.path.join(glob.escape(os.path.dirname(model.name)), "epoch-*.pth")):
         backbone, content = vit.load_backbone(path)
-        if content["epoch"] < model.epoch and backbone.heads == model.backbone.heads:
+        ours = "config" in content and isinstance(content.get("epoch"), int)
+        if ours and content["epoch"] < model.epoch and backbone.heads == model.backbone.heads:
             stages[content["epoch"]] = backbone.to(model.backbone.cls_token.device)
     stages[model.epoch] = model.backbone
     return {f"epoch {epoch}": stages[epoch] for epoch in sorted(stages)}
@@ -319,8 +326,12 @@ def make_folder(args):
     folder = args.output or os.path.join("runs", f"weights-{args.weights}")
     if not args.output and (args.checkpoints or args.weights not in ("none", *vit.DINO_FILES)):
         folder = os.path.dirname([*args.checkpoints, args.weights][0]) or "."
-    os.makedirs(folder, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # raises where nothing can be written
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        text = f"{folder} cannot be written to ({error.strerror})"
+        raise OSError(f"{text}; use --output with another folder") from error
     return folder
 
 
@@ -356,6 +367,10 @@ def visualize(args):
         example_images(model, 8 if len(epochs) < 2 else 12 // len(epochs)) for model in models
     ]
     plot_attention(models, images, os.path.join(folder, f"attention{several}.png"), epochs)
+    for model in models:
+        if model not in measured:
+            text = "is not of train.py, so it is drawn on the paper's canvases, not measured; use"
+            print(f"{model.name} {text} --weights {model.name}")
     results = []
     for m in measured:
         result, features = metrics.evaluate(m.name, m.config, m.epoch, m.backbone, m.splits)

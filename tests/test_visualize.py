@@ -53,9 +53,9 @@ def look(*flags, out):
     """The status of the command line, and what `plot_grid` was given for each figure."""
     grids, plot_grid = {}, visualize.plot_grid
 
-    def remembered(columns, path, title, row_names=(), *more):
+    def remembered(columns, path, title, models, row_names=(), *more):
         grids[os.path.basename(path)] = columns, list(row_names)
-        plot_grid(columns, path, title, row_names, *more)
+        plot_grid(columns, path, title, models, row_names, *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualize, "plot_grid", remembered)
@@ -120,7 +120,8 @@ def test_curves_are_the_log(run_folder, monkeypatch):
     visualize.plot_curves(model, "curves.png")
     validation, compared = [line["validation"] for line in lines], 0
     for axis in figures[0].axes:
-        name, drawn = axis.get_title(), {x.get_label(): [*x.get_ydata()] for x in axis.get_lines()}
+        name = axis.get_title().partition(" ")[0]
+        drawn = {line.get_label(): [*line.get_ydata()] for line in axis.get_lines()}
         for row in drawn.keys() & {"mean", "head 1", "head 2", "head 3", "brightness", "shuffled"}:
             if name in ("selectivity", "auroc", "pointing", "entropy"):
                 assert drawn[row] == [line[row.replace(" ", "_")][name] for line in validation]
