@@ -440,5 +440,6 @@ def report(results, path):
         lines.append(f"They differ in {', '.join(differ)}: each is measured at its own.")
     n = table["mean"]["entropy"]["images"]
     lines += ["", f"attention to {n:,} test images, of canvases layout matched [95% interval]"]
+    lines.append(f"{'':63}density on")
     lines += [*format_table(rows), "", f"all metrics: {path}; what each means: README.md"]
     return "\n".join(lines)

@@ -78,8 +78,6 @@ GRID = [  # row, flags; images an epoch, seeds, claims on a laptop; images, epoc
 OF_HEADS = ["selectivity", "auroc", "digit_density", "clutter_density"]  # what study.json keeps
 OF_HEADS += ["digit_share", "clutter_share", "background_share"]
 OF_MAPS = ["selectivity", "auroc", "pointing", "jaccard60", "digit_density"]
-PICTURES = {"attention-views": ["same-long", "different-long"], "attention-texture": ["texture"]}
-PICTURES |= {"attention-size": ["size-28", "different-1", "size-84"]}
 
 
 def grid(preset):
@@ -211,9 +209,8 @@ def wanted(args, runs):
         if not args.only or set(args.only) & set(row["claims"]):
             jobs += [(name, seed) for seed in row["seeds"]]
     if args.preset == "laptop" and (not args.only or "Q1" in args.only):
-        jobs += [
-            (name, seed) for name in verdicts.best_rates(runs).values() for seed in range(1, 5)
-        ]
+        best = verdicts.best_rates(runs).values()
+        jobs += [(name, seed) for name in best for seed in range(1, 5)]
     return jobs
 
 
@@ -260,26 +257,16 @@ def again(args, row, seed):
     return not other
 
 
-def show_seed_0(args):
-    """For a reader to look at: float16 teachers of the long runs, and where the networks attend."""
-    runs = f"{args.runs}/laptop"
+def save_small_checkpoints(args):
+    """Teachers of the long runs of seed 0 in float16, for a reader to look at."""
     for name in ("same", "different"):
-        path = ROOT / f"{runs}/{name}-long/seed-0/ckpt.pth"
+        path = ROOT / f"{args.runs}/laptop/{name}-long/seed-0/ckpt.pth"
         if path.exists():
             content = vit.read_checkpoint(str(path))
             content["config"] |= {"digits": "auto", "data_root": "data"}
             content["teacher"] = {key: value.half() for key, value in content["teacher"].items()}
             small = {key: content[key] for key in ("config", "epoch", "teacher", "metrics")}
             torch.save(small, CHECKPOINTS / f"{name}.pth")
-    for name, rows in PICTURES.items():
-        paths = [f"{runs}/{row}/seed-0/ckpt.pth" for row in rows]
-        flags = ["--device", args.device, "--data-root", args.data_root]
-        words = [sys.executable, "visualize.py", *paths, *flags, "--output", f"{runs}/{name}"]
-        if not all((ROOT / path).exists() for path in paths):
-            continue
-        if subprocess.run(words, check=False, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0:
-            drawn = "attention-compared.png" if len(rows) > 1 else "attention.png"
-            shutil.copy(ROOT / runs / name / drawn, HERE / f"figures/{name}.png")
 
 
 def parse_args(argv):
@@ -312,7 +299,7 @@ def main(argv=None):
             page.write_text(verdicts.fill(page.read_text(), blocks))
         figures.draw(study["laptop"], HERE / "figures")
         if not args.tables and args.preset == "laptop":
-            show_seed_0(args)
+            save_small_checkpoints(args)
         return 0 if complete else 1
     except (ValueError, OSError) as error:
         print(f"results/study.py: error: {' '.join(str(error).split())}", file=sys.stderr)

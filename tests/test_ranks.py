@@ -1,9 +1,8 @@
 """Several ranks, as torchrun starts them, compute what one process computes. On a CPU, over gloo."""
 
-import copy
-import json
+import contextlib
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,93 +11,130 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_train import TINY, config_of, few_images, log_of, read, start, step_in_float64
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import data
 import train
 import vit
 
+__all__ = ["few_images"]  # a fixture of every test
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--preset", "laptop", "--digits", "sklearn", "--device", "cpu"]
+# train.py with the numbers of an epoch from a few images
+DRIVER = "import sys, metrics, train, test_train; vars(metrics).update(test_train.FEW); "
+DRIVER += "sys.exit(train.main(sys.argv[1:]))"
+KINDS = [
+    "--loss nce --views different",
+    "--loss nce --views same --crops 4 --micro-batch 2",
+    "--loss dino --views different --micro-batch 2",
+    "--loss dino --views same",
+]
+FAILURES = {
+    "--batch-size 9": "--batch-size 9: use a multiple of 2",
+    "--temperature 1e-40": "the validation loss is NaN or infinite",
+}
 
 
-def five_steps(rank, ranks, flags, folder):
-    """Five steps in float64 as one of the ranks; the first one saves what came of them."""
+def five_steps(rank, ranks, folder):
+    """Five steps in float64 of every kind of run; the first rank saves what came of them."""
     torch.set_num_threads(1)
     if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    config = train.make_config(train.parse_args([*SMALL, *flags, "--batch-size", "8", "--precision", "float32"]))
-    student = vit.build_network(config).double()
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    views = data.TrainingViews(config, data.load_digits("sklearn")[0]["train"])
-    render = views.render
-    views.render = lambda params: render(params).double()
-    loss_fn = train.NCELoss(0.2) if config["loss"] == "nce" else train.DINOLoss(config["out_dim"]).double()
-    optimizer, scaler = train.make_optimizer(student), torch.amp.GradScaler("cpu", enabled=False)
-    parallel = DistributedDataParallel(student) if ranks > 1 else student
-    losses = []
-    for step in range(10, 15):  # of 30: after the first epoch, when DINO's last layer moves, and the ramp
-        loss, _ = train.training_step(
-            config, loss_fn, parallel, teacher, optimizer, scaler, views, views.draw(step), step, steps=30
-        )
-        losses.append(sum(train.of_all_ranks(loss)))
-    if rank == 0:
-        networks = {"student": student.state_dict(), "teacher": teacher.state_dict(), "loss": loss_fn.state_dict()}
-        torch.save(networks | {"losses": losses}, f"{folder}/{ranks}.pth")
+        meet = f"file://{folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
+    for number, flags in enumerate(KINDS):
+        config = config_of(f"{TINY} {flags} --precision float32 --lr 0.001")
+        parts, views, _ = step_in_float64(config)
+        parallel, losses, sums = parts["student"], [], []
+
+        def count(group, bucket, sums=sums):
+            sums.append(1)
+            return allreduce_hook(group, bucket)
+
+        if ranks > 1:
+            parallel = DistributedDataParallel(parts["student"])
+            parallel.register_comm_hook(dist.group.WORLD, count)
+        for step in range(15, 20):  # of 30: after the first epoch, when DINO's last layer moves
+            step = parts, parallel, views, views.sample(step), step
+            losses.append(train.training_step(config, *step, steps=30)[0].item())
+        if rank == 0:
+            content = {name: parts[name].state_dict() for name in ("student", "teacher", "loss")}
+            content |= {"losses": losses, "sums": len(sums)}
+            torch.save(content, f"{folder}/{number}-of-{ranks}.pth")
     if ranks > 1:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("flags", [
-    ["--loss", "nce", "--views", "different"],
-    ["--loss", "nce", "--views", "same", "--crops", "4", "--micro-batch", "2"],
-    ["--loss", "dino", "--views", "different", "--micro-batch", "2"],
-    ["--loss", "dino", "--views", "same"],
-])
-def test_two_ranks_take_the_steps_of_one_process(tmp_path, flags):
-    """Loss, weights and centre after five steps, to 1e-10 in float64: two ranks of 4 images, one process of 8."""
-    five_steps(0, 1, flags, tmp_path)
-    torch.multiprocessing.spawn(five_steps, (2, flags, tmp_path), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{ranks}.pth", weights_only=True) for ranks in (1, 2))
+def two_ranks(rank, port, folder):
+    """What the processes of `folder_of_ranks` do: the steps, and runs that fail."""
+    five_steps(rank, 2, folder)
+    found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= found | {"RANK": str(rank)}
+    for number, flags in enumerate(FAILURES):
+        with open(f"{folder}/{number}-{rank}.txt", "w") as file, contextlib.redirect_stderr(file):
+            try:
+                status = start(f"{folder}/failed-{number}", flags)
+            except SystemExit as left:
+                status = left.code
+            assert status == 2
+
+
+@pytest.fixture(scope="module")
+def folder_of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("steps")
+    five_steps(0, 1, folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_ranks, (port, folder), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(KINDS)), ids=KINDS)
+def test_two_ranks_take_the_steps_of_one_process(folder_of_ranks, number):
+    """Loss, weights, centre after five steps, to 1e-10: 2 ranks of 4 images, 1 process of 8."""
+    paths = [folder_of_ranks / f"{number}-of-{ranks}.pth" for ranks in (1, 2)]
+    one, two = (torch.load(path, weights_only=True) for path in paths)
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-10)
-    start = vit.build_network(train.make_config(train.parse_args([*SMALL, *flags, "--batch-size", "8"]))).state_dict()
+    untrained = vit.build_network(config_of(f"{TINY} {KINDS[number]}")).state_dict()
     for part in ("student", "teacher", "loss"):
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, atol=1e-10, rtol=0)
-    assert (one["student"]["backbone.cls_token"] - start["backbone.cls_token"]).abs().max() > 1e-4
+    name = "backbone.cls_token"
+    assert (one["student"][name] - untrained[name]).abs().max() > 1e-4
+    assert two["sums"] == 5  # of the ranks' gradients: one a step, however many pieces it has
 
 
-def torchrun(*flags, ranks=2):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", str(ROOT / "train.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *SMALL, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def torchrun(flags, folder):
+    """train.py with 2 ranks, as a process that writes to out.txt and err.txt."""
+    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    command = [sys.executable, "-m", *ranks, sys.executable, "-c", DRIVER, *flags.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with open(folder / "out.txt", "w") as out, open(folder / "err.txt", "w") as err:
+        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, env=environment)
 
 
 def test_torchrun_trains_stops_and_goes_on(tmp_path):
-    """One writer; SIGTERM ends the step on all ranks; what is resumed by one process has the same log."""
-    folder = tmp_path / "run"
-    flags = ["--batch-size", "8", "--images-per-epoch", "64", "--epochs", "500", "--output", str(folder)]
-    process = torchrun(*flags)
-    for _ in range(600):
-        time.sleep(0.1)
-        lines = (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
-        if len(lines) > 2:
-            break
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert out.count("preset laptop") == 1 and ", 2 ranks, into" in out
-    assert err.count(f"stopped; python train.py --resume {folder} goes on") == 1
-    checkpoint = vit.read_checkpoint(folder / "ckpt.pth")
-    assert checkpoint["step"] > 8 and len(checkpoint["metrics"]) > 2
-    for line in checkpoint["metrics"][1:]:
-        assert line["loss"] == pytest.approx(2.08, abs=0.3)  # of the whole batch of 8: not the half, not twice of it
-    assert [json.loads(line)["epoch"] for line in (folder / "log.jsonl").read_text().splitlines()] == [
-        line["epoch"] for line in checkpoint["metrics"]
-    ]
+    """One writer; a signal ends the step on all ranks; what is resumed is the run of one process."""
+    flags, run = "--images-per-epoch 64 --epochs 12", tmp_path / "run"
+    process = torchrun(f"{TINY} {flags} --output run", tmp_path)
+    end = time.monotonic() + 120
+    while not (run / "log.jsonl").exists() or len(log_of(run)) < 2:
+        assert process.poll() is None and time.monotonic() < end, (tmp_path / "err.txt").read_text()
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) != 0
+    out, err = ((tmp_path / name).read_text() for name in ("out.txt", "err.txt"))
+    assert out.count("preset laptop") == 1 and err.count("epoch 1/12: loss") == 1
+    assert err.count("stopped; python train.py --resume run goes on") == 1
+    assert 8 <= read(run)["step"] < 96
+    assert torchrun("--resume run", tmp_path).wait(120) == 0
+    assert start(tmp_path / "one", flags) == 0
+    for one, two in zip(log_of(tmp_path / "one")[1:], log_of(run)[1:], strict=True):
+        assert one["step"] == two["step"] and one["loss"] == pytest.approx(two["loss"], abs=0.02)
+    assert sorted(os.listdir(run)) == sorted(os.listdir(tmp_path / "one"))
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_told_once():
-    process = torchrun("--batch-size", "9")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert err.count("train.py: error: --batch-size 9 cannot be shared by 2 ranks: a multiple of 2 can") == 1
+@pytest.mark.parametrize("number,error", enumerate(FAILURES.values()))
+def test_an_error_is_told_once(folder_of_ranks, number, error):
+    first, second = ((folder_of_ranks / f"{number}-{rank}.txt").read_text() for rank in (0, 1))
+    assert first.startswith(f"train.py: error: {error}") and first.count("\n") == 1 and not second
+    assert (folder_of_ranks / f"failed-{number}").exists() == ("NaN" in error)
