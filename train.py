@@ -146,7 +146,12 @@ def parse_args(argv):
     add("--output", help="new folder of the run [runs/<dataset>-<loss>-<views>]")
     parser.set_defaults(preset=None, resume=None, output=None)
     args = parser.parse_args(argv)
-    args.settings = {k: v for k, v in vars(args).items() if k not in ("preset", "resume", "output")}
+    if [] in vars(args).values():  # what some versions of Python make of --flag=--
+        parser.error("-- is not a value of a flag")
+    given = [(name, laptop) for name, _, laptop, _ in SETTINGS if hasattr(args, name)]
+    pairs = [name for name, laptop in given if isinstance(laptop, tuple)]  # argparse makes lists
+    args.settings = {name: getattr(args, name) for name, _ in given}
+    args.settings |= {name: tuple(args.settings[name]) for name in pairs}
     return args
 
 
@@ -452,14 +457,15 @@ def read_run(args):
 
 def make_folder(config, output):
     """The run's folder: --output, or the first of runs/NAME, runs/NAME-2, … not there yet."""
-    if output and os.path.exists(os.path.join(output, "ckpt.pth")):
-        raise ValueError(f"--output {output}: it holds a run; use a new folder")
+    if output:
+        os.makedirs(output, exist_ok=True)
+        return output
     texture = "" if config["background"] == "black" else "-texture"
     name = f"runs/{config['dataset']}-{config['loss']}-{config['views']}{texture}"
     for number in itertools.count(1):
-        folder = output or (name if number == 1 else f"{name}-{number}")
+        folder = name if number == 1 else f"{name}-{number}"
         with contextlib.suppress(FileExistsError):
-            os.makedirs(folder, exist_ok=bool(output))
+            os.makedirs(folder)
             return folder
 
 
@@ -570,7 +576,7 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
         ).tolist()
         epoch_ends = done % per_epoch == 0
         if done % 20 == 0 or epoch_ends or stopping or late:  # reading a number waits for the GPU
-            if not finite:
+            if not finite or parts["scaler"].get_scale() < 1:
                 raise FloatingPointError(NOT_FINITE.format(done))
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if epoch_ends:
@@ -629,6 +635,8 @@ def prepare(args, folder=None):
     Makes the folder of a new run, unless another rank has made it already.
     """
     checkpoint, weights, shape = None, None, {}
+    if not folder and args.output and os.path.exists(os.path.join(args.output, "ckpt.pth")):
+        raise ValueError(f"--output {args.output}: it holds a run; use a new folder")
     if args.resume:
         checkpoint, config, folder = read_run(args)
         torch.set_num_threads(checkpoint["threads"])

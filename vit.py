@@ -279,7 +279,7 @@ def download_dino(name):
     if not os.path.exists(path):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path)
+            torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
             read_checkpoint(path)  # urlopen does not notice that an answer was cut short
         except Exception as error:
             with contextlib.suppress(OSError):
@@ -345,7 +345,10 @@ def load_backbone(source):
         patch_size = weights["patch_embed.proj.weight"].shape[-1]
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         heads = content.get("config", {}).get("heads") or max(1, dim // 64)
-        if len(weights) < 10 * depth or min(depth, dim, tokens - 1) < 1 or type(heads) is not int:
+        if (
+            type(heads) is not int
+            or min(heads, depth, dim, tokens - 1, len(weights) - 9 * depth) < 1
+        ):
             raise ValueError(f"{depth} blocks, width {dim}, heads {heads}, {tokens} tokens")
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             pos_size = math.isqrt(tokens - 1) * patch_size
@@ -369,12 +372,11 @@ def one_line(error):
 
 def error_line(error):
     """What `main` prints of an error that a user can mend; a bug is raised, with its traceback."""
-    text = one_line(error)
-    if isinstance(error, MemoryError) or "memory" in text:  # a CPU's is a RuntimeError
-        return "out of memory; use a smaller --image-size (or --micro-batch, --checkpoint-blocks)"
-    if isinstance(error, RuntimeError):
+    if not isinstance(error, (RuntimeError, MemoryError)):
+        return one_line(error)
+    if isinstance(error, RuntimeError) and "memory" not in str(error):  # a CPU's says it like this
         raise error
-    return text
+    return "out of memory; use a smaller --image-size (or --micro-batch, --checkpoint-blocks)"
 
 
 def find_device(name):
