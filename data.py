@@ -158,7 +158,7 @@ def read_image(path):
                 image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
             if image.mode == "F":
                 raise ValueError("floating point pixels; use 8 or 16 bits")
-            if image.has_transparency_data:
+            if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
@@ -484,8 +484,8 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     S, x = canvases.shape[-1], canvases.flatten(0, 1)
     crops = {name: crops[name].flatten(0, 1) for name in ("centre", "side", "angle", "sigma")}
     if S > image_size:
-        smallest = antialias_sigma(torch.tensor(S / image_size)).item()
-        x = gaussian_blur(x.clone(), antialias_sigma(crops["side"] / image_size), smallest)
+        largest = antialias_sigma(torch.tensor(S / image_size)).item()
+        x = gaussian_blur(x.clone(), antialias_sigma(crops["side"] / image_size), largest)
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
     cos, sin = half * crops["angle"].cos(), half * crops["angle"].sin()
     row, column = (2 * crops["centre"] / S - 1).unbind(-1)

@@ -2,7 +2,7 @@
 
 Maps are (n, m, patches): m maps for each of n images, each map summing to 1. Digit and clutter are
 (n, patches): how many pixels of each patch they have. Attention is spread evenly over the pixels of
-a patch. Numbers are computed for each image, then averaged.
+a patch. Metrics are computed for each image, then averaged; selectivity is a ratio of averages.
 """
 
 import json
@@ -424,18 +424,9 @@ def report(results, path):
         heads = [row for row in table if row.startswith("head_") and (row == best or not own)]
         for row in ["mean", *heads, *(row for row in rivals if row in table)]:
             rows[own + row.replace("_", " ") + " (best)" * (row == best)] = table[row]
-    compared = (
-        "image_size",
-        "patch_size",
-        "canvas_size",
-        "num_distractors",
-        "background",
-        "digits",
-    )
-    seen = [[result["settings"].get(name) for result in results] for name in compared]
-    differ = [
-        name for name, values in zip(compared, seen) if values.count(values[0]) < len(seen[0])
-    ]
+    compared = "dataset image_size patch_size canvas_size num_distractors background digits"
+    settings = [result["settings"] for result in results]
+    differ = [n for n in compared.split() if len({str(each.get(n)) for each in settings}) > 1]
     if differ:
         lines.append(f"They differ in {', '.join(differ)}: each is measured at its own.")
     n = table["mean"]["entropy"]["images"]

@@ -138,7 +138,7 @@ def parse_args(argv):
             how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         elif isinstance(laptop, list):
             how = {"type": epoch_list}
-        text += "" if derived else f" [{paper} | {laptop}]"
+        text += "" if derived or isinstance(paper, type) else f" [{paper} | {laptop}]"
         parser.add_argument(flag(name), help=text, **how)
     add = parser.add_argument
     add("--preset", choices=["paper", "laptop"], help="[paper with CUDA, else laptop]")
@@ -494,7 +494,7 @@ def make_parts(config, student):
 
 
 class Validation:
-    """What a line of log.jsonl says of the validation images, the same for every run."""
+    """What a line of log.jsonl says of validation images that do not depend on the seed."""
 
     def __init__(self, config, splits, device):
         self.config, self.measure = config, metrics.Validation(config, splits)
@@ -513,17 +513,21 @@ class Validation:
         return {"loss": total / len(self.steps), **self.measure(parts["teacher"].backbone)}
 
 
+def write_log(folder, history):
+    if rank_and_world_size()[0] == 0:
+        with atomic_write(os.path.join(folder, "log.jsonl")) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in history)
+
+
 def log_epoch(folder, config, teacher, history):
     """Write log.jsonl, and the teacher of an epoch of --keep-epochs; in a log file, say a line."""
     line, epochs = history[-1], config["epochs"]
     epoch = line["epoch"]
-    if rank_and_world_size()[0] == 0:
-        with atomic_write(os.path.join(folder, "log.jsonl")) as file:
-            file.writelines(json.dumps(line).encode() + b"\n" for line in history)
-        if epoch in config["keep_epochs"]:
-            content = {"config": config, "epoch": epoch, "teacher": teacher.state_dict()}
-            content["metrics"] = history
-            save_checkpoint(os.path.join(folder, f"epoch-{epoch}.pth"), content)
+    write_log(folder, history)
+    if epoch in config["keep_epochs"] and rank_and_world_size()[0] == 0:
+        content = {"config": config, "epoch": epoch, "metrics": history}
+        content["teacher"] = teacher.state_dict()
+        save_checkpoint(os.path.join(folder, f"epoch-{epoch}.pth"), content)
     if epoch > 0 and not sys.stderr.isatty():  # a progress bar would fill the file
         selectivity = line["validation"]["mean"].get("selectivity")  # photographs have none
         print_rank0(
@@ -539,9 +543,8 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
 
     With a `checkpoint` the run goes on from there as if it had not stopped: all that chance decides
     is a function of the seed and the step. `stop` is an Event that ends the run after its step. A
-    line goes to log.jsonl in `folder` before the first epoch and after each; ckpt.pth is written
-    before the first step, after each epoch, every `checkpoint_minutes` and at a stop. Returns
-    whether the run came to its end. Raises FloatingPointError for a NaN, or OSError.
+    line goes to log.jsonl in `folder` after each epoch; ckpt.pth is written before the first step,
+    after each epoch, every `checkpoint_minutes` and at a stop. Returns whether the run has ended.
     """
     c, batch, student, teacher = config, config["batch_size"], parts["student"], parts["teacher"]
     device, (rank, ranks) = student.backbone.cls_token.device, rank_and_world_size()
@@ -554,11 +557,12 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
         total += sum(checkpoint["epoch_loss"])
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        write_log(folder, history)  # without what came after the checkpoint
     else:
         save_run(folder, c, parts, 0, history, total)
     if not history:
         history.append({"epoch": 0, "step": 0, "validation": validation(parts, 0)})
-    log_epoch(folder, c, teacher, history)
+        log_epoch(folder, c, teacher, history)
     parallel = DistributedDataParallel(student) if ranks > 1 else student
     finite = torch.ones((), dtype=torch.bool, device=device)
     quiet = rank > 0 or not sys.stderr.isatty()

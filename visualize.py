@@ -108,7 +108,9 @@ def plot_grid(columns, path, title, models, row_names=(), outlines=()):
 
 def plot_views(model, path, images=4):
     """views.png: the crops that each branch is fed in the first training step, a row an image."""
-    views = data.TrainingViews(model.config, model.splits["train"])
+    batch = min(model.config["batch_size"], len(model.splits["train"]))
+    config = model.config | {"batch_size": batch}
+    views = data.TrainingViews(config, model.splits["train"])
     params = {name: value[:images] for name, value in views.sample(step=0).items()}
     crops = data.denormalize(views.render(params)).movedim(2, -1).clamp(0, 1).cpu()
     branches = {"teacher": views.teacher, "student": views.student}
@@ -195,7 +197,8 @@ def plot_curves(model, path):
             if name != "entropy" or row not in ("brightness", "shuffled"):
                 values = [math.nan if value is None else value for value in values]
                 axes[name].plot(epochs, values, **style, label=row.replace("_", " "))
-        axes[name].axhline(lines[0]["mean"][name], **grey, label="untrained")
+        if lines[0]["mean"][name] is not None:  # as it is without clutter
+            axes[name].axhline(lines[0]["mean"][name], **grey, label="untrained")
         if name in ("selectivity", "auroc"):
             chance = {"selectivity": 1, "auroc": 0.5}[name]
             axes[name].axhline(chance, color="silver", linestyle=":", label="ink, uniform")
@@ -259,6 +262,7 @@ def open_model(source, args, like=None):
     for name in ("image_size", "digits", "background", "data_root"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
+            config["texture_pool"] = 0 if name == "background" else config.get("texture_pool", 0)
     if config["image_size"] < 1 or config["image_size"] % patch_size:
         text = f"--image-size {config['image_size']}"
         raise ValueError(f"{text}: use a multiple of the patch size {patch_size}")
@@ -364,7 +368,8 @@ def visualize(args):
     several, first = "-compared" * (len(models) > 1), models[0]
     epochs = kept_epochs(first) if first.history and not several else {}
     images = [
-        example_images(model, 8 if len(epochs) < 2 else 12 // len(epochs)) for model in models
+        example_images(model, 8 if len(epochs) < 2 else max(1, 12 // len(epochs)))
+        for model in models
     ]
     plot_attention(models, images, os.path.join(folder, f"attention{several}.png"), epochs)
     for model in models:

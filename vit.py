@@ -242,13 +242,14 @@ class Network(nn.Module):
 
 
 def build_network(config):
-    """The student at its first step, with random weights that config["seed"] decides.
+    """A student with random weights that config["seed"] decides.
 
     `config` is the dict of settings that train.py makes and a checkpoint holds.
     """
     c = config
     torch.manual_seed(c["seed"] % 2**63)
     backbone = VisionTransformer(*(c[name] for name in SHAPE), c["init_std"])
+    backbone.checkpoint_blocks = c.get("checkpoint_blocks", False)
     out_dim = c["out_dim"] if c["loss"] == "dino" else None
     mlp = c["head_hidden_dim"], c["head_layers"], c["bottleneck_dim"], c["head_norm"]
     return Network(backbone, ProjectionHead(c["dim"], out_dim, *mlp, c["init_std"]))
@@ -345,10 +346,8 @@ def load_backbone(source):
         patch_size = weights["patch_embed.proj.weight"].shape[-1]
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         heads = content.get("config", {}).get("heads") or max(1, dim // 64)
-        if (
-            type(heads) is not int
-            or min(heads, depth, dim, tokens - 1, len(weights) - 9 * depth) < 1
-        ):
+        surplus = len(weights) - 9 * depth  # a block has 12 tensors; a hostile file, many blocks
+        if type(heads) is not int or min(heads, depth, dim, tokens - 1, surplus) < 1:
             raise ValueError(f"{depth} blocks, width {dim}, heads {heads}, {tokens} tokens")
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             pos_size = math.isqrt(tokens - 1) * patch_size
@@ -374,9 +373,10 @@ def error_line(error):
     """What `main` prints of an error that a user can mend; a bug is raised, with its traceback."""
     if not isinstance(error, (RuntimeError, MemoryError)):
         return one_line(error)
-    if isinstance(error, RuntimeError) and "memory" not in str(error):  # a CPU's says it like this
+    known = ("out of memory", "allocate memory", "not enough memory")  # of a GPU, of CPUs
+    if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
         raise error
-    return "out of memory; use a smaller --image-size (or --micro-batch, --checkpoint-blocks)"
+    return "out of memory; use --image-size, --micro-batch, --checkpoint-blocks to need less"
 
 
 def find_device(name):

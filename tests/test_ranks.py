@@ -1,4 +1,4 @@
-"""Several ranks, as torchrun starts them, compute what one process computes. On a CPU, over gloo."""
+"""Several ranks, as torchrun starts them, compute what one process computes; here over gloo."""
 
 import contextlib
 import os
@@ -113,7 +113,7 @@ def torchrun(flags, folder):
 
 
 def test_torchrun_trains_stops_and_goes_on(tmp_path):
-    """One writer; a signal ends the step on all ranks; what is resumed is the run of one process."""
+    """One writer; a signal ends the step on all ranks; a resumed run is that of one process."""
     flags, run = "--images-per-epoch 64 --epochs 12", tmp_path / "run"
     process = torchrun(f"{TINY} {flags} --output run", tmp_path)
     end = time.monotonic() + 120

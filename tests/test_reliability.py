@@ -40,7 +40,7 @@ def counts(short, long):
     return pytest.mark.parametrize("count", [short, pytest.param(long, marks=pytest.mark.long)])
 
 
-# ---------------------------------------------------------------------- Stopped by a signal, resumed
+# ------------------------------------------------------------------ Stopped by a signal, resumed
 
 
 def send(*numbers):
@@ -65,6 +65,7 @@ def assert_same_end(run, whole):
 def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch, capsys, flags):
     """Bit for bit: in the first step, in the last of an epoch, and in mid-epoch."""
     flags, whole, run = f"{flags} --images-per-epoch 32", tmp_path / "whole", tmp_path / "run"
+    flags += " --keep-epochs 0,1"
     assert start(whole, flags) == 0
     for step, number in ((0, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGTERM)):
         with monkeypatch.context() as patch:
@@ -75,6 +76,9 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch
     assert resume(run) == 0
     assert_same_end(run, whole)
     assert sorted(os.listdir(run)) == sorted(os.listdir(whole))
+    for name in ("epoch-0.pth", "epoch-1.pth"):  # kept once, not again by the run that goes on
+        one, other = (vit.read_checkpoint(folder / name)["teacher"] for folder in (run, whole))
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("last", range(4))

@@ -242,6 +242,8 @@ def test_a_large_gradient_is_clipped():
 @pytest.mark.parametrize("loss", ["nce", "dino"])
 def test_a_run_in_pieces_is_the_run(tmp_path, loss):
     weights = []
+    recomputing = config_of("--checkpoint-blocks")
+    assert vit.build_network(recomputing).backbone.checkpoint_blocks
     for extra in ("", "--micro-batch 4", "--checkpoint-blocks"):
         assert start(tmp_path / extra, f"--loss {loss} {extra}") == 0
         weights.append(read(tmp_path / extra)["teacher"])
@@ -490,7 +492,8 @@ def test_digits_that_stand_in_for_mnist_are_told_and_recorded(tmp_path, monkeypa
 # ------------------------------------------------------------------------- What can go wrong
 
 BAD = (
-    "--image-size 50, --image-size 0, --patch-size 0, --preset paper --weights none --patch-size 0, "
+    "--image-size 50, --image-size 0, --patch-size 0, "
+    "--preset paper --weights none --patch-size 0, "
     "--heads 7, --dim 0, --depth 0, --head-hidden-dim 0, --bottleneck-dim -1, --canvas-size 27, "
     "--loss dino --out-dim 0, --loss dino --warmup 0, --num-distractors -1, --distractor-size 0, "
     "--distractor-size 29, --batch-size 1, --images-per-epoch 32 --batch-size 64, --epochs 0, "
