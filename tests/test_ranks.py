@@ -133,7 +133,7 @@ def test_torchrun_trains_stops_and_goes_on(tmp_path):
     assert sorted(os.listdir(run)) == sorted(os.listdir(tmp_path / "one"))
 
 
-@pytest.mark.parametrize("number,error", enumerate(FAILURES.values()))
+@pytest.mark.parametrize("number,error", list(enumerate(FAILURES.values())))
 def test_an_error_is_told_once(folder_of_ranks, number, error):
     first, second = ((folder_of_ranks / f"{number}-{rank}.txt").read_text() for rank in (0, 1))
     assert first.startswith(f"train.py: error: {error}") and first.count("\n") == 1 and not second

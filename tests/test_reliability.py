@@ -169,6 +169,7 @@ def fork(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")  # a fork of a process that has used more may hang
         context.set_forkserver_preload(["test_reliability"])
 
         def begin(flags, folder, ranks=1):
