@@ -199,7 +199,7 @@ class CanvasSampler:
 
     `layout` "paper": digit and distractors lie uniformly. Then digits lie more centrally, being
     larger, and a map that ignores the image could tell them from clutter. "matched": a distractor's
-    centre follows the law of a digit's ink (a new digit position plus the place of a random ink
+    centre has the distribution of a digit's ink (a new digit position plus the place of a random ink
     pixel of another digit, moved inside), so that position says nothing.
 
     A departure from the paper: a distractor window with fewer than 5 ink pixels is drawn again,

@@ -164,7 +164,7 @@ def with_interval(means, values):
 
 
 def measure_attention(backbone, batches, untrained=None, resamples=1000):
-    """Every metric of the network's attention to `data.evaluation_batches`, and of its rivals'.
+    """Every metric of the network's attention to `data.evaluation_batches`, and of its baselines'.
 
     Returns {row: {metric: {"value", "low", "high", "images"}}}. Rows:
         mean: the mean map of the heads; head_1, head_2, …: each head.
@@ -420,9 +420,9 @@ def report(results, path):
                 knn, probe = (100 * cell["value"] for cell in result[name].values())
                 what = name.replace("_", " ")
                 lines.append(f"accuracy of {what}: k-NN {knn:.1f}%, linear probe {probe:.1f}%")
-        rivals = ["brightness"] if own else ["brightness", "shuffled", "untrained"]
+        baselines = ["brightness"] if own else ["brightness", "shuffled", "untrained"]
         heads = [row for row in table if row.startswith("head_") and (row == best or not own)]
-        for row in ["mean", *heads, *(row for row in rivals if row in table)]:
+        for row in ["mean", *heads, *(row for row in baselines if row in table)]:
             rows[own + row.replace("_", " ") + " (best)" * (row == best)] = table[row]
     compared = "dataset image_size patch_size canvas_size num_distractors background digits"
     settings = [result["settings"] for result in results]

@@ -243,12 +243,14 @@ def open_model(source, args, like=None):
     A checkpoint of train.py says by itself what it was trained on; other weights are shown the
     paper's canvases. Raises ValueError or OSError for a file or an image size that does not fit.
     """
-    torch.manual_seed(0)
-    backbone, content = vit.VisionTransformer() if source == "none" else None, {}
-    if source == "none" and like:
-        backbone = vit.build_network(like.config).backbone
-    elif source != "none":
+    content = {}
+    if source != "none":
         backbone, content = vit.load_backbone(source)
+    elif like:
+        backbone = vit.build_network(like.config).backbone
+    else:
+        torch.manual_seed(0)
+        backbone = vit.VisionTransformer()
     patch_size, epoch, history = backbone.patch_size, content.get("epoch"), content.get("metrics")
     config = {"fallbacks": [], **content.get("config", {})}
     if like or epoch is None or history is None:
