@@ -1,12 +1,11 @@
 """Handwritten digits in clutter, with the truth about every pixel, or photographs; views of them.
 
-Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here, not read
-from disk: a digit somewhere on a black canvas among fragments of other digits. The program puts
-every stroke where it is, so it knows which pixels are digit and which clutter.
+Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here: a digit on
+a canvas among fragments of other digits, and the masks that say which pixels are which.
 
-`sample_…` draws the *parameters* (which digit, where, which crop, how blurred) of a whole batch on
-the CPU, from a generator seeded by (seed, split, step). `render_…` turns them into pixels, on any
-device, without randomness: any slice of a batch can be rendered anywhere and is always the same.
+`sample_…` draws the parameters (which digit, where, which crop) of a whole batch on the CPU, from a
+generator seeded by (seed, split, step). `render_…` turns them into pixels, on any device, without
+randomness: any slice of a batch can be rendered anywhere and is always the same.
 """
 
 import functools
@@ -32,9 +31,6 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
 
-# ----------------------------------------------------------------------------------- The data sets
-
-
 @dataclass
 class Split:
     """`images` uint8, digits (N, 28, 28) or photographs (N, 3, 96, 96); `labels` (N,) int64."""
@@ -58,8 +54,8 @@ def load_dataset(config, device):
     `config["digits"]` becomes what "auto" came to. STL-10 stays in the host's memory where a GPU
     has no room for it. Raises OSError or ValueError for data that cannot be had.
     """
-    root = config.get("data_root", "data")
-    if config.get("dataset") == "stl10":
+    root = config["data_root"]
+    if config["dataset"] == "stl10":
         splits, warning = load_stl10(root, config["split"])
         size = splits["train"].images.nbytes
         if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 3 * size:
@@ -168,9 +164,6 @@ def read_image(path):
         raise OSError(f"{path} cannot be read as a picture ({reason}); use PNG or JPEG") from error
 
 
-# -------------------------------------------------------------------------------------- The canvas
-
-
 def generator(*key):
     """A CPU random generator of its own for every key, such as (seed, "train", step)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -199,7 +192,7 @@ class CanvasSampler:
 
     `layout` "paper": digit and distractors lie uniformly. Then digits lie more centrally, being
     larger, and a map that ignores the image could tell them from clutter. "matched": a distractor's
-    centre has the distribution of a digit's ink (a new digit position plus the place of a random ink
+    centre has the distribution of a digit's ink (a new digit position plus the place of an ink
     pixel of another digit, moved inside), so that position says nothing.
 
     A departure from the paper: a distractor window with fewer than 5 ink pixels is drawn again,
@@ -287,8 +280,6 @@ def paste_windows(canvas, windows, corner):
     canvas.flatten(2).scatter_add_(2, pixels, windows.flatten(2).to(canvas.dtype))
 
 
-# ---------------------------------------------------------------------------------- The background
-
 TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
 WAVES = 16  # plane waves that noise and blobs are the sum of
 
@@ -301,9 +292,9 @@ class Background:
     """
 
     def __init__(self, config, name, device):
-        self.kind, self.pool = config.get("background", "black"), None
+        self.kind, self.pool = config["background"], None
         self.size = config["canvas_size"]
-        if config.get("texture_pool"):
+        if config["texture_pool"]:
             rng = generator("textures", name)
             self.pool = sample_textures(rng, (config["texture_pool"],), self.size)
         if self.kind not in ("black", "texture"):
@@ -372,9 +363,8 @@ def render_textures(params, size, device):
             continue
         wave, centre = flat["wave"][rows], flat["ring_centre"][rows]
         if name == "rings":
-            distance = torch.hypot(
-                pixel[:, None] - centre[:, :1, None], pixel - centre[:, 1:, None]
-            )
+            row, column = centre[..., None, None].unbind(1)  # (n, 1, 1)
+            distance = torch.hypot(pixel[:, None] - row, pixel - column)
             frequency = wave[:, 0, :2].norm(dim=-1)[:, None, None]
             t = torch.sin(2 * math.pi * frequency * distance)
         elif name in ("noise", "blobs"):
@@ -415,9 +405,6 @@ def read_folder(folder, size):
     return torch.from_numpy(np.stack(images))
 
 
-# ----------------------------------------------------------------------------- Crops, blur, colors
-
-
 def crop_plan(views, crops, symmetric=False):
     """Which crops are cut from which canvas, who sees them, and what the loss compares.
 
@@ -436,11 +423,9 @@ def crop_plan(views, crops, symmetric=False):
     teacher = student = list(range(len(plan)))
     if len(plan) > crops and not (views == "different" and symmetric):
         teacher, student = teacher[:crops], student[crops:]
-    pairs = []
-    for i, s in enumerate(student):
-        for j, t in enumerate(teacher):
-            if s != t and (views == "same" or plan[s][0] != plan[t][0]):
-                pairs.append((i, j))
+    pairs = [(i, j) for i, s in enumerate(student) for j, t in enumerate(teacher) if s != t]
+    if views == "different":  # never two crops of one canvas
+        pairs = [(i, j) for i, j in pairs if plan[student[i]][0] != plan[teacher[j]][0]]
     return plan, teacher, student, pairs
 
 
@@ -483,9 +468,10 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     """
     S, x = canvases.shape[-1], canvases.flatten(0, 1)
     crops = {name: crops[name].flatten(0, 1) for name in ("centre", "side", "angle", "sigma")}
-    if S > image_size:
-        largest = antialias_sigma(torch.tensor(S / image_size)).item()
-        x = gaussian_blur(x.clone(), antialias_sigma(crops["side"] / image_size), largest)
+    if S > image_size:  # `shrink` pixels become one
+        shrink = crops["side"] / image_size
+        sigma = 0.5 * (shrink**2 - 1).clamp(min=0).sqrt()
+        x = gaussian_blur(x.clone(), sigma, 0.5 * math.sqrt((S / image_size) ** 2 - 1))
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
     cos, sin = half * crops["angle"].cos(), half * crops["angle"].sin()
     row, column = (2 * crops["centre"] / S - 1).unbind(-1)
@@ -499,11 +485,6 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode=outside, align_corners=False)
     x = gaussian_blur(x, crops["sigma"], max_blur * image_size / 224)
     return x.unflatten(0, canvases.shape[:2])
-
-
-def antialias_sigma(shrink):
-    """Sigma in canvas pixels before `shrink` of them become one; 0 where a crop is enlarged."""
-    return 0.5 * (shrink**2 - 1).clamp(min=0).sqrt()
 
 
 def gaussian_blur(x, sigma, max_sigma):
@@ -530,19 +511,19 @@ def gaussian_blur(x, sigma, max_sigma):
     return x.index_copy_(0, blurred, y.view(len(blurred), *x.shape[1:]))
 
 
-def sample_color_jitter(rng, shape, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
+def sample_color_jitter(rng, shape):
     """Parameters of DINO's color jitter; each a CPU tensor of `shape`.
 
-    With probability 0.8 brightness, contrast and saturation are multiplied by up to 1 ± their
-    value, and the hue is turned by up to ± `hue` of the circle; 0.2: `gray`; 0.5: mirrored, `flip`.
+    With probability 0.8 brightness and contrast are multiplied by 0.6 to 1.4, saturation by 0.8 to
+    1.2, and the hue is turned by up to a tenth of the circle; 0.2: `gray`; 0.5: mirrored, `flip`.
     """
     u = torch.rand((7, *shape), generator=rng)
     jitter = u[0] < 0.8
     return {
-        "brightness": torch.where(jitter, 1 + brightness * (2 * u[1] - 1), 1.0),
-        "contrast": torch.where(jitter, 1 + contrast * (2 * u[2] - 1), 1.0),
-        "saturation": torch.where(jitter, 1 + saturation * (2 * u[3] - 1), 1.0),
-        "hue": torch.where(jitter, hue * (2 * u[4] - 1), 0.0),
+        "brightness": torch.where(jitter, 1 + 0.4 * (2 * u[1] - 1), 1.0),
+        "contrast": torch.where(jitter, 1 + 0.4 * (2 * u[2] - 1), 1.0),
+        "saturation": torch.where(jitter, 1 + 0.2 * (2 * u[3] - 1), 1.0),
+        "hue": torch.where(jitter, 0.1 * (2 * u[4] - 1), 0.0),
         "gray": u[5] < 0.2,
         "flip": u[6] < 0.5,
     }
@@ -594,16 +575,13 @@ def denormalize(x):
     return x * STD.to(x.device) + MEAN.to(x.device)
 
 
-# ------------------------------------------------------------ Training views and evaluation images
-
-
 class TrainingViews:
     """What the two branches are fed in each step; all of it a function of (seed, split, step)."""
 
     def __init__(self, config, split, name="train", device=None):
         self.config, self.split, self.name = config, split, name
         self.device = device or split.images.device
-        self.photos = config.get("dataset") == "stl10"
+        self.photos = config["dataset"] == "stl10"
         if not self.photos:
             self.canvases = CanvasSampler(config, split)
             self.background = Background(config, name, self.device)
@@ -658,7 +636,7 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
     `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest neighbour.
     """
     size = config["image_size"]
-    if config.get("dataset") == "stl10":
+    if config["dataset"] == "stl10":
         for index in torch.arange(min(n, len(split))).split(batch_size):
             photos = read_photos(split, index, split.images.device)
             yield {"images": resize(photos, size), "labels": split.labels[index], "index": index}
@@ -685,11 +663,7 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
 
 def resize(images, image_size):
     """Images (b, channels, S, S) brought to image_size as crops are, but uncropped."""
-    b, S = len(images), float(images.shape[-1])
-    crops = {
-        "centre": torch.full((b, 1, 2), S / 2),
-        "side": torch.full((b, 1), S),
-        "angle": torch.zeros(b, 1),
-        "sigma": torch.zeros(b, 1),
-    }
+    whole, zero = torch.full((len(images), 1), float(images.shape[-1])), torch.zeros(len(images), 1)
+    centre = (whole / 2)[..., None].expand(-1, -1, 2)
+    crops = {"centre": centre, "side": whole, "angle": zero, "sigma": zero}
     return render_crops(images[:, None], crops, image_size, outside="border")[:, 0]

@@ -26,9 +26,6 @@ VALIDATION_IMAGES = 512  # choose the best head, and draw the curves
 VALIDATION_BANK = 512
 
 
-# -------------------------------------------------------------------------- Maps and their metrics
-
-
 @torch.no_grad()
 def cls_attention(backbone, images):
     """Where [CLS] attends in the last block: (B, heads, patches), each map summing to 1.
@@ -78,14 +75,14 @@ def pointing(maps, digit, clutter):
     return (top & (digit > clutter)[:, None]).sum(-1) / top.sum(-1)
 
 
-def jaccard(maps, digit, patch_area, mass=0.6):
-    """Jaccard index of the digit with the patches that hold `mass` of the attention: (n, m).
+def jaccard60(maps, digit, patch_area):
+    """Jaccard index of the digit with the patches that hold 60% of the attention: (n, m).
 
     Patches are taken in descending order, tied ones together (DINO's comparison with masks).
     """
     ranked = maps.sort(dim=-1, descending=True).values
-    # rounding must not ask for one patch more
-    missing = (ranked.cumsum(-1) < mass - 1e-6).sum(-1, keepdim=True)
+    # less 1e-6: rounding must not ask for one patch more
+    missing = (ranked.cumsum(-1) < 0.6 - 1e-6).sum(-1, keepdim=True)
     taken = maps >= ranked.gather(-1, missing)
     inside = (taken * digit[:, None]).sum(-1)
     return inside / (digit.sum(-1)[:, None] + patch_area * taken.sum(-1) - inside)
@@ -123,13 +120,10 @@ def attention_metrics(maps, digit, clutter, patch_area):
     return metrics | {
         "auroc": auroc(maps, digit, clutter),
         "pointing": pointing(maps, digit, clutter).double(),
-        "jaccard60": jaccard(maps, digit, patch_area),
+        "jaccard60": jaccard60(maps, digit, patch_area),
         "best_jaccard": best_jaccard(digit, patch_area)[:, None].expand(maps.shape[:2]),
         "entropy": entropy(maps),
     }
-
-
-# ------------------------------------------------------------------------------------- Intervals
 
 
 def bootstrap(values, index, resamples=1000, seed=0):
@@ -158,9 +152,6 @@ def with_interval(means, values):
     if value is not None and len(resampled):
         low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"value": value, "low": low, "high": high, "images": int((~values.isnan()).sum())}
-
-
-# ------------------------------------------------------------------------- Attention in numbers
 
 
 def measure_attention(backbone, batches, untrained=None, resamples=1000):
@@ -208,9 +199,8 @@ def measure_attention(backbone, batches, untrained=None, resamples=1000):
     for row, each in several.items():
         values["diversity"][:, list(rows).index(row)] = diversity(each.double())
 
-    means = dict(
-        zip(values, bootstrap(torch.stack([*values.values()], 1), index, resamples).unbind(1))
-    )
+    means = bootstrap(torch.stack([*values.values()], 1), index, resamples)
+    means = dict(zip(values, means.unbind(1)))
     if regions:
         means["selectivity"] = means["selectivity"] / means["clutter_density"]
     table = {row: {} for row in rows}
@@ -232,14 +222,14 @@ def extract_features(backbone, batches):
     return tuple(torch.cat(column) for column in zip(*rows))
 
 
-def knn_classify(bank, bank_labels, queries, k=20, temperature=0.07):
-    """The class that wins a vote of each query's k nearest neighbours in the bank: (n,).
+def knn_classify(bank, bank_labels, queries):
+    """The class that wins a vote of each query's 20 nearest neighbours in the bank: (n,).
 
     Features (N, dim), (n, dim) are L2-normalized; as in DINO a vote weighs exp(cosine / 0.07).
     """
-    similarity, neighbour = (queries @ bank.T).topk(min(k, len(bank)))
+    similarity, neighbour = (queries @ bank.T).topk(min(20, len(bank)))
     votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
+    votes.scatter_add_(1, bank_labels[neighbour], (similarity / 0.07).exp())
     return votes.argmax(1)
 
 
@@ -279,7 +269,7 @@ def evaluate(name, config, epoch, backbone, splits):
     settings = {key: value for key, value in config.items() if key != "fallbacks"}
     result = {"checkpoint": name, "epoch": epoch, "fallbacks": config["fallbacks"]}
     result["settings"], layouts = settings, ["matched", "paper"]
-    if config.get("dataset") == "stl10":
+    if config["dataset"] == "stl10":
         layouts = ["photographs"]
     else:
         held_out = splits["validation"], VALIDATION_IMAGES, "matched", "validation"
@@ -295,33 +285,26 @@ def evaluate(name, config, epoch, backbone, splits):
     return result, points
 
 
-class Validation:
-    """A fixed set of validation images, the same for every run, measured after each epoch.
-
-    Attention on the layout `matched`; k-NN of the same images by VALIDATION_BANK training images.
-    """
-
-    def __init__(self, config, splits):
-        bank, held_out = splits.get("bank", splits["train"]), (VALIDATION_IMAGES, "matched")
-        # kept, for rendering them anew each epoch would cost as much as measuring them
-        images = data.evaluation_batches(config, splits["validation"], *held_out, "validation")
-        bank = data.evaluation_batches(config, bank, VALIDATION_BANK, "matched", "train")
-        self.images, self.bank = list(images), list(bank)
-
-    def __call__(self, backbone):
-        """{"images", "knn", and for each row of `measure_attention` its main metrics}."""
-        table = measure_attention(backbone, self.images, resamples=0)
-        bank, bank_labels, _ = extract_features(backbone, self.bank)
-        queries, labels, _ = extract_features(backbone, self.images)
-        correct = knn_classify(bank, bank_labels, queries) == labels
-        result = {"images": len(labels), "knn": correct.double().mean().item()}
-        shown = ("selectivity", "auroc", "pointing", "entropy", "diversity")
-        for row, cells in table.items():
-            result[row] = {name: cells[name]["value"] for name in shown if name in cells}
-        return result
+def validation_images(config, splits):
+    """Validation images and a bank of training images for k-NN, the same for every run: batches."""
+    bank, layout = splits.get("bank", splits["train"]), "matched"
+    images = splits["validation"], VALIDATION_IMAGES, layout, "validation"
+    images = data.evaluation_batches(config, *images)
+    bank = data.evaluation_batches(config, bank, VALIDATION_BANK, layout, "train")
+    return list(images), list(bank)
 
 
-# ------------------------------------------------------------------------------------ The report
+def validate(backbone, images, bank):
+    """{"images", "knn", and for each row of `measure_attention` its main metrics}."""
+    table = measure_attention(backbone, images, resamples=0)
+    bank, bank_labels, _ = extract_features(backbone, bank)
+    queries, labels, _ = extract_features(backbone, images)
+    correct = knn_classify(bank, bank_labels, queries) == labels
+    result = {"images": len(labels), "knn": correct.double().mean().item()}
+    shown = ("selectivity", "auroc", "pointing", "entropy", "diversity")
+    for row, cells in table.items():
+        result[row] = {name: cells[name]["value"] for name in shown if name in cells}
+    return result
 
 
 def format_cell(cell, interval=True):
@@ -389,10 +372,10 @@ def describe(config, epoch=None):
         crops = f"{c['crops']} crop{'s' * (c['crops'] > 1)}"
         what = f"{c['loss'].upper()} loss, {c['views']} views, {crops}"
     names = {"mnist": "MNIST", "sklearn": "scikit-learn's digits", "auto": "digits"}
-    images = "STL-10" if c.get("dataset") == "stl10" else names[c["digits"]]
-    if c.get("background", "black") != "black":
+    images = "STL-10" if c["dataset"] == "stl10" else names[c["digits"]]
+    if c["background"] != "black":
         images += f", background {c['background']}"
-        images += f", {c['texture_pool']} in all" if c.get("texture_pool") else ""
+        images += f", {c['texture_pool']} in all" if c["texture_pool"] else ""
     progress = "" if epoch is None else f", epoch {epoch} of {c['epochs']}"
     return f"{what}, {c['image_size']} px, patch {c['patch_size']}, {images}{progress}"
 

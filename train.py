@@ -117,10 +117,6 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def epoch_list(text):
-    return sorted(int(epoch) for epoch in text.split(","))
-
-
 def parse_args(argv):
     """The settings that were given as flags, and preset, resume and output."""
     parser = argparse.ArgumentParser(
@@ -137,7 +133,7 @@ def parse_args(argv):
         elif isinstance(laptop, tuple):
             how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         elif isinstance(laptop, list):
-            how = {"type": epoch_list}
+            how = {"type": lambda text: sorted(int(epoch) for epoch in text.split(","))}
         text += "" if derived or isinstance(paper, type) else f" [{paper} | {laptop}]"
         parser.add_argument(flag(name), help=text, **how)
     add = parser.add_argument
@@ -211,9 +207,6 @@ def check_config(config, shape=None):
             raise ValueError(f"{flag(name)} {c[name]}: {advice}")
 
 
-# ---------------------------------------------------------------------------------------- Schedules
-
-
 def cosine(start, end, progress):
     """From start to end along half a cosine as progress goes from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -230,9 +223,6 @@ def teacher_temperature(config, progress):
     """τ_t: from a lower, safer value up to its own while the learning rate ramps up."""
     start, share = config["warmup_teacher_temp"], min(1, progress / config["warmup"])
     return start + share * (config["teacher_temp"] - start)
-
-
-# ----------------------------------------------------------------------------------------- The step
 
 
 def autocast_dtype(precision, device):
@@ -296,8 +286,10 @@ def batch_loss(config, loss_fn, student, teacher, views, params, progress, backw
             keys.append(project(config, teacher, crops, views.teacher))
     keys = torch.cat(keys, dim=1)  # (crops, share, dim or K)
     logits = None if nce else keys.sum(dim=(0, 1)) / (len(keys) * images)
-    keys = all_gather(keys) if nce and ranks > 1 else keys  # (crops, images, dim)
-
+    if nce and ranks > 1:
+        parts = [torch.empty_like(keys) for _ in range(ranks)]
+        dist.all_gather(parts, keys.contiguous())
+        keys = torch.cat(parts, dim=1)  # (crops, images, dim), in the order of the ranks
     loss = 0.0
     for number, piece in enumerate(pieces):
         crops = crops if len(pieces) == 1 else views.render(piece)
@@ -331,10 +323,8 @@ def training_step(config, parts, parallel, views, params, step, steps):
     decay = cosine(config["weight_decay"], config["weight_decay_end"], progress)
     optimizer.param_groups[0]["weight_decay"] = decay
     optimizer.zero_grad()
-    networks = loss_fn, parallel, teacher
-    loss, logits = batch_loss(
-        config, *networks, views, params, progress, lambda part: scaler.scale(part).backward()
-    )
+    batch, backward = (views, params, progress), lambda part: scaler.scale(part).backward()
+    loss, logits = batch_loss(config, loss_fn, parallel, teacher, *batch, backward)
     if logits is not None:
         loss_fn.update_center(all_reduce(logits))
         if step < steps // config["epochs"]:  # DINO freezes its last layer in the first epoch
@@ -364,9 +354,6 @@ def prefetch(views, steps):
             yield params
 
 
-# ---------------------------------------------------------------------------------------- The ranks
-
-
 def init_distributed():
     """Under torchrun: join the other ranks, each with a GPU of its own where there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -380,13 +367,6 @@ def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_gather(keys):
-    """The projections (crops, b, dim) of all ranks' images, in order: (crops, ranks · b, dim)."""
-    parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, keys.contiguous())
-    return torch.cat(parts, dim=1)
-
-
 def all_reduce(tensor, largest=False):
     """The sum, or the largest, of the ranks' tensors, in place."""
     if dist.is_initialized():
@@ -398,9 +378,6 @@ def print_rank0(line):
     """To standard error, once for all ranks; above the progress bar."""
     if rank_and_world_size()[0] == 0:
         tqdm.write(line, file=sys.stderr)
-
-
-# -------------------------------------------------------------------------------------- Checkpoints
 
 
 @contextlib.contextmanager
@@ -469,14 +446,6 @@ def make_folder(config, output):
             return folder
 
 
-# ----------------------------------------------------------------------------------------- The loop
-
-NOT_FINITE = (
-    "the loss or its gradient is NaN or infinite, at step {} or up to 19 before; the last "
-    "checkpoint is older; use a lower --lr"
-)
-
-
 def make_parts(config, student):
     """All that changes in training, and that a checkpoint holds."""
     device = student.backbone.cls_token.device
@@ -497,7 +466,7 @@ class Validation:
     """What a line of log.jsonl says of validation images that do not depend on the seed."""
 
     def __init__(self, config, splits, device):
-        self.config, self.measure = config, metrics.Validation(config, splits)
+        self.config, self.images = config, metrics.validation_images(config, splits)
         held_out, n = splits["validation"], metrics.VALIDATION_IMAGES
         batch = min(config["batch_size"], n, len(held_out))  # the loss depends on it
         fixed, self.steps = config | {"batch_size": batch, "seed": 0}, range(n // batch)
@@ -510,7 +479,10 @@ class Validation:
             total += batch_loss(self.config, *rest, self.views.sample(step), progress)[0].item()
         if not math.isfinite(total):
             raise FloatingPointError("the validation loss is NaN or infinite; use a lower --lr")
-        return {"loss": total / len(self.steps), **self.measure(parts["teacher"].backbone)}
+        return {
+            "loss": total / len(self.steps),
+            **metrics.validate(parts["teacher"].backbone, *self.images),
+        }
 
 
 def write_log(folder, history):
@@ -575,13 +547,13 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
         finite &= loss.isfinite() & (norm.isfinite() | parts["scaler"].is_enabled())
         bar.update(batch)
         done, late = step + 1, time.monotonic() - saved_at > 60 * c["checkpoint_minutes"]
-        stopping, late = all_reduce(
-            torch.tensor([stop.is_set(), late]).int(), largest=True
-        ).tolist()
+        flags = torch.tensor([stop.is_set(), late], dtype=torch.int32)
+        stopping, late = all_reduce(flags, largest=True).tolist()
         epoch_ends = done % per_epoch == 0
         if done % 20 == 0 or epoch_ends or stopping or late:  # reading a number waits for the GPU
             if not finite or parts["scaler"].get_scale() < 1:
-                raise FloatingPointError(NOT_FINITE.format(done))
+                what = "the loss or its gradient is NaN or infinite, at step"
+                raise FloatingPointError(f"{what} {done} or up to 19 before; use a lower --lr")
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if epoch_ends:
             seconds = time.monotonic() - epoch_at
@@ -598,9 +570,6 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
         if stopping and done < steps:
             return False
     return True
-
-
-# --------------------------------------------------------------------------------------------- Main
 
 
 def compile_blocks(*networks):

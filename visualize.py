@@ -38,7 +38,8 @@ import vit
 
 # what weights that were not fine-tuned here are shown: the paper's canvas
 PAPER_CANVAS = {"canvas_size": 100, "num_distractors": 6, "distractor_size": 9, "digits": "auto"}
-SHOWN = ("image_size", *PAPER_CANVAS, "dataset", "split", "background", "texture_pool", "data_root")
+PAPER_CANVAS |= {"dataset": "clutter", "background": "black", "texture_pool": 0}
+PAPER_CANVAS |= {"image_size": 224, "data_root": "data"}
 # without these of a checkpoint's settings neither its network nor its views can be made again
 NEEDED = """loss views crops symmetric epochs batch_size seed weights digits image_size canvas_size
     num_distractors distractor_size global_crops_scale local_crops_scale rotation blur init_std
@@ -56,9 +57,6 @@ class Model:
     epoch: int | None = None  # None: not from a run of train.py
     history: list | None = None  # the lines of its log.jsonl
     splits: dict | None = None  # the digits or photographs that it is shown
-
-
-# ----------------------------------------------------------------------------------------- Figures
 
 
 def caption(models, width):
@@ -175,15 +173,13 @@ def plot_curves(model, path):
     axes = dict(zip(panels, axes.flat))
     for axis in figure.axes[len(panels) :]:
         axis.remove()
-
     thick, grey = {"color": "black", "linewidth": 2}, {"color": "grey", "linestyle": "--"}
     training = [line["loss"] for line in model.history[1:]]
     axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
     axes["loss"].plot(epochs, [line["loss"] for line in lines], **thick, label="validation")
     if model.config["loss"] == "nce":
-        axes["loss"].axhline(
-            math.log(model.config["batch_size"]), **grey, label="ln(batch), chance"
-        )
+        chance = math.log(model.config["batch_size"])
+        axes["loss"].axhline(chance, **grey, label="ln(batch), chance")
     axes["loss"].legend(fontsize=8)
     accuracy = [100 * line["knn"] for line in lines]
     axes["k-NN accuracy, %"].plot(epochs, accuracy, **thick)
@@ -202,7 +198,6 @@ def plot_curves(model, path):
         if name in ("selectivity", "auroc"):
             chance = {"selectivity": 1, "auroc": 0.5}[name]
             axes[name].axhline(chance, color="silver", linestyle=":", label="ink, uniform")
-
     legend = axes.pop("legend")
     legend.axis("off")
     labelled = axes[names[0]].get_legend_handles_labels()
@@ -225,16 +220,13 @@ def plot_tsne(model, points, labels, accuracy, path):
     figure, axis = plt.subplots(figsize=(6, 6.4), layout="constrained")
     dots = axis.scatter(*plane.T, c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
     bar = figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
-    if model.config.get("dataset") == "stl10":
+    if model.config["dataset"] == "stl10":
         bar.ax.set_yticklabels(STL10_CLASSES.split())
     axis.set_xticks([])
     axis.set_yticks([])
     title = f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
     figure.suptitle(f"{title}\n{caption([model], 6)}", fontsize=9)
     save_figure(figure, path)
-
-
-# -------------------------------------------------------------------------------- What is looked at
 
 
 def open_model(source, args, like=None):
@@ -252,19 +244,19 @@ def open_model(source, args, like=None):
         torch.manual_seed(0)
         backbone = vit.VisionTransformer()
     patch_size, epoch, history = backbone.patch_size, content.get("epoch"), content.get("metrics")
-    config = {"fallbacks": [], **content.get("config", {})}
+    config = {"fallbacks": [], **PAPER_CANVAS, **content.get("config", {})}
     if like or epoch is None or history is None:
         shown = like.config if like else PAPER_CANVAS
-        config = {"fallbacks": [], "weights": os.path.basename(source), "image_size": 224}
-        config |= {name: shown[name] for name in SHOWN if name in shown}
+        config = {"fallbacks": [], "weights": os.path.basename(source)}
+        config |= {name: shown[name] for name in ("split", *PAPER_CANVAS) if name in shown}
         config["image_size"] = max(1, round(config["image_size"] / patch_size)) * patch_size
         epoch, history = None, None
-    elif missing := [name for name in NEEDED.split() if name not in config]:
+    elif missing := [name for name in NEEDED.split() if name not in content["config"]]:
         raise ValueError(f"{source} lacks {', '.join(missing)}; use another copy of it")
     for name in ("image_size", "digits", "background", "data_root"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
-            config["texture_pool"] = 0 if name == "background" else config.get("texture_pool", 0)
+            config["texture_pool"] = 0 if name == "background" else config["texture_pool"]
     if config["image_size"] < 1 or config["image_size"] % patch_size:
         text = f"--image-size {config['image_size']}"
         raise ValueError(f"{text}: use a multiple of the patch size {patch_size}")
@@ -303,9 +295,6 @@ def example_images(model, n):
     return list(batch["images"].expand(-1, 3, -1, -1).clamp(0, 1)), masks
 
 
-# -------------------------------------------------------------------------------------------- Main
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="visualize.py", description="Draw and measure where a trained network looks."
@@ -315,9 +304,8 @@ def parse_args(argv):
     weights = "also measure weights that were not fine-tuned, on the first checkpoint's canvases, "
     weights += f"else on the paper's: none, random ones, or {', '.join(vit.DINO_FILES)}"
     add("--weights", metavar="{dino,none,FILE}", help=weights)
-    add(
-        "--images", nargs="+", metavar="FILE", help="draw the attention over these pictures instead"
-    )
+    images = "draw the attention over these pictures instead"
+    add("--images", nargs="+", metavar="FILE", help=images)
     add("--image-size", type=int, help="side of the input in pixels [as trained, else 224]")
     add("--digits", choices=["auto", "mnist", "sklearn"], help="[as trained, else auto]")
     add("--background", metavar="{black,texture,DIR}", help="behind the digits [as trained]")
@@ -369,10 +357,8 @@ def visualize(args):
 
     several, first = "-compared" * (len(models) > 1), models[0]
     epochs = kept_epochs(first) if first.history and not several else {}
-    images = [
-        example_images(model, 8 if len(epochs) < 2 else max(1, 12 // len(epochs)))
-        for model in models
-    ]
+    n = 8 if len(epochs) < 2 else max(1, 12 // len(epochs))
+    images = [example_images(model, n) for model in models]
     plot_attention(models, images, os.path.join(folder, f"attention{several}.png"), epochs)
     for model in models:
         if model not in measured:
@@ -388,9 +374,8 @@ def visualize(args):
         if first.history:
             plot_views(first, os.path.join(folder, "views.png"))
             plot_curves(first, os.path.join(folder, "curves.png"))
-        plot_tsne(
-            first, *features, result["features"]["knn"]["value"], os.path.join(folder, "tsne.png")
-        )
+        accuracy = result["features"]["knn"]["value"]
+        plot_tsne(first, *features, accuracy, os.path.join(folder, "tsne.png"))
 
 
 def main(argv=None):

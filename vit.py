@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import zipfile
+from collections import OrderedDict
 from itertools import pairwise
 
 import numpy as np
@@ -32,9 +33,6 @@ DINO_FILES = {
 SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size")  # what weights say of their ViT
 
 
-# ------------------------------------------------------------------------------------ The backbone
-
-
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q kᵀ / √d) v in each head, then a linear layer."""
 
@@ -44,9 +42,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, dim) -> (B, heads, N, d)
-
     def queries_keys_values(self, x, queries=None):
         """q of the first `queries` tokens (None: of all), k and v of every token."""
         if queries is None:
@@ -55,7 +50,8 @@ class Attention(nn.Module):
             dim = x.shape[-1]
             q = F.linear(x[:, :queries], self.qkv.weight[:dim], self.qkv.bias[:dim])
             k, v = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
-        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        # (B, N, dim) -> (B, heads, N, d)
+        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
     def forward(self, x, queries=None):
         q, k, v = self.queries_keys_values(x, queries)
@@ -72,16 +68,6 @@ def attention_weights(q, k):
     return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(dim=-1)
 
 
-class MLP(nn.Module):
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block. With `queries` = n only the first n tokens are computed."""
 
@@ -90,20 +76,12 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        mlp = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(mlp))
 
     def forward(self, x, queries=None):
         x = x[:, :queries] + self.attn(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).mT  # (B, 3, H, W) -> (B, patches, dim), row by row
 
 
 class VisionTransformer(nn.Module):
@@ -125,7 +103,8 @@ class VisionTransformer(nn.Module):
         self.dim, self.depth, self.heads = dim, depth, heads
         self.grid = pos_size // patch_size
         self.checkpoint_blocks = False  # True: recompute activations in the backward pass
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        patches = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=patches))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -152,7 +131,7 @@ class VisionTransformer(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             patch = f"patch size {self.patch_size}"
             raise ValueError(f"image size {height}×{width} is not a multiple of the {patch}")
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images).flatten(2).mT  # (B, patches, dim), row by row
         cls_token = self.cls_token.expand(len(images), -1, -1)
         grid = height // self.patch_size, width // self.patch_size
         return torch.cat([cls_token, patches], dim=1) + self.interpolate_pos_encoding(*grid)
@@ -186,9 +165,6 @@ def init_weights(network, std):
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=std or module.in_features**-0.5)
             nn.init.zeros_(module.bias)
-
-
-# ----------------------------------------------------------------------------- The projection head
 
 
 class ProjectionHead(nn.Module):
@@ -230,21 +206,10 @@ class Prototypes(nn.Module):
         return F.linear(x, self.weight_v) * (self.weight_g[:, 0] / self.weight_v.norm(dim=-1))
 
 
-class Network(nn.Module):
-    """Backbone and head under the names that DINO's scripts expect: `backbone.…`, `head.…`."""
-
-    def __init__(self, backbone, head):
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def forward(self, images):
-        return self.head(self.backbone(images))
-
-
 def build_network(config):
-    """A student with random weights that config["seed"] decides.
+    """Backbone and head with random weights that config["seed"] decides; train.py makes `config`.
 
-    `config` is the dict of settings that train.py makes and a checkpoint holds.
+    DINO's scripts expect the names `backbone.…` and `head.…`.
     """
     c = config
     torch.manual_seed(c["seed"] % 2**63)
@@ -252,7 +217,8 @@ def build_network(config):
     backbone.checkpoint_blocks = c.get("checkpoint_blocks", False)
     out_dim = c["out_dim"] if c["loss"] == "dino" else None
     mlp = c["head_hidden_dim"], c["head_layers"], c["bottleneck_dim"], c["head_norm"]
-    return Network(backbone, ProjectionHead(c["dim"], out_dim, *mlp, c["init_std"]))
+    head = ProjectionHead(c["dim"], out_dim, *mlp, c["init_std"])
+    return nn.Sequential(OrderedDict(backbone=backbone, head=head))
 
 
 def untrained_backbone(config):
@@ -265,9 +231,6 @@ def untrained_backbone(config):
             print(f"warning: no untrained reference: {one_line(error)}", file=sys.stderr)
             return None
     return backbone
-
-
-# ------------------------------------------------------------------------------------------- Files
 
 
 def download_dino(name):

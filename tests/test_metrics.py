@@ -98,8 +98,8 @@ def test_pointing_and_jaccard60_by_hand():
     digit, steep, even = counts(49, 49, 49, 49), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64)
     steep[0, 0, :4] = torch.tensor([0.35, 0.25, 0.22, 0.18])  # the first two hold just 60%
     even[0, 0, :5] = 0.2  # the three that would do bring the other two along
-    assert metrics.jaccard(steep, digit, AREA).item() == pytest.approx(2 / 4)
-    assert metrics.jaccard(even, digit, AREA).item() == pytest.approx(4 / 5)
+    assert metrics.jaccard60(steep, digit, AREA).item() == pytest.approx(2 / 4)
+    assert metrics.jaccard60(even, digit, AREA).item() == pytest.approx(4 / 5)
 
 
 def test_diversity_by_hand():
@@ -131,7 +131,7 @@ def test_no_map_exceeds_the_best_jaccard_and_some_set_reaches_it(patches):
     digit = torch.tensor([[float(n) for n, _ in patches]])
     maps = torch.tensor([[[a for _, a in patches]]], dtype=torch.float64)
     best = metrics.best_jaccard(digit, 4).item()
-    assert metrics.jaccard(maps / maps.sum(), digit, 4).item() <= best + 1e-9
+    assert metrics.jaccard60(maps / maps.sum(), digit, 4).item() <= best + 1e-9
     sets = torch.tensor(list(itertools.product([0.0, 1.0], repeat=len(patches))))  # all of them
     inside = (sets * digit).sum(1)
     found = (inside / (digit.sum() + 4 * sets.sum(1) - inside)).nan_to_num().max().item()
@@ -336,7 +336,9 @@ def test_the_probe_is_linear():
 
 def test_validation_measures_the_same_images_for_every_run(few_images):
     backbone = network_of()
-    one, other = (metrics.Validation(LAPTOP | {"seed": s}, SPLITS)(backbone) for s in (0, 1))
+    configs = [LAPTOP | {"seed": seed} for seed in (0, 1)]
+    sets = [metrics.validation_images(config, SPLITS) for config in configs]
+    one, other = (metrics.validate(backbone, *images) for images in sets)
     assert one == other and one["images"] == 60
     bank = data.evaluation_batches(LAPTOP, SPLITS["train"], 60, "matched", "train")
     held_out = SPLITS["validation"], 60, "matched", "validation"

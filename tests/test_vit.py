@@ -113,7 +113,9 @@ def test_initial_weights(init_std, qkv, fc2):
 
 def test_gradient_reaches_every_parameter():
     torch.manual_seed(0)
-    net = vit.Network(vit.VisionTransformer(7, 24, 2, 2, 28), vit.ProjectionHead(24, 10, 16, 3, 8))
+    net = torch.nn.Sequential(
+        vit.VisionTransformer(7, 24, 2, 2, 28), vit.ProjectionHead(24, 10, 16, 3, 8)
+    )
     net(torch.randn(2, 3, 28, 28)).square().sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
