@@ -629,15 +629,17 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
     """n whole canvases or photographs, not augmented, with what is where on them.
 
     The same for every run: they depend on the split, the layout and the canvas alone, and fewer
-    are the first of more. Photographs and digits come in order, digits again if they are too few.
+    are the first of more. Photographs and digits are spread over the split by a fixed permutation,
+    for MNIST's test file begins with the cleaner ones; digits come again if they are too few.
 
     Yields dicts of up to batch_size = b rows, with I = image_size: `images` (b, 1 or 3, I, I) in
     [0, 1]; `labels` (b,); `index` (b,), the digit or photograph of the split; of canvases also
     `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest neighbour.
     """
     size = config["image_size"]
+    order = torch.randperm(len(split), generator=generator("evaluation", name))
     if config["dataset"] == "stl10":
-        for index in torch.arange(min(n, len(split))).split(batch_size):
+        for index in order[:n].split(batch_size):
             photos = read_photos(split, index, split.images.device)
             yield {"images": resize(photos, size), "labels": split.labels[index], "index": index}
         return
@@ -645,7 +647,7 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
     sampler, blocks = CanvasSampler(config, split, layout), []
     for start in range(0, n, 100):
         rng = generator("evaluation", name, layout, start)
-        block = sampler.sample(rng, torch.arange(start, start + 100) % len(split))
+        block = sampler.sample(rng, order[torch.arange(start, start + 100) % len(split)])
         blocks.append(block | background.sample(rng, (100, 1)))
     params = {key: torch.cat([block[key] for block in blocks])[:n] for key in blocks[0]}
     for start in range(0, n, batch_size):

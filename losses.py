@@ -45,44 +45,55 @@ class NCELoss(nn.Module):
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy from teacher to student, eqs. (1, 2), with DINO's centring.
+    """Cross-entropy from teacher to student, eqs. (1, 2), over K prototypes.
 
-    The teacher's logits are centred, so that no prototype can win every image, and sharpened
+    The teacher's logits are balanced, so that no prototype can win every image, and sharpened
     by a low temperature, so that not all win alike; together they keep it from collapse. A
     network that knows nothing scores ln K.
 
     Args:
         out_dim: K, the number of logits.
         student_temp: tau_s of eq. (1), > 0.
+        centering: "mean" subtracts a moving average of the teacher's logits, as DINO does;
+            "sinkhorn_knopp" gives every prototype the same share of the batch, as DINOv2 does.
         center_momentum: share of the old centre in the new, in [0, 1].
     """
 
-    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+    def __init__(self, out_dim, student_temp=0.1, centering="mean", center_momentum=0.9):
         super().__init__()
         self.student_temp = student_temp
+        self.centering = centering
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def forward(self, student, teacher, pairs, teacher_temp=0.04):
-        """Mean over pairs and images: a scalar, in nats. The centre is used, not moved.
+    @torch.no_grad()
+    def teacher_probabilities(self, logits, teacher_temp):
+        """The teacher's logits (crops, B, K) of a whole batch as distributions over prototypes."""
+        if self.centering == "mean":
+            return F.softmax((logits - self.center) / teacher_temp, dim=-1)
+        log_p = logits.flatten(0, 1) / teacher_temp  # (crops · B, K)
+        for _ in range(3):
+            log_p = F.log_softmax(log_p, dim=0)  # prototypes: the same share of the images
+            log_p = F.log_softmax(log_p, dim=1)  # images: a distribution over prototypes
+        return log_p.exp().view_as(logits)
+
+    def forward(self, student, teacher, pairs, first=0):
+        """Mean over pairs and the student's images: a scalar, in nats.
 
         Args:
-            student: (student crops, B, K), the student's logits.
-            teacher: (teacher crops, B, K), the teacher's; no gradient flows into them.
+            student: (student crops, b, K), the student's logits of b of the B images.
+            teacher: (teacher crops, B, K), from `teacher_probabilities`.
             pairs: list of (i, j): student crop i against teacher crop j.
-            teacher_temp: tau_t, > 0.
+            first: the place in the batch of the student's first image.
         """
         log_p_student = F.log_softmax(student / self.student_temp, dim=-1)
-        p_teacher = F.softmax((teacher.detach() - self.center) / teacher_temp, dim=-1)
+        p_teacher = teacher[:, first : first + student.shape[1]]
         total = 0
         for i, j in pairs:
             total = total - (p_teacher[j] * log_p_student[i]).sum(dim=-1).mean()
         return total / len(pairs)
 
     @torch.no_grad()
-    def update_center(self, mean):
-        """Move the centre towards `mean` (K,), that of this step's teacher logits.
-
-        Apart from `forward`, so that a step computed in pieces uses one centre throughout.
-        """
-        self.center.lerp_(mean.to(self.center), 1 - self.center_momentum)
+    def update_center(self, logits):
+        """Move the centre towards the mean of this step's teacher logits (crops, B, K)."""
+        self.center.lerp_(logits.mean(dim=(0, 1)), 1 - self.center_momentum)

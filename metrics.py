@@ -24,20 +24,22 @@ TEST_IMAGES = 1000
 BANK_IMAGES = 10_000  # training images that k-NN and probe learn from
 VALIDATION_IMAGES = 512  # choose the best head, and draw the curves
 VALIDATION_BANK = 512
+COLLAPSE = (
+    "it has collapsed, all images are alike to it; try --centering sinkhorn_knopp, a lower "
+    "--teacher-temp or --lr, or --loss nce"
+)
 
 
 @torch.no_grad()
 def cls_attention(backbone, images):
-    """Where [CLS] attends in the last block: (B, heads, patches), each map summing to 1.
+    """Where [CLS] attends in the last block, and its feature; in one pass.
 
-    `images` (B, 3, H, W), normalized. The attention that [CLS] pays to itself is left out.
-    Raises FloatingPointError if the weights give no finite numbers.
+    `images` (B, 3, H, W), normalized. Returns maps (B, heads, patches), each summing to 1, without
+    the attention that [CLS] pays to itself and to registers; and features (B, dim).
     """
-    maps = backbone.get_last_selfattention(images, queries=1)[:, :, 0, 1:]
-    maps = maps / maps.sum(dim=-1, keepdim=True)
-    if not maps.isfinite().all():
-        raise FloatingPointError("the attention of the last block is NaN or infinite")
-    return maps
+    x = backbone.before_last_block(images)
+    maps = backbone.last_attention(x, queries=1)[:, :, 0, 1 + backbone.registers :]
+    return maps / maps.sum(dim=-1, keepdim=True), backbone.last_feature(x)
 
 
 def patch_sums(images, patch_size):
@@ -154,8 +156,33 @@ def with_interval(means, values):
     return {"value": value, "low": low, "high": high, "images": int((~values.isnan()).sum())}
 
 
-def measure_attention(backbone, batches, untrained=None, resamples=1000):
-    """Every metric of the network's attention to `data.evaluation_batches`, and of its baselines'.
+def observe(networks, batches, keep_maps=True):
+    """What networks make of `data.evaluation_batches`, in one pass: a dict of CPU tensors.
+
+    `maps` and `features`: for each network (n, heads, patches) and (n, dim), as `cls_attention`
+    has them; `counts`: (n, patches) each, pixels of digit and clutter, and summed intensity, for
+    canvases; `index` and `labels` (n,): which digit or photograph, of which class.
+    Raises FloatingPointError if weights give no finite numbers.
+    """
+    device, patch_size, columns = networks[0].cls_token.device, networks[0].patch_size, []
+    for batch in tqdm(batches, "measuring", unit="batch", leave=False, disable=None):
+        images, regions = data.normalize(batch["images"].to(device)), []
+        if "digit" in batch and keep_maps:
+            regions = [batch["digit"], batch["clutter"], batch["images"].mean(1)]
+        maps, features = zip(*(cls_attention(network, images) for network in networks))
+        counts = [patch_sums(region, patch_size) for region in regions]
+        columns.append([*features, *(maps if keep_maps else ()), *counts])
+        columns[-1] = [x.cpu() for x in (batch["index"], batch["labels"], *columns[-1])]
+    index, labels, *rest = (torch.cat(column) for column in zip(*columns))
+    if not all(x.isfinite().all() for x in rest):
+        raise FloatingPointError("the network's features or attention are NaN or infinite")
+    n = len(networks)
+    seen = {"index": index, "labels": labels, "features": rest[:n], "patch_size": patch_size}
+    return seen | {"maps": rest[n : 2 * n], "counts": rest[2 * n :]}
+
+
+def measure_attention(seen, resamples=1000):
+    """Every metric of a network's attention to what `observe` has `seen`, and of its baselines'.
 
     Returns {row: {metric: {"value", "low", "high", "images"}}}. Rows:
         mean: the mean map of the heads; head_1, head_2, …: each head.
@@ -164,34 +191,25 @@ def measure_attention(backbone, batches, untrained=None, resamples=1000):
         brightness: proportional to each patch's summed intensity. Digits have denser strokes
             than clutter, so this already prefers them, having understood nothing.
         shuffled: the network's mean map of another image: what position alone earns.
-        untrained: the mean map of the network `untrained`.
+        untrained: the mean map of the second network, the first before its training.
     Metrics: those of `attention_metrics`; selectivity, mean digit density ÷ mean clutter density
     over images that have clutter; diversity between the heads, of mean and untrained. Of
     photographs, which have no masks, entropy and diversity alone, of the networks.
     """
-    device, patch_size, columns = backbone.cls_token.device, backbone.patch_size, []
-    for batch in tqdm(batches, "attention", unit="batch", leave=False, disable=None):
-        images, regions = data.normalize(batch["images"].to(device)), []
-        if "digit" in batch:
-            regions = [batch["digit"], batch["clutter"], batch["images"].mean(1)]
-        maps = [cls_attention(network, images) for network in (backbone, untrained) if network]
-        counts = [patch_sums(region, patch_size) for region in regions]
-        columns.append([x.cpu() for x in (batch["index"], *maps, *counts)])
-    index, heads, *rest = (torch.cat(column) for column in zip(*columns))
-
+    heads, regions, patch_area = seen["maps"][0], seen["counts"], seen["patch_size"] ** 2
     mean, several = heads.mean(1), {"mean": heads}  # (n, patches), (n, heads, patches)
     rows = {"mean": mean} | {f"head_{h + 1}": map_ for h, map_ in enumerate(heads.unbind(1))}
     if regions:
-        digit, clutter, intensity = rest[-3:]
+        digit, clutter, intensity = regions
         rows |= {"uniform": torch.ones_like(mean), "ink": (digit + clutter > 0).float()}
         rows |= {"brightness": intensity + 1e-9, "shuffled": mean.roll(1, dims=0)}
-    if untrained:
-        rows["untrained"], several["untrained"] = rest[0].mean(1), rest[0]
+    for untrained in seen["maps"][1:]:
+        rows["untrained"], several["untrained"] = untrained.mean(1), untrained
     maps = torch.stack([map_ / map_.sum(-1, keepdim=True) for map_ in rows.values()], dim=1)
     values = {"entropy": entropy(maps.double())}
     if regions:  # a hundred images at a time, so that memory does not grow with n
         pieces = zip(maps.split(100), digit.split(100), clutter.split(100))
-        pieces = [attention_metrics(*piece, patch_size**2) for piece in pieces]
+        pieces = [attention_metrics(*piece, patch_area) for piece in pieces]
         values |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         has_clutter = ~values["clutter_density"].isnan()
         values["selectivity"] = values["digit_density"].where(has_clutter, torch.nan)
@@ -199,7 +217,7 @@ def measure_attention(backbone, batches, untrained=None, resamples=1000):
     for row, each in several.items():
         values["diversity"][:, list(rows).index(row)] = diversity(each.double())
 
-    means = bootstrap(torch.stack([*values.values()], 1), index, resamples)
+    means = bootstrap(torch.stack([*values.values()], 1), seen["index"], resamples)
     means = dict(zip(values, means.unbind(1)))
     if regions:
         means["selectivity"] = means["selectivity"] / means["clutter_density"]
@@ -211,25 +229,14 @@ def measure_attention(backbone, batches, untrained=None, resamples=1000):
     return table
 
 
-@torch.no_grad()
-def extract_features(backbone, batches):
-    """L2-normalized [CLS] features (n, dim), labels (n,) and digits (n,) of batches of canvases."""
-    rows = []
-    for batch in tqdm(batches, "features", unit="batch", leave=False, disable=None):
-        images = data.normalize(batch["images"].to(backbone.cls_token.device))
-        features = F.normalize(backbone(images), dim=-1)
-        rows.append((features.cpu(), batch["labels"].cpu(), batch["index"].cpu()))
-    return tuple(torch.cat(column) for column in zip(*rows))
-
-
 def knn_classify(bank, bank_labels, queries):
     """The class that wins a vote of each query's 20 nearest neighbours in the bank: (n,).
 
     Features (N, dim), (n, dim) are L2-normalized; as in DINO a vote weighs exp(cosine / 0.07).
     """
-    similarity, neighbour = (queries @ bank.T).topk(min(20, len(bank)))
+    cosine, neighbour = (queries @ bank.T).topk(min(20, len(bank)))
     votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[neighbour], (similarity / 0.07).exp())
+    votes.scatter_add_(1, bank_labels[neighbour], (cosine / 0.07).exp())
     return votes.argmax(1)
 
 
@@ -239,68 +246,90 @@ def linear_probe(bank, bank_labels, queries):
     return torch.from_numpy(probe.fit(bank.numpy(), bank_labels.numpy()).predict(queries.numpy()))
 
 
-def measure_features(config, backbone, splits):
-    """How well the features tell the ten classes apart, training images to test images.
+def mean_cosine(features):
+    """Mean cosine of L2-normalized features (n, dim) of different images; 1: all point one way."""
+    n, total = len(features), features.double().sum(0)
+    return ((total @ total).item() - n) / (n * (n - 1))
 
-    Returns {"knn", "linear_probe": accuracy with its interval}, and the test features and labels.
+
+def collapsed(line):
+    """Whether what `validate` says is that to this network all images are alike.
+
+    Their features point one way; or with DINO's loss the teacher says the same of each: then the
+    mean of its distributions has no more entropy than each of them, be they uniform or one-hot.
     """
-    bank = splits.get("bank", splits["train"])
-    images = data.evaluation_batches(config, bank, min(BANK_IMAGES, len(bank)), "paper", "train")
-    bank, bank_labels, _ = extract_features(backbone, images)
-    images = data.evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
-    points, labels, index = extract_features(backbone, images)
-    accuracies = {}
+    one_way = line.get("mean_cosine", 0) > 0.98
+    return one_way or line.get("entropy_of_mean", 1) - line.get("mean_entropy", 0) < 0.02
+
+
+def measure_features(bank, seen, network):
+    """How well a network's features tell the ten classes apart: of what `observe` has seen.
+
+    Returns {"knn", "linear_probe": accuracy with its interval}, bank to `seen`.
+    """
+    points, queries = (F.normalize(x["features"][network], dim=-1) for x in (bank, seen))
+    result = {}
     for name, classify in (("knn", knn_classify), ("linear_probe", linear_probe)):
-        correct = (classify(bank, bank_labels, points) == labels).double()
-        accuracies[name] = with_interval(bootstrap(correct, index), correct)
-    return accuracies, points, labels
+        found = classify(points, bank["labels"], queries)
+        correct = (found == seen["labels"]).double()
+        result[name] = with_interval(bootstrap(correct, seen["index"]), correct)
+    return result
 
 
-def evaluate(name, config, epoch, backbone, splits):
+def evaluate(name, config, history, backbone, splits):
     """All that metrics.json holds of a network; and its test features (n, dim) and labels (n,).
 
     Attention on the test split, layouts matched and paper, and the head most selective on
-    validation canvases; of photographs their one table; accuracy of the features. Of a run of
-    train.py (epoch not None) the network before its first step, too.
+    validation canvases; of photographs their one table; accuracy of the features, of 10,000
+    training images to 1,000 test images. Of a run of train.py (`history`, the lines of its log, not
+    None) the network before its first step, too.
     """
-    untrained = None if epoch is None else vit.untrained_backbone(config)
-    if untrained:
-        untrained.to(backbone.cls_token.device)
+    epoch = history[-1]["epoch"] if history else None
+    networks = [backbone, vit.untrained_backbone(config) if history else None]
+    networks = [network.to(backbone.cls_token.device) for network in networks if network]
     settings = {key: value for key, value in config.items() if key != "fallbacks"}
     result = {"checkpoint": name, "epoch": epoch, "fallbacks": config["fallbacks"]}
     result["settings"], layouts = settings, ["matched", "paper"]
     if config["dataset"] == "stl10":
         layouts = ["photographs"]
     else:
-        held_out = splits["validation"], VALIDATION_IMAGES, "matched", "validation"
-        table = measure_attention(backbone, data.evaluation_batches(config, *held_out), None, 0)
+        images, _ = validation_images(config, splits)
+        table = measure_attention(observe([backbone], images), resamples=0)
         heads = [row for row in table if row.startswith("head_")]
         result["best_head"] = max(heads, key=lambda row: table[row]["selectivity"]["value"] or 0)
     for layout in layouts:
         images = data.evaluation_batches(config, splits["test"], TEST_IMAGES, layout)
-        result[layout] = measure_attention(backbone, images, untrained)
-    result["features"], *points = measure_features(config, backbone, splits)
-    if untrained:
-        result["untrained_features"] = measure_features(config, untrained, splits)[0]
-    return result, points
+        seen = observe(networks, images)
+        result[layout] = measure_attention(seen)
+    bank = splits.get("bank", splits["train"])
+    images = data.evaluation_batches(config, bank, min(BANK_IMAGES, len(bank)), "paper", "train")
+    bank = observe(networks, images, keep_maps=False)
+    for network, key in zip(range(len(networks)), ("features", "untrained_features")):
+        result[key] = measure_features(bank, seen, network)
+    points = F.normalize(seen["features"][0], dim=-1)
+    result["mean_cosine"], last = mean_cosine(points), history[-1]["validation"] if history else {}
+    result["collapsed"] = collapsed(last | {"mean_cosine": result["mean_cosine"]})
+    return result, (points, seen["labels"])
 
 
 def validation_images(config, splits):
-    """Validation images and a bank of training images for k-NN, the same for every run: batches."""
-    bank, layout = splits.get("bank", splits["train"]), "matched"
-    images = splits["validation"], VALIDATION_IMAGES, layout, "validation"
-    images = data.evaluation_batches(config, *images)
-    bank = data.evaluation_batches(config, bank, VALIDATION_BANK, layout, "train")
-    return list(images), list(bank)
+    """Validation images and a bank of training images for k-NN, the same for every run."""
+    bank = splits.get("bank", splits["train"])
+    images = splits["validation"], VALIDATION_IMAGES, "matched", "validation"
+    bank = data.evaluation_batches(config, bank, VALIDATION_BANK, "matched", "train")
+    return data.evaluation_batches(config, *images), bank
 
 
-def validate(backbone, images, bank):
-    """{"images", "knn", and for each row of `measure_attention` its main metrics}."""
-    table = measure_attention(backbone, images, resamples=0)
-    bank, bank_labels, _ = extract_features(backbone, bank)
-    queries, labels, _ = extract_features(backbone, images)
-    correct = knn_classify(bank, bank_labels, queries) == labels
-    result = {"images": len(labels), "knn": correct.double().mean().item()}
+def validate(seen, bank):
+    """{"images", "knn", "mean_cosine", and for each row of `measure_attention` its main metrics}.
+
+    `seen` and `bank` are what `observe` has of one network for `validation_images`.
+    """
+    table = measure_attention(seen, resamples=0)
+    points, queries = (F.normalize(x["features"][0], dim=-1) for x in (bank, seen))
+    correct = knn_classify(points, bank["labels"], queries) == seen["labels"]
+    result = {"images": len(correct), "knn": correct.double().mean().item()}
+    result["mean_cosine"] = mean_cosine(queries)
     shown = ("selectivity", "auroc", "pointing", "entropy", "diversity")
     for row, cells in table.items():
         result[row] = {name: cells[name]["value"] for name in shown if name in cells}
@@ -337,6 +366,8 @@ def is_above(table, row, reference):
 
 def verdict(result):
     """What the table comes to, in a sentence or two."""
+    if result["collapsed"]:
+        return f"No: {COLLAPSE}."
     table, best = result["matched"], result["best_head"]
     mean, bright = table["mean"], table["brightness"]
     value, density = mean["selectivity"]["value"], mean["digit_density"]

@@ -63,12 +63,15 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("dim", 384, 96, "width of the network (III)"),
     ("depth", 12, 2, "number of blocks (III)"),
     ("heads", 6, 3, "attention heads a block (IV)"),
+    ("mlp_ratio", 4, 4, "width of the blocks' MLPs ÷ that of the network"),
+    ("registers", 0, 0, "learned tokens that stand for no patch (Darcet et al. 2024)"),
     ("init_std", 0.02, 0.0, "standard deviation of random weights; 0: 1/√inputs"),
     ("head_hidden_dim", 2048, 512, "projection head: width of its hidden layers"),
     ("head_layers", 3, 2, "projection head: layers of its MLP"),
     ("bottleneck_dim", 256, 128, "projection head: width of its output, which nce compares"),
     ("head_norm", False, True, "projection head: a LayerNorm after each hidden layer"),
-    ("out_dim", 65_536, 1024, "K of eqs. (1, 2), the logits of --loss dino"),
+    ("out_dim", 65_536, 256, "K of eqs. (1, 2), the prototypes of --loss dino"),
+    ("centering", "mean", "sinkhorn_knopp", "of the teacher's logits: mean, or sinkhorn_knopp"),
     ("batch_size", 32, 64, "images a step (III)"),
     ("micro_batch", 0, 0, "images computed at a time, exactly (IV); 0: the whole batch"),
     ("checkpoint_blocks", False, False, "recompute activations: less memory, a third more time"),
@@ -98,16 +101,17 @@ CHOICES = {
     "dataset": ["clutter", "stl10"],
     "split": ["unlabeled", "train"],
     "digits": ["auto", "mnist", "sklearn"],
+    "centering": ["mean", "sinkhorn_knopp"],
     "precision": ["auto", "float32", "bfloat16", "float16"],
 }
 RANGES = [  # settings, least, largest
-    ("epochs images_per_epoch batch_size image_size patch_size dim depth heads", 1, 1e9),
+    ("epochs images_per_epoch batch_size image_size patch_size dim depth heads mlp_ratio", 1, 1e9),
     ("head_hidden_dim head_layers bottleneck_dim out_dim", 1, 1e9),
     ("lr temperature teacher_temp warmup_teacher_temp checkpoint_minutes clip_grad", 1e-99, 1e9),
     ("global_crops_scale local_crops_scale warmup", 1e-3, 1),
     ("momentum_teacher weight_decay weight_decay_end init_std", 0, 1),
     ("rotation blur", 0, 360),
-    ("micro_batch texture_pool num_distractors", 0, 1e6),
+    ("micro_batch texture_pool num_distractors registers", 0, 1e6),
     ("distractor_size", 1, 28),
     ("canvas_size", 28, 1e4),  # a digit has 28×28 pixels
 ]
@@ -251,9 +255,9 @@ def update_teacher(teacher, student, momentum):
 
 
 def project(config, network, crops, which):
-    """The crops `which` of (C, B, 3, H, W) through a network in one pass: (len(which), B, dim)."""
+    """The crops `which` of (C, B, 3, H, W) through a network in one pass: (len(which), B, …)."""
     dtype = autocast_dtype(config["precision"], crops.device)
-    crops = crops if len(which) == len(crops) else crops[which]
+    crops = crops[which[0] : which[-1] + 1]  # a slice: a list would be copied to the GPU first
     with torch.autocast(crops.device.type, dtype, enabled=dtype != torch.float32):
         out = network(crops.flatten(0, 1))
     out = out if out.dtype == torch.float64 else out.float()  # the losses divide by a small τ
@@ -263,51 +267,49 @@ def project(config, network, crops, which):
 def batch_loss(config, loss_fn, student, teacher, views, params, progress, backward=None):
     """The loss of the batch that `params` describe, computed `micro_batch` images at a time.
 
-    Pieces give exactly the loss and the gradient of the whole. NCE compares each image with all
-    others of the batch, but those come from the teacher, which has no gradient: its projections
-    come first, a few numbers an image, and images are rendered again for the student rather than
-    kept. `progress`, from 0 to 1, is how much of the run is done. In training `backward` takes the
-    loss of each piece; of several ranks each computes its share of the batch.
+    Pieces give exactly the loss and the gradient of the whole. Images are compared with others of
+    the batch only in what the teacher says of them, which has no gradient: its outputs come first,
+    a few numbers an image, and images are rendered again for the student rather than kept.
+    `progress`, from 0 to 1, is how much of the run is done. In training `backward` takes the loss
+    of each piece; of several ranks each computes its share of the batch.
 
-    Returns the loss, detached, and with DINO the mean of the teacher's logits (K,), else None; of
-    several ranks, each one's part of the sum over all.
+    Returns the loss, detached, of several ranks each one's part of the sum; and the teacher's
+    outputs of the whole batch, (crops, images, bottleneck or K).
     """
     rank, ranks = rank_and_world_size() if backward else (0, 1)
-    images, nce = len(params["centre"]), config["loss"] == "nce"
+    images = len(params["centre"])
     share = images // ranks
     size, first = config["micro_batch"] or share, rank * share
     own = {name: value[first : first + share] for name, value in params.items()}
     pieces = [{k: v[i : i + size] for k, v in own.items()} for i in range(0, share, size)]
 
-    keys = []
+    outputs = []
     for piece in pieces:
         crops = views.render(piece)
         with torch.no_grad():
-            keys.append(project(config, teacher, crops, views.teacher))
-    keys = torch.cat(keys, dim=1)  # (crops, share, dim or K)
-    logits = None if nce else keys.sum(dim=(0, 1)) / (len(keys) * images)
-    if nce and ranks > 1:
-        parts = [torch.empty_like(keys) for _ in range(ranks)]
-        dist.all_gather(parts, keys.contiguous())
-        keys = torch.cat(parts, dim=1)  # (crops, images, dim), in the order of the ranks
+            outputs.append(project(config, teacher, crops, views.teacher))
+    outputs = torch.cat(outputs, dim=1)  # (crops, share, …)
+    if ranks > 1:
+        parts = [torch.empty_like(outputs) for _ in range(ranks)]
+        dist.all_gather(parts, outputs.contiguous())
+        outputs = torch.cat(parts, dim=1)  # (crops, images, …), in the order of the ranks
+    targets = outputs
+    if config["loss"] == "dino":
+        temp = teacher_temperature(config, progress)
+        targets = loss_fn.teacher_probabilities(outputs, temp)
     loss = 0.0
     for number, piece in enumerate(pieces):
         crops = crops if len(pieces) == 1 else views.render(piece)
         # only after the last piece do the ranks add up their gradients
         more = number + 1 < len(pieces) and ranks > 1
         with student.no_sync() if more else contextlib.nullcontext():
-            outputs = project(config, student, crops, views.student)
-        start, n = number * size, outputs.shape[1]
-        if nce:
-            part = loss_fn(outputs, keys, views.pairs, first=first + start)
-        else:
-            targets, tau = keys[:, start : start + n], teacher_temperature(config, progress)
-            part = loss_fn(outputs, targets, views.pairs, tau)
-        part = part * (n / images)
+            logits = project(config, student, crops, views.student)
+        part = loss_fn(logits, targets, views.pairs, first + number * size)
+        part = part * (logits.shape[1] / images)
         if backward:
             backward(part * ranks)  # DistributedDataParallel takes the mean over the ranks
         loss = loss + part.detach()
-    return loss, logits
+    return loss, outputs
 
 
 def training_step(config, parts, parallel, views, params, step, steps):
@@ -325,8 +327,8 @@ def training_step(config, parts, parallel, views, params, step, steps):
     optimizer.zero_grad()
     batch, backward = (views, params, progress), lambda part: scaler.scale(part).backward()
     loss, logits = batch_loss(config, loss_fn, parallel, teacher, *batch, backward)
-    if logits is not None:
-        loss_fn.update_center(all_reduce(logits))
+    if config["loss"] == "dino":
+        loss_fn.update_center(logits)
         if step < steps // config["epochs"]:  # DINO freezes its last layer in the first epoch
             student.head.last_layer.weight_v.grad = None
     scaler.unscale_(optimizer)
@@ -420,7 +422,7 @@ def read_run(args):
     needed = {"config", "step", "epoch", "metrics", "epoch_loss", "threads", "optimizer"}
     if args.output or not isinstance(checkpoint, dict) or needed - checkpoint.keys():
         raise ValueError(f"--resume {path}: use a ckpt.pth of train.py, without --output")
-    config = checkpoint["config"]
+    config = {**vit.OLDER, **checkpoint["config"]}
     may_change = ("epochs", "device", "data_root", "compile", "checkpoint_minutes")
     for name, value in args.settings.items():
         if name not in may_change and config[name] != value:
@@ -446,18 +448,21 @@ def make_folder(config, output):
             return folder
 
 
+def make_loss(config):
+    if config["loss"] == "dino":
+        return DINOLoss(config["out_dim"], config["temperature"], config["centering"])
+    return NCELoss(config["temperature"])
+
+
 def make_parts(config, student):
     """All that changes in training, and that a checkpoint holds."""
     device = student.backbone.cls_token.device
     dtype = autocast_dtype(config["precision"], device)
-    loss_fn = NCELoss(config["temperature"])
-    if config["loss"] == "dino":
-        loss_fn = DINOLoss(config["out_dim"], config["temperature"])
     return {
         "student": student,
         "teacher": copy.deepcopy(student).requires_grad_(False),
         "optimizer": make_optimizer(student),
-        "loss": loss_fn.to(device),
+        "loss": make_loss(config).to(device),
         "scaler": torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     }
 
@@ -466,7 +471,9 @@ class Validation:
     """What a line of log.jsonl says of validation images that do not depend on the seed."""
 
     def __init__(self, config, splits, device):
-        self.config, self.images = config, metrics.validation_images(config, splits)
+        # kept, for rendering them anew each epoch would cost as much as measuring them
+        self.config, sets = config, metrics.validation_images(config, splits)
+        self.images, self.bank = map(list, sets)
         held_out, n = splits["validation"], metrics.VALIDATION_IMAGES
         batch = min(config["batch_size"], n, len(held_out))  # the loss depends on it
         fixed, self.steps = config | {"batch_size": batch, "seed": 0}, range(n // batch)
@@ -479,10 +486,17 @@ class Validation:
             total += batch_loss(self.config, *rest, self.views.sample(step), progress)[0].item()
         if not math.isfinite(total):
             raise FloatingPointError("the validation loss is NaN or infinite; use a lower --lr")
-        return {
-            "loss": total / len(self.steps),
-            **metrics.validate(parts["teacher"].backbone, *self.images),
-        }
+        networks = [parts["teacher"].backbone]
+        seen = metrics.observe(networks, self.images)
+        bank = metrics.observe(networks, self.bank, keep_maps=False)
+        result = {"loss": total / len(self.steps)} | metrics.validate(seen, bank)
+        if self.config["loss"] == "dino":
+            logits = parts["teacher"].head(seen["features"][0].to(self.views.device))[None]
+            temp = teacher_temperature(self.config, progress)
+            p = parts["loss"].teacher_probabilities(logits, temp)[0]  # (n, K)
+            result["entropy_of_mean"] = metrics.entropy(p.mean(0)).item()
+            result["mean_entropy"] = metrics.entropy(p).mean().item()
+        return result
 
 
 def write_log(folder, history):
@@ -492,22 +506,29 @@ def write_log(folder, history):
 
 
 def log_epoch(folder, config, teacher, history):
-    """Write log.jsonl, and the teacher of an epoch of --keep-epochs; in a log file, say a line."""
+    """Write log.jsonl, and the teacher of an epoch of --keep-epochs; say a line, and of collapse."""
     line, epochs = history[-1], config["epochs"]
-    epoch = line["epoch"]
+    epoch, said = line["epoch"], line["validation"]
     write_log(folder, history)
     if epoch in config["keep_epochs"] and rank_and_world_size()[0] == 0:
         content = {"config": config, "epoch": epoch, "metrics": history}
         content["teacher"] = teacher.state_dict()
         save_checkpoint(os.path.join(folder, f"epoch-{epoch}.pth"), content)
-    if epoch > 0 and not sys.stderr.isatty():  # a progress bar would fill the file
-        selectivity = line["validation"]["mean"].get("selectivity")  # photographs have none
-        print_rank0(
-            f"epoch {epoch}/{epochs}: loss {line['loss']:.3f}, "
-            + (f"selectivity {selectivity:.2f}, " if selectivity else "")
-            + f"{line['images_per_second']:.0f} images/s, "
-            f"{(epochs - epoch) * line['seconds'] / 60:.1f} minutes left"
-        )
+    if epoch == 0:
+        return
+    text = f"epoch {epoch}/{epochs}: loss {line['loss']:.3f}, "
+    if said["mean"].get("selectivity"):  # photographs have none
+        text += f"selectivity {said['mean']['selectivity']:.2f}, "
+    text += f"mean cosine {said['mean_cosine']:.2f}, "
+    if config["loss"] == "dino":
+        text += f"entropy of the teacher's mean {said['entropy_of_mean']:.2f} ln K, "
+        text += f"mean entropy {said['mean_entropy']:.2f} ln K, "
+    minutes = (epochs - epoch) * line["seconds"] / 60
+    print_rank0(f"{text}{line['images_per_second']:.0f} images/s, {minutes:.1f} minutes left")
+    learned = [line for line in history if line["epoch"] >= config["warmup"] * epochs]
+    collapsed = [metrics.collapsed(line["validation"]) for line in learned]
+    if collapsed.count(True) == 1 and collapsed[-1]:  # for the first time
+        print_rank0(f"warning: {metrics.COLLAPSE}")
 
 
 def train(config, parts, splits, folder, checkpoint=None, stop=None):
@@ -516,7 +537,7 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
     With a `checkpoint` the run goes on from there as if it had not stopped: all that chance decides
     is a function of the seed and the step. `stop` is an Event that ends the run after its step. A
     line goes to log.jsonl in `folder` after each epoch; ckpt.pth is written before the first step,
-    after each epoch, every `checkpoint_minutes` and at a stop. Returns whether the run has ended.
+    after each epoch, every `checkpoint_minutes` and at a stop. Returns the lines of the log.
     """
     c, batch, student, teacher = config, config["batch_size"], parts["student"], parts["teacher"]
     device, (rank, ranks) = student.backbone.cls_token.device, rank_and_world_size()
@@ -567,9 +588,9 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
         if epoch_ends or stopping or late:
             save_run(folder, c, parts, done, history, total)
             saved_at = time.monotonic()
-        if stopping and done < steps:
-            return False
-    return True
+        if stopping:
+            break
+    return history
 
 
 def compile_blocks(*networks):
@@ -667,11 +688,12 @@ def run(args):
     if c["compile"]:
         compile_blocks(student, parts["teacher"])
     with stop_on_signal() as stop:
-        if not train(c, parts, splits, folder, checkpoint, stop):
+        history = train(c, parts, splits, folder, checkpoint, stop)
+        if history[-1]["epoch"] < c["epochs"]:
             print_rank0(f"stopped; python train.py --resume {folder} goes on")
             return 128 + getattr(stop, "signal", signal.SIGTERM)  # another rank's
     if rank == 0:
-        result, _ = metrics.evaluate(path, c, c["epochs"], parts["teacher"].backbone, splits)
+        result, _ = metrics.evaluate(path, c, history, parts["teacher"].backbone, splits)
         print(metrics.report([result], os.path.join(folder, "metrics.json")))
         print(f"python visualize.py {path}")
     return 0

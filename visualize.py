@@ -157,7 +157,10 @@ def attention_map(backbone, picture):
     """Attention of [CLS] to a picture (3, H, W) in [0, 1]: (heads, rows, columns of patches)."""
     images = data.normalize(picture[None].to(backbone.cls_token.device))
     grid = [side // backbone.patch_size for side in picture.shape[1:]]
-    return metrics.cls_attention(backbone, images)[0].unflatten(-1, grid).cpu()
+    maps, _ = metrics.cls_attention(backbone, images)
+    if not maps.isfinite().all():
+        raise FloatingPointError("the attention is NaN or infinite")
+    return maps[0].unflatten(-1, grid).cpu()
 
 
 def plot_curves(model, path):
@@ -177,9 +180,9 @@ def plot_curves(model, path):
     training = [line["loss"] for line in model.history[1:]]
     axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
     axes["loss"].plot(epochs, [line["loss"] for line in lines], **thick, label="validation")
-    if model.config["loss"] == "nce":
-        chance = math.log(model.config["batch_size"])
-        axes["loss"].axhline(chance, **grey, label="ln(batch), chance")
+    name, key = ("batch", "batch_size") if model.config["loss"] == "nce" else ("K", "out_dim")
+    chance = math.log(model.config[key])
+    axes["loss"].axhline(chance, **grey, label=f"ln({name}), chance")
     axes["loss"].legend(fontsize=8)
     accuracy = [100 * line["knn"] for line in lines]
     axes["k-NN accuracy, %"].plot(epochs, accuracy, **thick)
@@ -366,7 +369,7 @@ def visualize(args):
             print(f"{model.name} {text} --weights {model.name}")
     results = []
     for m in measured:
-        result, features = metrics.evaluate(m.name, m.config, m.epoch, m.backbone, m.splits)
+        result, features = metrics.evaluate(m.name, m.config, m.history, m.backbone, m.splits)
         results.append(result)
     if results:
         print(metrics.report(results, os.path.join(folder, f"metrics{several}.json")))

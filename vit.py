@@ -30,7 +30,10 @@ DINO_FILES = {
     "dino_vitb8": "dino_vitbase8_pretrain",
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
-SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size")  # what weights say of their ViT
+# settings that checkpoints of before they were there do not have
+OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean"}
+# what weights say of their ViT
+SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers")
 
 
 class Attention(nn.Module):
@@ -71,13 +74,13 @@ def attention_weights(q, k):
 class Block(nn.Module):
     """Pre-norm transformer block. With `queries` = n only the first n tokens are computed."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, hidden_dim):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        mlp = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
-        self.mlp = nn.Sequential(OrderedDict(mlp))
+        layers = {"fc1": nn.Linear(dim, hidden_dim), "act": nn.GELU()}
+        self.mlp = nn.Sequential(OrderedDict(layers, fc2=nn.Linear(hidden_dim, dim)))
 
     def forward(self, x, queries=None):
         x = x[:, :queries] + self.attn(self.norm1(x), queries)
@@ -88,12 +91,24 @@ class VisionTransformer(nn.Module):
     """ViT backbone; the defaults are the paper's ViT-S/8 (section III).
 
     `patch_size` and `pos_size` are sides in pixels: `pos_embed` stores the patch grid of an image
-    of pos_size, and is interpolated for any other that the patch size divides. `init_std` is that
+    of pos_size, and is interpolated for any other that the patch size divides. The MLPs are
+    `mlp_ratio` times as wide as the tokens. `registers` are learned tokens behind [CLS] that stand
+    for no patch, where attention can go that needs none (Darcet et al. 2024). `init_std` is that
     of random linear layers; 0: 1/√(inputs of the layer), since in a narrow network DINO's 0.02 is
     next to nothing, and learning starts late. ValueError for sizes that do not divide each other.
     """
 
-    def __init__(self, patch_size=8, dim=384, depth=12, heads=6, pos_size=224, init_std=0.02):
+    def __init__(
+        self,
+        patch_size=8,
+        dim=384,
+        depth=12,
+        heads=6,
+        pos_size=224,
+        mlp_ratio=4,
+        registers=0,
+        init_std=0.02,
+    ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"--heads {heads}: use a divisor of the width {dim}")
@@ -101,17 +116,21 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image size {pos_size} is not a multiple of patch size {patch_size}")
         self.patch_size, self.pos_size = patch_size, pos_size
         self.dim, self.depth, self.heads = dim, depth, heads
+        self.mlp_ratio, self.registers = mlp_ratio, registers
         self.grid = pos_size // patch_size
         self.checkpoint_blocks = False  # True: recompute activations in the backward pass
         patches = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=patches))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio * dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         init_weights(self, init_std)
+        if registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, registers, dim))
+            nn.init.trunc_normal_(self.register_tokens, std=0.02)
 
     def interpolate_pos_encoding(self, rows, columns):
         """`pos_embed` for a grid of rows × columns patches, (1, 1 + rows·columns, dim)."""
@@ -126,34 +145,45 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls_pos, patch_pos.flatten(2).mT], dim=1)
 
     def prepare_tokens(self, images):
-        """Images (B, 3, H, W) to tokens (B, 1 + patches, dim), [CLS] first."""
+        """Images (B, 3, H, W) to tokens (B, N, dim): [CLS], registers, patches row by row."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             patch = f"patch size {self.patch_size}"
             raise ValueError(f"image size {height}×{width} is not a multiple of the {patch}")
-        patches = self.patch_embed(images).flatten(2).mT  # (B, patches, dim), row by row
+        patches = self.patch_embed(images).flatten(2).mT  # (B, patches, dim)
         cls_token = self.cls_token.expand(len(images), -1, -1)
         grid = height // self.patch_size, width // self.patch_size
-        return torch.cat([cls_token, patches], dim=1) + self.interpolate_pos_encoding(*grid)
+        x = torch.cat([cls_token, patches], dim=1) + self.interpolate_pos_encoding(*grid)
+        if not self.registers:
+            return x
+        registers = self.register_tokens.expand(len(images), -1, -1)  # they have no position
+        return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
 
-    def forward(self, images):
-        """Images (B, 3, H, W), normalized, to the [CLS] feature (B, dim)."""
+    def before_last_block(self, images):
+        """Images (B, 3, H, W), normalized, to what the last block is given: (B, N, dim)."""
         x = self.prepare_tokens(images)
         for block in self.blocks[:-1]:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_blocks else block(x)
-        x = self.blocks[-1](x, queries=1)  # nothing reads the patch tokens after the last block
-        return self.norm(x)[:, 0]
+        return x
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalized, to the [CLS] feature (B, dim)."""
+        return self.last_feature(self.before_last_block(images))
+
+    def last_feature(self, x):
+        # nothing reads the patch tokens after the last block
+        return self.norm(self.blocks[-1](x, queries=1))[:, 0]
 
     def get_last_selfattention(self, images, queries=None):
-        """Attention of the last block, (B, heads, queries, 1 + patches), rows summing to 1.
+        """Attention of the last block, (B, heads, queries, N), rows summing to 1.
 
         Entry (b, h, i, j) is how much token i attends to token j in head h; token 0 is [CLS],
-        patches follow row by row. `queries=1` computes the [CLS] row alone, which is all that
+        registers and patches follow. `queries=1` computes the [CLS] row alone, which is all that
         the paper's figures show, at 1/N of the memory.
         """
-        x = self.prepare_tokens(images)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        return self.last_attention(self.before_last_block(images), queries)
+
+    def last_attention(self, x, queries):
         last = self.blocks[-1]
         q, k, _ = last.attn.queries_keys_values(last.norm1(x), queries)
         return attention_weights(q, k)
@@ -211,8 +241,8 @@ def build_network(config):
 
     DINO's scripts expect the names `backbone.…` and `head.…`.
     """
-    c = config
-    torch.manual_seed(c["seed"] % 2**63)
+    torch.manual_seed(config["seed"] % 2**63)
+    c = {**OLDER, **config}
     backbone = VisionTransformer(*(c[name] for name in SHAPE), c["init_std"])
     backbone.checkpoint_blocks = c.get("checkpoint_blocks", False)
     out_dim = c["out_dim"] if c["loss"] == "dino" else None
@@ -309,12 +339,15 @@ def load_backbone(source):
         patch_size = weights["patch_embed.proj.weight"].shape[-1]
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         heads = content.get("config", {}).get("heads") or max(1, dim // 64)
+        mlp_ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] // dim
+        registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
         surplus = len(weights) - 9 * depth  # a block has 12 tensors; a hostile file, many blocks
         if type(heads) is not int or min(heads, depth, dim, tokens - 1, surplus) < 1:
             raise ValueError(f"{depth} blocks, width {dim}, heads {heads}, {tokens} tokens")
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             pos_size = math.isqrt(tokens - 1) * patch_size
-            backbone = VisionTransformer(patch_size, dim, depth, heads, pos_size)
+            shape = patch_size, dim, depth, heads, pos_size, mlp_ratio, registers
+            backbone = VisionTransformer(*shape)
         backbone.load_state_dict(weights, strict=True, assign=True)
         for name, value in backbone.float().state_dict().items():
             if not (value.is_floating_point() and value.isfinite().all()):

@@ -376,7 +376,9 @@ def test_evaluation_set_is_the_same_whatever_the_batches(background):
         assert_close(torch.cat([p[name] for p in parts]), one[name], rtol=0, atol=1e-5)
         assert_close(more[name][:30], one[name], rtol=0, atol=1e-5)  # the first of more
         assert_close(other_seed[name], one[name], rtol=0, atol=1e-5)
-    assert more["index"].tolist() == [*range(250), *range(10)]  # again when there are too few
+    index = more["index"].tolist()
+    assert sorted(index[:250]) == [*range(250)] and index[250:] == index[:10]  # again if too few
+    assert np.mean(index[:30]) > 60 and index[:30] != sorted(index[:30])  # not the first ones
     assert torch.equal(more["labels"], split.labels[more["index"]])
     assert not torch.equal(
         more["images"][250:], more["images"][:10]

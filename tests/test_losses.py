@@ -36,8 +36,9 @@ def test_dino_loss_and_centre_are_dinos_over_several_steps(student_crops):
         teacher = (rng.standard_normal((2, 4, 16)) + 0.3).astype(np.float32)
         student, teacher = (torch.from_numpy(x).double() for x in (student, teacher))
         pairs = all_but_same(student_crops, 2)
-        losses.append(loss_fn(student, teacher, pairs, teacher_temp).item())
-        loss_fn.update_center(teacher.mean((0, 1)))
+        p_teacher = loss_fn.teacher_probabilities(teacher, teacher_temp)
+        losses.append(loss_fn(student, p_teacher, pairs).item())
+        loss_fn.update_center(teacher)
     expected, centre = DINO_SAYS[student_crops]
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     np.testing.assert_allclose(loss_fn.center[0, :3], centre, atol=1e-6)
@@ -71,7 +72,23 @@ def test_dino_loss_is_equations_1_and_2_in_plain_loops(student_crops, teacher_cr
             p_student = softmax(student[i, b].numpy() / 0.2)
             cross_entropy = -sum(p_teacher[k] * math.log(p_student[k]) for k in range(7))
             expected += cross_entropy / 5 / len(pairs)
-    assert abs(loss_fn(student, teacher, pairs, 0.07).item() - expected) < 1e-6
+    p_teacher = loss_fn.teacher_probabilities(teacher, 0.07)
+    assert abs(loss_fn(student, p_teacher, pairs).item() - expected) < 1e-6
+
+
+def test_sinkhorn_knopp_is_dinov2s():
+    """Alternate scaling of rows and columns of exp(logits / τ), and every prototype is used."""
+    logits = random_outputs(3, 2, 40, 6, shift=np.array([0.0, 9, 0, 0, 0, 0]))
+    p = DINOLoss(6, centering="sinkhorn_knopp").teacher_probabilities(logits, 0.5)
+    q = np.exp(logits.flatten(0, 1).numpy() / 0.5)  # (80, 6)
+    for _ in range(3):
+        q = q / q.sum(axis=0) / 6
+        q = q / q.sum(axis=1, keepdims=True) / 80
+    np.testing.assert_allclose(p.flatten(0, 1).numpy(), q * 80, rtol=1e-9)
+    shares = p.mean((0, 1))
+    assert shares.sum().item() == pytest.approx(1) and shares.min() > 0.1
+    collapsed = DINOLoss(6).teacher_probabilities(logits, 0.5).mean((0, 1))
+    assert collapsed.max() > 0.99  # the second prototype wins every image
 
 
 @pytest.mark.parametrize("student_crops,teacher_crops,pairs", PAIRINGS)
@@ -93,32 +110,38 @@ def test_nce_is_equation_3_in_plain_loops(student_crops, teacher_crops, pairs):
     assert abs(NCELoss(0.1)(student, teacher, pairs).item() - expected) < 1e-6
 
 
-def test_nce_in_pieces_of_the_batch_is_that_of_the_whole():
-    student, teacher, nce = random_outputs(1, 2, 6, 7), random_outputs(2, 2, 6, 7), NCELoss()
-    pairs = [(0, 1), (1, 0)]
-    pieces = [nce(student[:, k : k + 2], teacher, pairs, first=k) for k in (0, 2, 4)]
-    torch.testing.assert_close(sum(pieces) / 3, nce(student, teacher, pairs))
+@pytest.mark.parametrize("loss_fn", [NCELoss(), DINOLoss(7)])
+def test_pieces_of_the_batch_give_the_loss_of_the_whole(loss_fn):
+    student, teacher, pairs = random_outputs(1, 2, 6, 7), random_outputs(2, 2, 6, 7), [(0, 1)]
+    pieces = [loss_fn(student[:, k : k + 2], teacher, pairs, first=k) for k in (0, 2, 4)]
+    torch.testing.assert_close(sum(pieces) / 3, loss_fn(student, teacher, pairs))
 
 
 def test_chance_levels():
     alike = torch.ones(1, 8, 5)
     assert NCELoss()(alike, alike, [(0, 0)]).item() == pytest.approx(math.log(8))
-    assert DINOLoss(5)(alike, alike, [(0, 0)]).item() == pytest.approx(math.log(5))
+    for centering in ("mean", "sinkhorn_knopp"):
+        loss_fn = DINOLoss(5, centering=centering)
+        p_teacher = loss_fn.teacher_probabilities(alike, 0.04)
+        assert loss_fn(alike, p_teacher, [(0, 0)]).item() == pytest.approx(math.log(5))
 
 
-@pytest.mark.parametrize("loss_fn", [NCELoss(), DINOLoss(6).double()])
+@pytest.mark.parametrize("loss_fn", [NCELoss(), DINOLoss(6), DINOLoss(6, 0.1, "sinkhorn_knopp")])
 def test_gradient_flows_through_the_student_alone(loss_fn):
     student = random_outputs(1, 2, 4, 6).requires_grad_()
     teacher = random_outputs(2, 2, 4, 6).requires_grad_()
-    loss_fn(student, teacher, [(0, 1), (1, 0)]).backward()
+    targets = teacher
+    if isinstance(loss_fn, DINOLoss):
+        targets = loss_fn.double().teacher_probabilities(teacher, 0.04)
+    loss_fn(student, targets, [(0, 1), (1, 0)]).backward()
     assert teacher.grad is None
     assert student.grad.abs().sum() > 0
 
 
 def test_centre_moves_only_when_told():
     loss_fn, teacher = DINOLoss(6), random_outputs(2, 2, 4, 6, shift=1.0).float()
-    loss_fn(teacher, teacher, [(0, 1)])
+    loss_fn(teacher, loss_fn.teacher_probabilities(teacher, 0.04), [(0, 1)])
     assert loss_fn.center.abs().sum() == 0
-    loss_fn.update_center(teacher.mean((0, 1)))
+    loss_fn.update_center(teacher)
     torch.testing.assert_close(loss_fn.center[0], 0.1 * teacher.mean((0, 1)))
     assert "center" in loss_fn.state_dict()

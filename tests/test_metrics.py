@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -172,9 +173,10 @@ def test_interval_resamples_digits_not_images():
 def table_of(attention, monkeypatch, n=1000, layout="matched"):
     """`measure_attention` of a network whose maps are what a function says of each batch."""
     batches = list(data.evaluation_batches(LAPTOP, SPLITS["test"], n, layout))
-    now = iter(batches)
-    monkeypatch.setattr(metrics, "cls_attention", lambda network, images: attention(next(now)))
-    return metrics.measure_attention(network_of(), batches, resamples=200)
+    now, feature = iter(batches), torch.zeros(100, 1)
+    says = lambda network, images: (attention(next(now)), feature)
+    monkeypatch.setattr(metrics, "cls_attention", says)
+    return metrics.measure_attention(metrics.observe([network_of()], batches), resamples=200)
 
 
 def on_the_digit(batch):
@@ -219,7 +221,9 @@ def test_a_network_that_looks_at_the_digit_and_its_maps_laid_on_other_images(mon
     assert all(900 < each["images"] <= 1000 for each in table["mean"].values())
     batches = data.evaluation_batches(LAPTOP, SPLITS["test"], 1000)
     entropies = torch.cat([metrics.entropy(on_the_digit(batch)[:, 0]) for batch in batches])
-    expected = interval_of(entropies, torch.arange(1000) % 250, resamples=200)
+    batches = data.evaluation_batches(LAPTOP, SPLITS["test"], 1000)
+    index = torch.cat([batch["index"] for batch in batches])
+    expected = interval_of(entropies, index, resamples=200)
     entropy = table["mean"]["entropy"]
     assert [entropy[k] for k in ("value", "low", "high")] == pytest.approx(expected, abs=1e-5)
 
@@ -228,7 +232,7 @@ def test_a_table_does_not_depend_on_the_batch_size():
     networks, tables = (network_of(), network_of(seed=1)), []
     for size in (60, 7):
         batches = data.evaluation_batches(LAPTOP, SPLITS["test"], 60, batch_size=size)
-        tables.append(metrics.measure_attention(networks[0], batches, networks[1], 50))
+        tables.append(metrics.measure_attention(metrics.observe(networks, batches), 50))
     for row, cells in tables[0].items():
         for name, found in cells.items():
             assert found == pytest.approx(tables[1][row][name], abs=2e-3), (row, name)
@@ -240,11 +244,12 @@ def test_heads_mean_and_untrained_are_rows_of_their_own(monkeypatch):
 
     def attention(which, images):
         patches = (0, 9) if which is network else (20,)
-        return torch.cat([on(p) for p in patches], 1).expand(len(images), -1, -1)
+        maps = torch.cat([on(p) for p in patches], 1).expand(len(images), -1, -1)
+        return maps, torch.zeros(len(images), 1)
 
     monkeypatch.setattr(metrics, "cls_attention", attention)
     batches = list(data.evaluation_batches(LAPTOP, SPLITS["test"], 100))
-    table = metrics.measure_attention(network, batches, untrained, 0)
+    table = metrics.measure_attention(metrics.observe([network, untrained], batches), 0)
     held = metrics.patch_sums(batches[0]["digit"], 7)
     share = (held / held.sum(-1, keepdim=True)).mean(0) * 64  # density of a map on one patch
     expected = {"head_1": share[0], "head_2": share[9], "untrained": share[20]}
@@ -261,10 +266,10 @@ def test_selectivity_is_over_images_that_have_clutter(monkeypatch):
     digit, clutter = torch.zeros(2, 2, 56, 56, dtype=torch.bool)
     digit[:, :7, :7] = clutter[0, 7:14, :7] = True
     maps = torch.stack([torch.full((3, 64), 1 / 64), on(0)[0].expand(3, -1)])
-    monkeypatch.setattr(metrics, "cls_attention", lambda network, images: maps)
-    batch = {"images": torch.zeros(2, 1, 56, 56), "index": torch.arange(2)}
+    monkeypatch.setattr(metrics, "cls_attention", lambda *args: (maps, torch.zeros(2, 1)))
+    batch = {"images": torch.zeros(2, 1, 56, 56), "index": torch.arange(2), "labels": torch.ones(2)}
     batch |= {"digit": digit, "clutter": clutter}
-    row = metrics.measure_attention(network_of(), [batch], resamples=10)["mean"]
+    row = metrics.measure_attention(metrics.observe([network_of()], [batch]), 10)["mean"]
     assert row["selectivity"]["value"] == pytest.approx(1)
     assert row["digit_density"]["value"] == pytest.approx((1 + 64) / 2)
     assert [row[name]["images"] for name in ("selectivity", "auroc", "pointing")] == [1, 1, 2]
@@ -287,8 +292,9 @@ def test_the_best_head_is_the_most_selective_on_validation(few_images, monkeypat
 
     def attention(backbone, images):
         maps = torch.full((len(images), 3, 64), 1 / 64)
-        maps[:, 1 if seen["validation"] else 0] = on_the_digit(seen["batch"])[:, 0]
-        return maps
+        if "digit" in seen["batch"]:
+            maps[:, 1 if seen["validation"] else 0] = on_the_digit(seen["batch"])[:, 0]
+        return maps, torch.randn(len(images), 2, generator=rng(0))
 
     monkeypatch.setattr(data, "evaluation_batches", remembered)
     monkeypatch.setattr(metrics, "cls_attention", attention)
@@ -301,17 +307,19 @@ def test_the_best_head_is_the_most_selective_on_validation(few_images, monkeypat
 
 def test_cls_attention_leaves_cls_out_and_sums_to_one():
     torch.manual_seed(0)
-    backbone = vit.VisionTransformer(7, 24, 2, 3, 56)
-    images = torch.randn(2, 3, 56, 56)
-    maps = metrics.cls_attention(backbone, images)
-    whole = backbone.get_last_selfattention(images)[:, :, 0]
-    assert maps.shape == (2, 3, 64)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3))
-    torch.testing.assert_close(maps, whole[..., 1:] / (1 - whole[..., :1]))
+    images, batches = torch.randn(2, 3, 56, 56), data.evaluation_batches(LAPTOP, SPLITS["test"], 5)
+    for registers in (0, 2):
+        backbone = vit.VisionTransformer(7, 24, 2, 3, 56, registers=registers)
+        maps, features = metrics.cls_attention(backbone, images)
+        whole, others = backbone.get_last_selfattention(images)[:, :, 0], 1 + registers
+        assert maps.shape == (2, 3, 64) and whole.shape == (2, 3, others + 64)
+        torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3))
+        torch.testing.assert_close(maps * whole[..., others:].sum(-1, True), whole[..., others:])
+        torch.testing.assert_close(features, backbone(images))
     with torch.no_grad():
         backbone.blocks[1].attn.qkv.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        metrics.cls_attention(backbone, images)
+        metrics.observe([backbone], batches)
 
 
 def test_knn_is_dinos_query_by_query():
@@ -338,22 +346,34 @@ def test_validation_measures_the_same_images_for_every_run(few_images):
     backbone = network_of()
     configs = [LAPTOP | {"seed": seed} for seed in (0, 1)]
     sets = [metrics.validation_images(config, SPLITS) for config in configs]
-    one, other = (metrics.validate(backbone, *images) for images in sets)
+    sets = [[metrics.observe([backbone], batches) for batches in pair] for pair in sets]
+    one, other = (metrics.validate(*pair) for pair in sets)
     assert one == other and one["images"] == 60
-    bank = data.evaluation_batches(LAPTOP, SPLITS["train"], 60, "matched", "train")
-    held_out = SPLITS["validation"], 60, "matched", "validation"
-    images = list(data.evaluation_batches(LAPTOP, *held_out))
-    table = metrics.measure_attention(backbone, images, resamples=0)
-    assert one.keys() - {"images", "knn"} == table.keys()
+    seen, bank = sets[0]
+    table = metrics.measure_attention(seen, resamples=0)
+    assert one.keys() - {"images", "knn", "mean_cosine"} == table.keys()
     assert one["mean"].keys() == {"selectivity", "auroc", "pointing", "entropy", "diversity"}
     for row, cells in table.items():
         assert all(value == cells[name]["value"] for name, value in one[row].items()), row
-    bank, classes, _ = metrics.extract_features(backbone, bank)
-    points, labels, index = metrics.extract_features(backbone, images)
-    torch.testing.assert_close(points.norm(dim=-1), torch.ones(60))
-    assert torch.equal(labels, SPLITS["validation"].labels[:60]) and index.tolist() == [*range(60)]
-    correct = metrics.knn_classify(bank, classes, points) == labels
+    assert torch.equal(seen["labels"], SPLITS["validation"].labels[seen["index"]])
+    assert torch.equal(bank["labels"], SPLITS["train"].labels[bank["index"]])
+    points, queries = (F.normalize(x["features"][0], dim=-1) for x in (bank, seen))
+    correct = metrics.knn_classify(points, bank["labels"], queries) == seen["labels"]
     assert one["knn"] == pytest.approx(correct.double().mean().item())
+    cosines = queries @ queries.T
+    assert one["mean_cosine"] == pytest.approx((cosines.sum().item() - 60) / 60 / 59, abs=1e-5)
+
+
+def test_collapse_is_told_of_both_kinds():
+    alike, apart = torch.randn(1, 9, generator=rng(0)), torch.randn(50, 9, generator=rng(1))
+    for features, is_collapsed in ((alike.expand(50, 9), True), (apart, False)):
+        cosine = metrics.mean_cosine(F.normalize(features, dim=-1))
+        assert metrics.collapsed({"mean_cosine": cosine}) == is_collapsed
+    for of_mean, mean, is_collapsed in ((1, 0.999, True), (0.01, 0, True), (0.95, 0.6, False)):
+        line = {"mean_cosine": 0.5, "entropy_of_mean": of_mean, "mean_entropy": mean}
+        assert metrics.collapsed(line) == is_collapsed
+    text = metrics.verdict(result_of(YES) | {"collapsed": True})
+    assert text.startswith("No: it has collapsed") and "Yes" not in text
 
 
 def cell(value, low, high):
@@ -373,7 +393,7 @@ def result_of(mean, best=None, shuffled=(1.0, 0.9, 1.1), heads=2):
             cells[f"{region}_density"] = cell(12.345, 11.345, 13.345)
     accuracies = {name: cell(0.434, 0.4, 0.5) for name in ("knn", "linear_probe")}
     result = {"checkpoint": "run/ckpt.pth", "epoch": 2, "fallbacks": [], "settings": LAPTOP}
-    result |= {"best_head": "head_2", "matched": table, "paper": table}
+    result |= {"best_head": "head_2", "collapsed": False, "matched": table, "paper": table}
     return result | {"features": accuracies, "untrained_features": accuracies}
 
 

@@ -73,12 +73,14 @@ def test_photographs_stay_bytes(stl10):
     split = data.load_stl10(str(stl10))[0]["test"]
     assert split.images.dtype == torch.uint8 and split.images.shape == (70, 3, 96, 96)
     config = {"dataset": "stl10", "image_size": 96}
+    everything = next(data.evaluation_batches(config, split, 100, batch_size=100))
+    order = everything["index"]
+    assert sorted(order.tolist()) == list(range(70)) and order.tolist() != list(range(70))
     parts = list(data.evaluation_batches(config, split, 20, batch_size=7))
     assert [len(part["images"]) for part in parts] == [7, 7, 6] and "digit" not in parts[0]
-    assert_close(torch.cat([part["images"] for part in parts]), split.images[:20] / 255)
-    assert torch.cat([part["index"] for part in parts]).tolist() == list(range(20))
-    assert torch.equal(torch.cat([part["labels"] for part in parts]), split.labels[:20])
-    assert len(next(data.evaluation_batches(config, split, 100))["images"]) == 70  # each once
+    assert_close(torch.cat([part["images"] for part in parts]), split.images[order[:20]] / 255)
+    assert torch.equal(torch.cat([part["index"] for part in parts]), order[:20])
+    assert torch.equal(torch.cat([part["labels"] for part in parts]), split.labels[order[:20]])
 
 
 def test_the_labelled_photographs_do_without_the_unlabelled(stl10, tmp_path):

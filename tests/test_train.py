@@ -202,8 +202,11 @@ def test_a_step_in_pieces_is_that_of_the_whole_batch(loss, views):
     crops = views.render(params)
     outputs = torch.stack([parts["student"](crops[i]) for i in views.student])
     targets = torch.stack([parts["teacher"](crops[i]) for i in views.teacher]).detach()
-    loss_fn, temperature = parts["loss"], [0.04] if loss == "dino" else []
-    whole = loss_fn(outputs, targets, views.pairs, *temperature)
+    loss_fn, teacher = parts["loss"], targets
+    if loss == "dino":
+        temperature = train.teacher_temperature(config, 0.5)
+        teacher = loss_fn.teacher_probabilities(targets, temperature)
+    whole = loss_fn(outputs, teacher, views.pairs)
     whole.backward()
     gradient = torch.cat([p.grad.flatten() for p in parts["student"].parameters()])
     old_teacher = torch.cat([p.flatten() for p in parts["teacher"].parameters()])
@@ -405,7 +408,7 @@ def test_training_learns(tmp_path, views):
     heads = "--num-distractors 0 --head-hidden-dim 128 --bottleneck-dim 32"
     config, chance = config_of(f"{TINY} --views {views} {flags} {heads}"), math.log(16)
     parts = train.make_parts(config, vit.build_network(config))
-    assert train.train(config, parts, DIGITS, str(tmp_path)) is True
+    assert train.train(config, parts, DIGITS, str(tmp_path)) == log_of(tmp_path)
     losses = [line["loss"] for line in log_of(tmp_path)[1:]]
     assert losses[0] == pytest.approx(chance, abs=0.15) and losses[-1] < chance - 0.2
 
@@ -419,9 +422,9 @@ def test_each_epoch_is_measured_on_the_same_validation_canvases(tmp_path):
         backbone, kept = vit.load_backbone(tmp_path / f"epoch-{line['epoch']}.pth")
         held_out = DIGITS["validation"], 16, "matched", "validation"
         batches = data.evaluation_batches(kept["config"], *held_out)
-        table = metrics.measure_attention(backbone, batches, resamples=0)
+        table = metrics.measure_attention(metrics.observe([backbone], batches), resamples=0)
         rows = {"mean", "head_1", "head_2", "head_3", "uniform", "ink", "brightness", "shuffled"}
-        assert rows == set(said) - {"images", "knn", "loss"}
+        assert rows == set(said) - {"images", "knn", "loss", "mean_cosine"}
         assert said["images"] == 16 and 0 <= said["knn"] <= 1
         for row in rows:
             for name, value in said[row].items():
@@ -441,7 +444,8 @@ def test_validation_is_the_same_for_every_seed():
 
 def test_measuring_changes_nothing_of_the_run(tmp_path, monkeypatch):
     assert start(tmp_path / "measured", "--loss dino") == 0
-    monkeypatch.setattr(train.Validation, "__call__", lambda *args: {"loss": 0.0, "mean": {}})
+    nothing = {"mean": {}, "mean_cosine": 0.0, "entropy_of_mean": 1.0, "mean_entropy": 0.0}
+    monkeypatch.setattr(train.Validation, "__call__", lambda *args: nothing)
     assert start(tmp_path / "not", "--loss dino") == 0
     one, other = read(tmp_path / "measured"), read(tmp_path / "not")
     assert_same(one | {"metrics": []}, other | {"metrics": []})

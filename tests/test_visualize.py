@@ -89,7 +89,7 @@ def test_a_bright_patch_is_drawn_where_it_was_put(other_run, tmp_path, monkeypat
     """Upright and aligned on a picture that is not square: the hot patch covers the bright one."""
     picture, hot = torch.zeros(3, 48, 64), torch.zeros(1, 1, 48)
     picture[:, 8:16, 48:56] = hot[..., 8 + 6] = 1  # row 1, column 6 of a grid of 6 × 8
-    monkeypatch.setattr(metrics, "cls_attention", lambda backbone, images: hot)
+    monkeypatch.setattr(metrics, "cls_attention", lambda backbone, images: (hot, None))
     path = tmp_path / "a.png"
     visualize.plot_attention([opened(other_run / "ckpt.pth")], [([picture], [])], str(path))
     pixels = np.asarray(Image.open(path).convert("L"))
@@ -155,7 +155,7 @@ def test_all_of_a_run(looked):
         assert min(Image.open(out / f"{name}.png").size) > 300
     result = strict_json(out / "metrics.json")
     about = {"checkpoint", "epoch", "fallbacks", "settings", "best_head", "matched", "paper"}
-    assert result.keys() == about | {"features", "untrained_features"}
+    assert result.keys() == about | {"features", "untrained_features", "collapsed", "mean_cosine"}
     assert result["epoch"] == 2 and result["settings"]["patch_size"] == 7
     assert result["fallbacks"] == [] and result["best_head"] in result["matched"]
     rows = {"mean", "head_1", "head_2", "head_3", "uniform", "ink", "brightness", "shuffled"}
@@ -184,7 +184,7 @@ def test_attention_over_training_has_a_row_an_epoch(run_folder, other_run, looke
     assert torch.equal(networks[0].pos_embed, untrained.pos_embed)
     for row, network in enumerate(networks):
         images = data.normalize(columns["input"][row].movedim(-1, 0))[None]
-        for head, map_ in enumerate(metrics.cls_attention(network, images)[0], 1):
+        for head, map_ in enumerate(metrics.cls_attention(network, images)[0][0], 1):
             torch.testing.assert_close(columns[f"head {head}"][row].flatten(), map_)
     assert not torch.allclose(columns["head 1"][0], columns["head 1"][2], atol=1e-6)
     columns, names = look(other_run / "ckpt.pth", out=tmp_path)[1]["attention.png"]
@@ -247,7 +247,7 @@ def test_shipped_checkpoints_look_at_ink(name):
     model = opened(os.path.join(ROOT, "results", "checkpoints", f"{name}.pth"))
     assert model.config["views"] == name and model.epoch == model.config["epochs"]
     images = data.evaluation_batches(model.config, model.splits["test"], 200)
-    mean = metrics.measure_attention(model.backbone, images)["mean"]
+    mean = metrics.measure_attention(metrics.observe([model.backbone], images))["mean"]
     assert mean["digit_density"]["low"] > 3 * mean["background_density"]["high"]
     assert mean["selectivity"]["low"] > 1.2
 
@@ -292,7 +292,7 @@ def test_attention_that_is_not_finite_names_its_checkpoint(run_folder, tmp_path,
     for others in ([], [run_folder / "ckpt.pth"]):
         assert look(*others, path, out=tmp_path)[0] == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and f"{path}: the attention of the last block is" in error
+        assert error.count("\n") == 1 and f"{path}: the attention is" in error
 
 
 BAD_INPUT = [

@@ -106,7 +106,7 @@ def test_sizes_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize("init_std,qkv,fc2", [(0.02, 0.02, 0.02), (0.0, 1 / 8, 1 / 16)])
 def test_initial_weights(init_std, qkv, fc2):
-    block = vit.VisionTransformer(8, 64, 1, 1, 32, init_std).blocks[0]
+    block = vit.VisionTransformer(8, 64, 1, 1, 32, init_std=init_std).blocks[0]
     stds = [block.attn.qkv.weight.std().item(), block.mlp.fc2.weight.std().item()]
     assert stds == pytest.approx([qkv, fc2], rel=0.1)
 
@@ -178,7 +178,7 @@ def test_full_dino_checkpoint_gives_its_teacher(tmp_path):
 
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(8, 128, 2, 2, 32), (7, 24, 3, 1, 28)])
+@pytest.mark.parametrize("shape", [(8, 128, 2, 2, 32), (7, 24, 3, 1, 28, 2, 3)])
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 def test_bare_state_dict_of_any_kind(tmp_path, prefix, shape, dtype, old_format):
     model, path = vit.VisionTransformer(*shape).to(getattr(torch, dtype)), str(tmp_path / "w.pth")
@@ -191,7 +191,8 @@ def test_bare_state_dict_of_any_kind(tmp_path, prefix, shape, dtype, old_format)
 
 def test_a_shipped_checkpoint_still_loads():
     loaded, content = vit.load_backbone(str(SHIPPED))
-    assert shape_of(loaded) == {"patch_size": 7, "dim": 96, "depth": 2, "heads": 3, "pos_size": 56}
+    shape = {"patch_size": 7, "dim": 96, "depth": 2, "heads": 3, "pos_size": 56}
+    assert shape_of(loaded) == shape | {"mlp_ratio": 4, "registers": 0}
     teacher = {k: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
     assert {v.dtype for v in teacher.values()} == {torch.float16}
     assert_same_weights(loaded, {k.removeprefix("backbone."): v for k, v in teacher.items()})
