@@ -31,7 +31,7 @@ DINO_FILES = {
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
 # settings that checkpoints of before they were there do not have
-OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean"}
+OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean", "optimizer": "adamw"}
 # what weights say of their ViT
 SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers")
 
