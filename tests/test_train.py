@@ -479,6 +479,24 @@ def test_measuring_changes_nothing_of_the_run(tmp_path, monkeypatch):
     assert_same(one | {"metrics": []}, other | {"metrics": []})
 
 
+def test_collapse_is_told_once_and_beside_the_verdict(tmp_path, monkeypatch, capsys):
+    """Each epoch's line has what it is told by; at first here the teacher tells images apart."""
+    measure, entropies = train.Validation.__call__, iter([0.2, 0.5, 0.999, 0.999])
+
+    def measured(self, parts, progress):
+        line = measure(self, parts, progress)
+        assert 0 <= line["mean_entropy"] <= line["entropy_of_mean"] + 1e-6 <= 1 + 1e-5
+        return line | {"entropy_of_mean": 1.0, "mean_entropy": next(entropies)}
+
+    monkeypatch.setattr(train.Validation, "__call__", measured)
+    assert start(tmp_path, "--loss dino --epochs 3") == 0
+    out, said = capsys.readouterr()
+    assert said.count("mean cosine 0.") == 3 and "mean entropy 0.50 ln K" in said
+    assert said.count("warning: it has collapsed") == 1
+    assert said.index("epoch 2/3") < said.index("warning: it has") < said.index("epoch 3/3")
+    assert "No: it has collapsed" in " ".join(out.split()) and "Yes" not in out
+
+
 def test_compile_compiles_every_block_or_says_that_it_cannot(tmp_path, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(vit.Block, "compile", lambda block: compiled.append(id(block)))
