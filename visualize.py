@@ -5,10 +5,9 @@
     python visualize.py --weights dino
     python visualize.py runs/clutter-nce-different/ckpt.pth --images cat.jpg dog.png
 
-The first command prints what the [CLS] token of the last block attends to, beside maps that
-understand nothing, and writes metrics.json; attention.png, where [CLS] looks in each head (the
-paper's figures 4 and 6); curves.png, how that came about; views.png, what the two branches were fed
-(their first rows); tsne.png, the features (figures 2 and 3).
+The first command prints what the [CLS] token of the last block attends to, and writes metrics.json;
+attention.png, where it looks in each head (the paper's figures 4 and 6); curves.png, how that came
+about; views.png, what the two branches were fed; tsne.png, the features (figures 2 and 3).
 """
 
 import argparse
@@ -139,10 +138,9 @@ def plot_attention(models, images, path, epochs=None):
             columns[heading] = seen = shown
             for color, each in zip(("lime", "red"), masks):
                 outlines.append((heading, color, [mask.cpu() for mask in each for _ in stages]))
-        try:
-            maps = [attention_map(s or model.backbone, p) for p in pictures for s in stages]
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{model.name}: {error}") from error
+        maps = [attention_map(s or model.backbone, p) for p in pictures for s in stages]
+        if not all(heads.isfinite().all() for heads in maps):
+            raise FloatingPointError(f"{model.name}: the attention is NaN or infinite")
         if model.backbone.heads > 1:
             columns[f"{name}mean of heads"] = [heads.mean(0) for heads in maps]
         for head in range(model.backbone.heads):
@@ -157,10 +155,7 @@ def attention_map(backbone, picture):
     """Attention of [CLS] to a picture (3, H, W) in [0, 1]: (heads, rows, columns of patches)."""
     images = data.normalize(picture[None].to(backbone.cls_token.device))
     grid = [side // backbone.patch_size for side in picture.shape[1:]]
-    maps, _ = metrics.cls_attention(backbone, images)
-    if not maps.isfinite().all():
-        raise FloatingPointError("the attention is NaN or infinite")
-    return maps[0].unflatten(-1, grid).cpu()
+    return metrics.cls_attention(backbone, images)[0][0].unflatten(-1, grid).cpu()
 
 
 def plot_curves(model, path):
@@ -171,11 +166,10 @@ def plot_curves(model, path):
     names = [name for name in ("selectivity", "auroc", "pointing") if name in lines[0]["mean"]]
     names += ["entropy", "diversity"] if len(heads) > 1 else ["entropy"]
     panels = ["loss", *names, "k-NN accuracy, %", "legend"]
-    width = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(2, width, figsize=(3.5 * width, 6.6), layout="constrained")
-    axes = dict(zip(panels, axes.flat))
-    for axis in figure.axes[len(panels) :]:
-        axis.remove()
+    panels += ["."] * (len(panels) % 2)  # an empty place
+    width = len(panels) // 2
+    how = {"figsize": (3.5 * width, 6.6), "layout": "constrained"}
+    figure, axes = plt.subplot_mosaic([panels[:width], panels[width:]], **how)
     thick, grey = {"color": "black", "linewidth": 2}, {"color": "grey", "linestyle": "--"}
     training = [line["loss"] for line in model.history[1:]]
     axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
@@ -299,9 +293,8 @@ def example_images(model, n):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="visualize.py", description="Draw and measure where a trained network looks."
-    )
+    about = "Draw and measure where a trained network looks."
+    parser = argparse.ArgumentParser("visualize.py", description=about)
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("checkpoints", nargs="*", metavar="CKPT", help="of train.py, or a ViT in DINO's names")
     weights = "also measure weights that were not fine-tuned, on the first checkpoint's canvases, "
@@ -357,7 +350,6 @@ def visualize(args):
     if args.images:
         plot_attention(models, images, os.path.join(folder, "attention-images.png"))
         return
-
     several, first = "-compared" * (len(models) > 1), models[0]
     epochs = kept_epochs(first) if first.history and not several else {}
     n = 8 if len(epochs) < 2 else max(1, 12 // len(epochs))

@@ -67,7 +67,7 @@ def start(flags):
     networks = [on_cuda(vit.build_network(config)) for _ in range(2)]
     split = photos() if config["dataset"] == "stl10" else DIGITS["train"].to(CUDA)
     views = data.TrainingViews(config, split, device=CUDA)
-    loss = on_cuda(train.make_loss(config))
+    loss = on_cuda(train.make_parts(config, vit.build_network(config))["loss"])
     return config, loss, *networks, views
 
 
