@@ -202,8 +202,7 @@ class CanvasSampler:
         """
         n, S, size = len(self.ink), self.config["canvas_size"], self.config["distractor_size"]
         shape = (len(index), canvases, self.config["num_distractors"])  # (B, V, M)
-        # a departure from the paper: one window in nine is too empty, and is drawn again
-        tries = 16  # all of them are too empty once in 10¹⁵
+        tries = 16  # one window in nine is too empty, and drawn again: all 16 are once in 10¹⁵
         other = torch.randint(n - 1, (*shape, tries), generator=rng)
         other += other >= index[:, None, None, None]  # any digit but the canvas's own
         window = torch.randint(28 - size + 1, (*shape, tries, 2), generator=rng)

@@ -46,15 +46,14 @@ class DINOLoss(nn.Module):
     network that knows nothing scores ln K.
 
     `out_dim` is K; `student_temp`, > 0, is tau_s of eq. (1). `centering` "mean" subtracts a moving
-    average of the teacher's logits, as DINO does, with a share of `center_momentum`, in [0, 1], of
-    the old; "sinkhorn_knopp" gives every prototype the same share of the batch, as DINOv2 does.
+    average of the teacher's logits, as DINO does; "sinkhorn_knopp" gives every prototype the same
+    share of the batch, as DINOv2 does.
     """
 
-    def __init__(self, out_dim, student_temp=0.1, centering="mean", center_momentum=0.9):
+    def __init__(self, out_dim, student_temp=0.1, centering="mean"):
         super().__init__()
         self.student_temp = student_temp
         self.centering = centering
-        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     @torch.no_grad()
@@ -83,5 +82,5 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, logits):
-        """Move the centre towards the mean of this step's teacher logits (crops, B, K)."""
-        self.center.lerp_(logits.mean(dim=(0, 1)), 1 - self.center_momentum)
+        """Move the centre a tenth of the way to the mean of the teacher's logits (crops, B, K)."""
+        self.center.lerp_(logits.mean(dim=(0, 1)), 1 - 0.9)  # DINO's momentum

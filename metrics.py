@@ -22,8 +22,7 @@ import vit
 
 TEST_IMAGES = 1000
 BANK_IMAGES = 10_000  # training images that k-NN and probe learn from
-VALIDATION_IMAGES = 512  # choose the best head, and draw the curves
-VALIDATION_BANK = 512
+VALIDATION_IMAGES = VALIDATION_BANK = 512  # choose the best head, and draw the curves
 COLLAPSE = "it has collapsed, all images are alike to it; try --centering sinkhorn_knopp, a lower "
 COLLAPSE += "--teacher-temp or --lr, or --loss nce"
 
@@ -117,7 +116,7 @@ def attention_metrics(maps, digit, clutter, patch_area):
     return metrics | {"entropy": entropy(maps)}
 
 
-def bootstrap(values, index, resamples=1000, seed=0):
+def bootstrap(values, index, resamples=1000):
     """Means over images, and the same means over resampled images: (1 + resamples, …).
 
     Canvases that show the same digit are not independent, so digits are resampled, with all their
@@ -125,7 +124,7 @@ def bootstrap(values, index, resamples=1000, seed=0):
     """
     digits, group = torch.unique(index, return_inverse=True)
     chance = np.full(len(digits), 1 / len(digits))
-    drawn = np.random.default_rng(seed).multinomial(len(digits), chance, resamples)
+    drawn = np.random.default_rng(0).multinomial(len(digits), chance, resamples)
     weight = torch.cat([torch.ones(1, len(digits)), torch.from_numpy(drawn)]).double()
     zeros = torch.zeros(len(digits), *values.shape[1:], dtype=torch.float64)
     total = zeros.index_add(0, group, values.double().nan_to_num())
@@ -373,9 +372,8 @@ def describe(c, epoch=None):
         what = f"{c['loss'].upper()} loss, {c['views']} views, {crops}"
     names = {"mnist": "MNIST", "sklearn": "scikit-learn's digits", "auto": "digits"}
     images = "STL-10" if c["dataset"] == "stl10" else names[c["digits"]]
-    if c["background"] != "black":
-        images += f", background {c['background']}"
-        images += f", {c['texture_pool']} in all" if c["texture_pool"] else ""
+    images += "" if c["background"] == "black" else f", background {c['background']}"
+    images += f", {c['texture_pool']} in all" if c["texture_pool"] else ""
     progress = "" if epoch is None else f", epoch {epoch} of {c['epochs']}"
     return f"{what}, {c['image_size']} px, patch {c['patch_size']}, {images}{progress}"
 

@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -165,8 +164,8 @@ def make_config(args, shape=None):
     return {**derived, **c}
 
 
-def check_config(config, shape=None):
-    """Raise ValueError, in one line, for settings that cannot work."""
+def check_config(config, shape):
+    """Raise ValueError, in one line, for settings that cannot work, or not with that `shape`."""
     c, ranks = config, rank_and_world_size()[1]
     for names, least, largest in RANGES:
         for name in names.split():
@@ -188,8 +187,7 @@ def check_config(config, shape=None):
         (pool and not textured, "texture_pool", "use it with --background texture"),
         (max(c["keep_epochs"], default=0) > c["epochs"], "keep_epochs", "use epochs of the run"),
     ]
-    for name, value in (shape or {}).items():
-        rules.append((name != "heads" and c[name] != value, name, f"use {value}, the weights'"))
+    rules += [(k != "heads" and c[k] != v, k, f"use {v}, the weights'") for k, v in shape.items()]
     for wrong, name, advice in rules:
         if wrong:
             raise ValueError(f"{flag(name)} {c[name]}: {advice}")
@@ -223,13 +221,6 @@ def autocast_dtype(precision, device):
     # on a CPU without these instructions bfloat16 is emulated, and slow
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def make_optimizer(student):
-    """AdamW; biases and norms are spared the weight decay, as in DINO."""
-    decayed = {"params": [p for p in student.parameters() if p.ndim > 1]}
-    others = {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([decayed, others], fused=True)
 
 
 @torch.no_grad()
@@ -434,9 +425,13 @@ def make_parts(config, student):
     device, loss_fn = student.backbone.cls_token.device, NCELoss(config["temperature"])
     if config["loss"] == "dino":
         loss_fn = DINOLoss(config["out_dim"], config["temperature"], config["centering"])
+    # biases and norms are spared the weight decay, as in DINO
+    decayed = {"params": [p for p in student.parameters() if p.ndim > 1]}
+    others = {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, others], fused=True)
     half = autocast_dtype(config["precision"], device) == torch.float16
     parts = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
-    parts |= {"optimizer": make_optimizer(student), "loss": loss_fn.to(device)}
+    parts |= {"optimizer": optimizer, "loss": loss_fn.to(device)}
     return parts | {"scaler": torch.amp.GradScaler(device.type, enabled=half)}
 
 
@@ -529,7 +524,7 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
     if not history:
         history.append({"epoch": 0, "step": 0, "validation": validation(parts, 0)})
         log_epoch(folder, c, teacher, history)
-    parallel = DistributedDataParallel(student) if ranks > 1 else student
+    parallel = torch.nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
     finite = torch.ones((), dtype=torch.bool, device=device)
     quiet = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=steps * batch, initial=start * batch, unit=" images", disable=quiet)

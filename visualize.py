@@ -110,10 +110,9 @@ def plot_views(model, path, images=4):
     views = data.TrainingViews(config, model.splits["train"])
     params = {name: value[:images] for name, value in views.sample(step=0).items()}
     crops = data.denormalize(views.render(params)).movedim(2, -1).clamp(0, 1).cpu()
-    branches = {"teacher": views.teacher, "student": views.student}
+    branches, columns = {"teacher": views.teacher, "student": views.student}, {}
     if views.teacher == views.student:
         branches = {"both": views.teacher}
-    columns = {}
     for branch, shown in branches.items():
         for number, crop in enumerate(shown, 1):
             canvas, kind = views.plan[crop]
@@ -175,8 +174,7 @@ def plot_curves(model, path):
     axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
     axes["loss"].plot(epochs, [line["loss"] for line in lines], **thick, label="validation")
     name, key = ("batch", "batch_size") if model.config["loss"] == "nce" else ("K", "out_dim")
-    chance = math.log(model.config[key])
-    axes["loss"].axhline(chance, **grey, label=f"ln({name}), chance")
+    axes["loss"].axhline(math.log(model.config[key]), **grey, label=f"ln({name}), chance")
     axes["loss"].legend(fontsize=8)
     accuracy = [100 * line["knn"] for line in lines]
     axes["k-NN accuracy, %"].plot(epochs, accuracy, **thick)
@@ -219,8 +217,7 @@ def plot_tsne(model, points, labels, accuracy, path):
     bar = figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
     if model.config["dataset"] == "stl10":
         bar.ax.set_yticklabels(STL10_CLASSES.split())
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     title = f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
     figure.suptitle(f"{title}\n{caption([model], 6)}", fontsize=9)
     save_figure(figure, path)
@@ -254,9 +251,9 @@ def open_model(source, args, like=None):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
             config["texture_pool"] = 0 if name == "background" else config["texture_pool"]
-    if config["image_size"] < 1 or config["image_size"] % patch_size:
-        text = f"--image-size {config['image_size']}"
-        raise ValueError(f"{text}: use a multiple of the patch size {patch_size}")
+    size = config["image_size"]
+    if size < 1 or size % patch_size:
+        raise ValueError(f"--image-size {size}: use a multiple of the patch size {patch_size}")
     config |= {name: getattr(backbone, name) for name in vit.SHAPE}
     return Model(source, config, backbone.eval(), epoch, history)
 

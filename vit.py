@@ -29,8 +29,7 @@ DINO_FILES = {
     "dino_vitb8": "dino_vitbase8_pretrain",
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
-# settings that checkpoints of before they were there do not have
-OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean"}
+OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean"}  # what older checkpoints lack
 # what weights say of their ViT
 SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers")
 
@@ -115,8 +114,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image size {pos_size} is not a multiple of patch size {patch_size}")
         self.patch_size, self.pos_size = patch_size, pos_size
         self.dim, self.depth, self.heads = dim, depth, heads
-        self.mlp_ratio, self.registers = mlp_ratio, registers
-        self.grid = pos_size // patch_size
+        self.mlp_ratio, self.registers, self.grid = mlp_ratio, registers, pos_size // patch_size
         self.checkpoint_blocks = False  # True: recompute activations in the backward pass
         proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
