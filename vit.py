@@ -29,7 +29,8 @@ DINO_FILES = {
     "dino_vitb8": "dino_vitbase8_pretrain",
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
-OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean"}  # what older checkpoints lack
+# what older checkpoints lack
+OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean", "optimizer": "adamw"}
 # what weights say of their ViT
 SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers")
 

@@ -4,11 +4,12 @@
     python benchmarks/throughput.py                                  # on a CPU within three minutes
     python benchmarks/throughput.py --image-size 224 --batch-size 2
     python benchmarks/throughput.py --memory --large-batch 1024      # also 1024 by pieces of 16
+    python benchmarks/throughput.py --preset laptop --loss nce --steps 30   # the laptop's network
 
 Both sides train the same network on the same shapes: ViT-S/8, two crops of each image that student
 and teacher both see, DINO's head with K = 65,536 (or with --loss nce its bottleneck alone). The
 peer is put together as lightly's own example does it: its projection head, loss and momentum
-update, one forward a view, AdamW as it comes; timm's `vit_small_patch8_224` is the backbone.
+update, one forward a view, AdamW as it comes; the backbone is timm's `VisionTransformer`.
 
 First both are fed crops from memory, taking turns step by step. Then each makes its own input,
 taking turns in blocks of steps: ours renders canvases on the device, the peer crops and blurs
@@ -61,27 +62,9 @@ def digits(least=0):
 
 
 def our_config(args, *flags):
-    given = [
-        "--preset",
-        "paper",
-        "--weights",
-        "none",
-        "--digits",
-        "sklearn",
-        "--views",
-        "same",
-        "--crops",
-        "2",
-        "--loss",
-        args.loss,
-        "--device",
-        args.device,
-        "--image-size",
-        str(args.image_size),
-        "--batch-size",
-        str(args.batch_size),
-        *flags,
-    ]
+    given = f"--preset {args.preset} --weights none --digits sklearn --views same --crops 2"
+    given += f" --loss {args.loss} --device {args.device} --image-size {args.image_size}"
+    given = [*given.split(), "--batch-size", str(args.batch_size), *flags]
     return train.make_config(train.parse_args(given))
 
 
@@ -111,18 +94,19 @@ def ours(config, crops=None):
 def peer(args, precision, crops=None, compiled=False):
     """The same for the peer. `precision` is of its autocast, float32 for none."""
     c = our_config(args)
-    student = timm.create_model("vit_small_patch8_224", num_classes=0, img_size=args.image_size).to(
-        args.device
-    )
+    sizes = {"img_size": c["image_size"], "patch_size": c["patch_size"], "embed_dim": c["dim"]}
+    sizes |= {"depth": c["depth"], "num_heads": c["heads"], "mlp_ratio": c["mlp_ratio"]}
+    student = timm.models.VisionTransformer(**sizes, num_classes=0).to(args.device)
     sizes = c["head_hidden_dim"], c["bottleneck_dim"]
     heads = [DINOProjectionHead(c["dim"], *sizes, c["out_dim"]) for _ in range(2)]
     if args.loss == "nce":
-        hidden, bottleneck = sizes
-        layers = [
-            (c["dim"], hidden, None, torch.nn.GELU()),
-            (hidden, hidden, None, torch.nn.GELU()),
-        ]
-        heads = [ProjectionHead([*layers, (hidden, bottleneck, None, None)]) for _ in range(2)]
+        (hidden, bottleneck), heads = sizes, []
+        for _ in range(2):
+            widths, layers = [c["dim"], *[hidden] * (c["head_layers"] - 1)], []
+            for width in widths[:-1]:
+                norm = torch.nn.LayerNorm(hidden) if c["head_norm"] else None
+                layers.append((width, hidden, norm, torch.nn.GELU()))
+            heads.append(ProjectionHead([*layers, (widths[-1], bottleneck, None, None)]))
     student_head, teacher_head = (head.to(args.device) for head in heads)
     teacher = copy.deepcopy(student)
     deactivate_requires_grad(teacher)
@@ -172,7 +156,7 @@ class Canvases(torch.utils.data.Dataset):
 
     def __init__(self, args):
         split = digits()
-        config = {"canvas_size": 100, "num_distractors": 6, "distractor_size": 9}
+        config = our_config(args)
         sampler, rng = data.CanvasSampler(config, split), data.generator(0, "benchmark")
         params = sampler.sample(rng, torch.arange(len(split)))
         canvases = data.render_canvases(params, config, split.images)[0]
@@ -263,11 +247,13 @@ def peak_bytes(make, device):
 def forward_flops(config):
     """FLOPs of backbone and head for one crop; of the last block only what [CLS] needs."""
     d, n = config["dim"], 1 + (config["image_size"] // config["patch_size"]) ** 2
-    block = 24 * n * d * d + 4 * n * n * d  # qkv 6, proj 2, MLP 16; q kᵀ and the weighted v
-    last = 4 * n * d * d + 20 * d * d + 4 * n * d  # k and v of all tokens, the rest of [CLS] alone
+    mlp = 4 * config["mlp_ratio"] * d * d
+    block = n * (8 * d * d + mlp) + 4 * n * n * d  # qkv 6, proj 2; q kᵀ and the weighted v
+    last = 4 * n * d * d + 4 * d * d + mlp + 4 * n * d  # k, v of all tokens, the rest of [CLS]
     patches = 2 * (n - 1) * 3 * config["patch_size"] ** 2 * d
-    h, b = config["head_hidden_dim"], config["bottleneck_dim"]
-    head = 2 * (d * h + h * h + h * b + (b * config["out_dim"] if config["loss"] == "dino" else 0))
+    h, b, hidden = config["head_hidden_dim"], config["bottleneck_dim"], config["head_layers"] - 2
+    head = 2 * (d * h + hidden * h * h + h * b)
+    head += 2 * b * config["out_dim"] if config["loss"] == "dino" else 0
     return patches + (config["depth"] - 1) * block + last + head
 
 
@@ -380,7 +366,7 @@ def report_memory(args):
         makers[f"ours, {args.large_batch} by {args.batch_size}"] = lambda: ours(config)
     peaks = {name: peak_bytes(make, args.device) for name, make in makers.items()}
     print(
-        "most memory in two steps, with weights and optimizer; ViT-S/8, "
+        f"most memory in two steps, with weights and optimizer; preset {args.preset}, "
         f"{args.image_size} px, batch {args.batch_size}, "
         f"loss {args.loss}"
     )
@@ -391,7 +377,10 @@ def report_memory(args):
 
 def report_speed(args):
     times, config, fast = fed_from_memory(args)
-    tokens = 2 * args.batch_size * (1 + (args.image_size // 8) ** 2)
+    tokens, d = (
+        2 * args.batch_size * (1 + (args.image_size // config["patch_size"]) ** 2),
+        config["dim"],
+    )
     side = 8192 if torch.device(args.device).type == "cuda" else 2048
     # a backward pass is two forward passes; the teacher's one; two crops
     flops = 4 * 2 * args.batch_size * forward_flops(config)
@@ -399,9 +388,12 @@ def report_speed(args):
         p: matmul_rate(side, side, side, getattr(torch, p), args.device)
         for p in dict.fromkeys((fast, "float32"))
     }
-    own = {p: matmul_rate(tokens, 384, 1536, getattr(torch, p), args.device) for p in rates}
+    own = {
+        p: matmul_rate(tokens, d, config["mlp_ratio"] * d, getattr(torch, p), args.device)
+        for p in rates
+    }
     print(
-        f"a step fed from memory, ViT-S/8, {args.image_size} px, "
+        f"a step fed from memory, preset {args.preset}, {args.image_size} px, "
         f"batch {args.batch_size} × 2 crops, loss {args.loss}\n"
     )
     print(
@@ -461,8 +453,11 @@ def main():
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--image-size", type=int, default=224 if cuda else 96)
-    parser.add_argument("--batch-size", type=int, default=32 if cuda else 16)
+    parser.add_argument("--preset", choices=["paper", "laptop"], default="paper")
+    parser.add_argument(
+        "--image-size", type=int, help="[paper: 224 with CUDA, else 96; laptop: 56]"
+    )
+    parser.add_argument("--batch-size", type=int, help="[paper: 32 with CUDA, else 16; laptop: 64]")
     parser.add_argument("--loss", choices=["dino", "nce"], default="dino")
     parser.add_argument(
         "--steps", type=int, default=30 if cuda else 4, help="that count, after one that does not"
@@ -477,6 +472,8 @@ def main():
         help="with --memory: N by pieces of --batch-size",
     )
     args = parser.parse_args()
+    size, batch = (56, 64) if args.preset == "laptop" else (224, 32) if cuda else (96, 16)
+    args.image_size, args.batch_size = args.image_size or size, args.batch_size or batch
     started = time.perf_counter()
     result = report_memory(args) if args.memory else report_speed(args)
     name = (

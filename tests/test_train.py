@@ -152,16 +152,43 @@ def test_schedules_start_and_end_where_they_should():
     assert temperatures == pytest.approx([0.02, 0.03, 0.04])
 
 
-def test_weight_decay_spares_biases_and_norms_and_nothing_else():
-    config = config_of("--preset laptop")
+@pytest.mark.parametrize("flags", ["--optimizer adamw", "--optimizer muon --loss dino"])
+def test_each_parameter_has_its_optimizer_and_its_decay(flags):
+    """Biases and norms have no decay; Muon moves the matrices of blocks and head, if asked."""
+    config = config_of(f"--preset laptop {flags}")
     network = vit.build_network(config)
-    groups = train.make_parts(config, network)["optimizer"].param_groups  # a step decays the first
-    assert groups[1]["weight_decay"] == 0
-    spared = {id(parameter) for parameter in groups[1]["params"]}
+    optimizers = train.make_optimizers(config, network)
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    assert groups[1]["weight_decay"] == 0  # the step gives the first one its decay
+    where = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     for name, parameter in network.named_parameters():
-        kind = name.endswith("bias") or "norm" in name or parameter.ndim == 1
-        assert (id(parameter) in spared) == kind, name
-    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+        inner = name.startswith(("backbone.blocks", "head.mlp")) and "muon" in flags
+        kind = 1 if name.endswith("bias") or "norm" in name or parameter.ndim == 1 else 0
+        kind = 2 if kind == 0 and inner else kind
+        assert where.pop(id(parameter)) == kind, name
+    assert not where
+
+
+def test_muon_is_torchs():
+    """Steps of matrices of each shape, up to the rounding of bfloat16, in which torch's is."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch before 2.9 has no Muon")
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((30, 10), (10, 10), (10, 40))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    optimizers = train.Muon(ours), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    optimizers[0].param_groups[0]["lr"] = 0.1
+    for _ in range(3):
+        for one, other in zip(ours, theirs):
+            one.grad = other.grad = torch.randn_like(one)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, before in zip(ours, theirs, start):
+        moved = (one - before).norm()
+        assert moved > 0.1 and (one - other).norm() < 0.03 * moved
+    values = torch.linalg.svdvals(train.orthogonalize(torch.randn(30, 10)))
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 def step_in_float64(config):
