@@ -1,11 +1,10 @@
 """Handwritten digits in clutter, with the truth about every pixel, or photographs; views of them.
 
 Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here: a digit on
-a canvas among fragments of other digits, and the masks that say which pixels are which.
-
-`sample_…` draws the parameters (which digit, where, which crop) of a whole batch on the CPU, from a
-generator seeded by (seed, split, step). `render_…` turns them into pixels, on any device, without
-randomness: any slice of a batch can be rendered anywhere and is always the same.
+a canvas among fragments of others, and the masks that say which pixels are which. `sample_…` draws
+the parameters (which digit, where, which crop) of a whole batch on the CPU, from a generator seeded
+by (seed, split, step). `render_…` turns them into pixels, on any device, without randomness: any
+slice of a batch can be rendered anywhere and is always the same.
 """
 
 import functools
@@ -21,12 +20,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 MIN_WINDOW_INK = 5  # ink pixels that a distractor must hold
 STL10_COUNTS = {"unlabeled": 100_000, "train": 5000, "test": 8000}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # Pillow knows other formats that start other programs (EPS runs Ghostscript)
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
+WAVES = 16  # plane waves that noise and blobs are the sum of
 # ImageNet's mean and standard deviation, which DINO's weights expect
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
@@ -51,13 +53,12 @@ class Split:
 def load_dataset(config, device):
     """The splits that a run's settings ask for, on the device, and a warning or None.
 
-    `config["digits"]` becomes what "auto" came to. STL-10 stays in the host's memory where a GPU
-    has no room for it. Raises OSError or ValueError for data that cannot be had.
+    `config["digits"]` becomes what "auto" came to. OSError or ValueError for what cannot be had.
     """
     root = config["data_root"]
     if config["dataset"] == "stl10":
         splits, warning = load_stl10(root, config["split"])
-        size = splits["train"].images.nbytes
+        size = splits["train"].images.nbytes  # a GPU may have no room for it
         if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 3 * size:
             return splits, warning
     else:
@@ -69,10 +70,9 @@ def load_dataset(config, device):
 def load_digits(source="auto", data_root="data"):
     """The splits of the handwritten digits, {"train", "validation", "test"} (section II.C).
 
-    `source` is "mnist" (torchvision's layout, data_root/MNIST/raw/, fetched if it is not there),
-    "sklearn" (1,797 digits that come with scikit-learn) or "auto": MNIST, else scikit-learn's.
-    Returns the splits, what "auto" came to, and a line on what was replaced and why, or None.
-    Raises OSError if "mnist" cannot be had.
+    `source` is "mnist" (data_root/MNIST/raw/, fetched if it is not there), "sklearn" (its 1,797
+    digits) or "auto": MNIST, else scikit-learn's. Returns the splits, what "auto" came to, and a
+    line on what was replaced and why, or None. Raises OSError if "mnist" cannot be had.
     """
     if source == "sklearn":
         return read_sklearn_digits(), source, None
@@ -127,10 +127,9 @@ def load_stl10(data_root, split="unlabeled"):
                 raise ValueError(f"{name}_y.bin does not hold a label of 1 to 10 for every image")
             files[name] = Split(images, torch.from_numpy(labels).long() - 1)
     except Exception as error:  # numpy's and torchvision's are of many kinds
-        raise OSError(
-            f"{folder} is missing or damaged, and cannot be fetched ({error}); use --data-root "
-            f"with the folder that holds stl10_binary, with {', '.join(names)}"
-        ) from error
+        reason = f"{folder} is missing or damaged, and cannot be fetched ({error})"
+        ways_out = "use --data-root with the folder that holds stl10_binary, with"
+        raise OSError(f"{reason}; {ways_out} {', '.join(names)}") from error
     odd = [f"{len(f):,} {name} images" for name, f in files.items() if len(f) != STL10_COUNTS[name]]
     train, test, n = files["train"], files["test"], len(files["test"]) * 7 // 8
     splits = {"train": files[split], "bank": train, "test": test[:n], "validation": test[n:]}
@@ -138,14 +137,11 @@ def load_stl10(data_root, split="unlabeled"):
 
 
 def read_image(path):
-    """An image file as Pillow's "RGB": the first frame, upright, on white where transparent.
-
-    Raises OSError for what is missing, no image, damaged, or of more pixels than Pillow's limit, 89
-    million, up to which it takes under a gigabyte.
-    """
+    """An image file as "RGB": first frame, upright, on white where transparent. Raises OSError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # more than 89 million pixels, which take a gigabyte
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as file:
                 image = ImageOps.exif_transpose(file)  # a copy
@@ -155,9 +151,8 @@ def read_image(path):
             if image.mode == "F":
                 raise ValueError("floating point pixels; use 8 or 16 bits")
             if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a file that is not its own
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
@@ -176,13 +171,10 @@ def permutation(seed, epoch, n):
 
 
 def sample_digits(seed, step, n, batch_size):
-    """Which of n training digits make up the batch of `step`: (B,) int64.
-
-    Every pass through the n digits has a permutation of its own: none comes twice in a batch, where
-    it would be its own negative.
-    """
+    """Which of n training digits make up the batch of `step`: (B,) int64, none twice in a pass."""
     if batch_size > n:
         raise ValueError(f"--batch-size {batch_size} is larger than the data set of {n:,} images")
+    # in one batch a digit would be its own negative
     epoch, k = divmod(step, n // batch_size)
     return permutation(seed, epoch, n)[k * batch_size : (k + 1) * batch_size]
 
@@ -190,13 +182,9 @@ def sample_digits(seed, step, n, batch_size):
 class CanvasSampler:
     """Draws the parameters of canvases: where the digit lies, and what clutters it (section II.C).
 
-    `layout` "paper": digit and distractors lie uniformly. Then digits lie more centrally, being
-    larger, and a map that ignores the image could tell them from clutter. "matched": a distractor's
-    centre has the distribution of a digit's ink (a new digit position plus the place of an ink
-    pixel of another digit, moved inside), so that position says nothing.
-
-    A departure from the paper: a distractor window with fewer than 5 ink pixels is drawn again,
-    else one in nine would be empty.
+    `layout` "paper": digit and distractors lie uniformly, so digits, being larger, more centrally.
+    "matched": a distractor's centre has the distribution of a digit's ink (a new digit position
+    plus the place of an ink pixel of another digit, moved inside), so that position says nothing.
     """
 
     def __init__(self, config, digits, layout="paper"):
@@ -214,7 +202,7 @@ class CanvasSampler:
         """
         n, S, size = len(self.ink), self.config["canvas_size"], self.config["distractor_size"]
         shape = (len(index), canvases, self.config["num_distractors"])  # (B, V, M)
-        tries = 16  # one window in nine is too empty: all 16 are once in 10¹⁵
+        tries = 16  # one window in nine is too empty, and drawn again: all 16 are once in 10¹⁵
         other = torch.randint(n - 1, (*shape, tries), generator=rng)
         other += other >= index[:, None, None, None]  # any digit but the canvas's own
         window = torch.randint(28 - size + 1, (*shape, tries, 2), generator=rng)
@@ -229,35 +217,31 @@ class CanvasSampler:
             pixel = torch.multinomial(ink.float(), 1, generator=rng).view(shape)
             centre = place + torch.stack([pixel // 28, pixel % 28], -1)
             corner = (centre - size // 2).clamp(0, S - size)
-        return {
-            "digit": index,
-            "position": position,
-            "source": other.gather(-1, first)[..., 0],
-            "window": window.gather(-2, first[..., None].expand(*shape, 1, 2))[..., 0, :],
-            "corner": corner,
-        }
+        source = other.take_along_dim(first, -1)[..., 0]
+        window = window.take_along_dim(first[..., None], -2)[..., 0, :]
+        drawn = {"digit": index, "position": position, "source": source}
+        return drawn | {"window": window, "corner": corner}
 
 
 def render_canvases(params, config, images, masks=True):
     """Canvases and their masks from what `CanvasSampler.sample` drew, or any rows of it.
 
-    `images` (N, 28, 28) uint8 are the digits of the same split; the result is on their device.
-    Without `masks`, which take half the time, None stands for them.
-
-    Returns, for V canvases of each of B digits, canvas (B, V, S, S) float32 in [0, 1]; digit_mask
-    and clutter_mask, bool, disjoint. What is in neither is background. Ink is above 0.5; it is the
-    digit's where the digit alone is ink, else clutter's.
+    `images` (N, 28, 28) uint8 are the digits of the same split. Returns, on their device, for V
+    canvases of each of B digits, canvas (B, V, S, S) float32 in [0, 1]; digit_mask and
+    clutter_mask, bool, disjoint, or None without `masks`, which take half the time. Ink is above
+    0.5; it is the digit's where the digit alone is ink, else clutter's. The rest is background.
     """
     names = ("digit", "position", "source", "window", "corner")
-    p = {name: params[name].to(images.device, non_blocking=True) for name in names}
-    (B, V, _), S = p["source"].shape, config["canvas_size"]
+    drawn = (params[name].to(images.device, non_blocking=True) for name in names)
+    digit, position, source, window, corner = drawn
+    (B, V, _), S = source.shape, config["canvas_size"]
     # Whole numbers up to 255, whose sums do not depend on the order that a GPU adds them in.
     canvas = torch.zeros(B, V, S, S, device=images.device)
-    digits = images[p["digit"]][:, None, None].expand(B, V, 1, 28, 28)
-    paste_windows(canvas, digits, p["position"][:, :, None])
+    digits = images[digit][:, None, None].expand(B, V, 1, 28, 28)
+    paste_windows(canvas, digits, position[:, :, None])
     digit_mask = canvas > 127 if masks else None
-    distractors = cut_windows(images, p["source"], p["window"], config["distractor_size"])
-    paste_windows(canvas, distractors, p["corner"])
+    distractors = cut_windows(images, source, window, config["distractor_size"])
+    paste_windows(canvas, distractors, corner)
     clutter_mask = (canvas > 127) & ~digit_mask if masks else None
     return canvas.clamp_(max=255).div_(255), digit_mask, clutter_mask
 
@@ -280,10 +264,6 @@ def paste_windows(canvas, windows, corner):
     canvas.flatten(2).scatter_add_(2, pixels, windows.flatten(2).to(canvas.dtype))
 
 
-TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
-WAVES = 16  # plane waves that noise and blobs are the sum of
-
-
 class Background:
     """What lies behind digit and clutter (figure 5): black, textures, or a folder's images.
 
@@ -292,8 +272,7 @@ class Background:
     """
 
     def __init__(self, config, name, device):
-        self.kind, self.pool = config["background"], None
-        self.size = config["canvas_size"]
+        self.kind, self.size, self.pool = config["background"], config["canvas_size"], None
         if config["texture_pool"]:
             rng = generator("textures", name)
             self.pool = sample_textures(rng, (config["texture_pool"],), self.size)
@@ -305,10 +284,9 @@ class Background:
         if self.kind == "black":
             return {}
         if self.kind != "texture":
-            return {
-                "image": torch.randint(len(self.images), shape, generator=rng),
-                "image_corner": torch.randint(self.size + 1, (*shape, 2), generator=rng),
-            }
+            image = torch.randint(len(self.images), shape, generator=rng)
+            corner = torch.randint(self.size + 1, (*shape, 2), generator=rng)
+            return {"image": image, "image_corner": corner}
         if self.pool is None:
             return sample_textures(rng, shape, self.size)
         index = torch.randint(len(self.pool["family"]), shape, generator=rng)
@@ -340,13 +318,10 @@ def sample_textures(rng, shape, size):
     angle, spread = 2 * math.pi * v[0], 0.7 + 0.6 * v[1]
     direction = torch.stack([angle.sin(), angle.cos()], -1)
     frequency = (spread / period[..., None])[..., None] * direction
-    return {
-        "family": (u[0] * len(TEXTURES)).long(),
-        "wave": torch.cat([frequency, 2 * math.pi * v[2][..., None]], -1),
-        "ring_centre": size * torch.stack([u[2], u[3]], -1),
-        "dark": 0.15 * u[4],
-        "bright": 0.25 + 0.2 * u[5],
-    }
+    wave = torch.cat([frequency, 2 * math.pi * v[2][..., None]], -1)
+    centre, family = size * torch.stack([u[2], u[3]], -1), (u[0] * len(TEXTURES)).long()
+    greys = {"dark": 0.15 * u[4], "bright": 0.25 + 0.2 * u[5]}
+    return {"family": family, "wave": wave, "ring_centre": centre} | greys
 
 
 def render_textures(params, size, device):
@@ -357,10 +332,8 @@ def render_textures(params, size, device):
     flat = {name: params[name].flatten(0, len(shape) - 1).to(device) for name in names}
     pixel = torch.arange(size, device=device, dtype=torch.float32)
     out = torch.empty(len(family), size, size, device=device)
-    for number, name in enumerate(TEXTURES):
-        rows = (family == number).nonzero()[:, 0].to(device)
-        if len(rows) == 0:
-            continue
+    for number in family.unique().tolist():
+        name, rows = TEXTURES[number], (family == number).nonzero()[:, 0].to(device)
         wave, centre = flat["wave"][rows], flat["ring_centre"][rows]
         if name == "rings":
             row, column = centre[..., None, None].unbind(1)  # (n, 1, 1)
@@ -382,10 +355,8 @@ def render_textures(params, size, device):
 
 
 def sum_of_waves(wave, pixel):
-    """Sum of plane waves (n, K, 3) on a grid of pixels: (n, size, size).
-
-    sin(a + b) = sin a cos b + cos a sin b, so the sum is one product of matrices.
-    """
+    """Sum of plane waves (n, K, 3) on a grid of pixels: (n, size, size)."""
+    # sin(a + b) = sin a cos b + cos a sin b, so the sum is one product of matrices
     y = 2 * math.pi * wave[..., :1] * pixel + wave[..., 2:]  # (n, K, size)
     x = 2 * math.pi * wave[..., 1:2] * pixel
     return torch.cat([y.sin(), y.cos()], 1).mT @ torch.cat([x.cos(), x.sin()], 1)
@@ -412,7 +383,6 @@ def crop_plan(views, crops, symmetric=False):
     same crop; with one crop each branch has its own. "different": the digit on two canvases, the
     teacher fed from the one, the student from the other; `symmetric`: each from both (III.B).
     `crops` for each branch: 4 (2 global and 2 local), 2 (global) or 1 (global) (III.C).
-
     Returns plan, a list of (canvas 0 or 1, "global" or "local"); teacher and student, lists of
     indices into it; pairs (i, j), the student's i-th crop against the teacher's j-th.
     """
@@ -446,30 +416,25 @@ def sample_crops(rng, plan, batch, position, canvas_size, config):
     if position is not None:
         canvas = [v for v, _ in plan]
         centre = torch.where(local[:, None], position[:, canvas] + 14.0, centre)  # (B, C, 2)
+    angle = math.radians(config["rotation"]) * (2 * u[4] - 1)
     least, most = config["blur"]
     sigma = (least + (most - least) * u[3]) * config["image_size"] / 224
-    return {
-        "centre": centre,
-        "side": side,
-        "angle": math.radians(config["rotation"]) * (2 * u[4] - 1),
-        "sigma": torch.where(u[5] < 0.5, sigma, 0.0),
-    }
+    sigma = torch.where(u[5] < 0.5, sigma, 0.0)
+    return {"centre": centre, "side": side, "angle": angle, "sigma": sigma}
 
 
 def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     """Crop, rotate, resize and blur: each crop of each image, from its canvas.
 
-    Crop, rotation and resizing are one affine map and so one bilinear resampling; where the crop
-    shrinks, the canvas is smoothed first, so that thin strokes do not break up.
-
-    `canvases` (B, C, channels, S, S) float32, one for each crop; `crops` from `sample_crops`, with
-    sigmas of at most `max_blur` pixels at 224. Beyond the canvas lies `outside`: "zeros" (black),
+    Crop, rotation and resizing are one affine map and so one bilinear resampling. `canvases`
+    (B, C, channels, S, S) float32, one for each crop; `crops` from `sample_crops`, with sigmas of
+    at most `max_blur` pixels at 224. Beyond the canvas lies `outside`: "zeros" (black),
     "reflection" or "border". Returns (B, C, channels, image_size, image_size) in [0, 1].
     """
     S, x = canvases.shape[-1], canvases.flatten(0, 1)
     crops = {name: crops[name].flatten(0, 1) for name in ("centre", "side", "angle", "sigma")}
-    if S > image_size:  # `shrink` pixels become one
-        shrink = crops["side"] / image_size
+    if S > image_size:  # smoothed first, so that thin strokes do not break up
+        shrink = crops["side"] / image_size  # so many pixels become one
         sigma = 0.5 * (shrink**2 - 1).clamp(min=0).sqrt()
         x = gaussian_blur(x.clone(), sigma, 0.5 * math.sqrt((S / image_size) ** 2 - 1))
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
@@ -518,15 +483,10 @@ def sample_color_jitter(rng, shape):
     1.2, and the hue is turned by up to a tenth of the circle; 0.2: `gray`; 0.5: mirrored, `flip`.
     """
     u = torch.rand((7, *shape), generator=rng)
-    jitter = u[0] < 0.8
-    return {
-        "brightness": torch.where(jitter, 1 + 0.4 * (2 * u[1] - 1), 1.0),
-        "contrast": torch.where(jitter, 1 + 0.4 * (2 * u[2] - 1), 1.0),
-        "saturation": torch.where(jitter, 1 + 0.2 * (2 * u[3] - 1), 1.0),
-        "hue": torch.where(jitter, 0.1 * (2 * u[4] - 1), 0.0),
-        "gray": u[5] < 0.2,
-        "flip": u[6] < 0.5,
-    }
+    brightness, contrast, saturation, hue = torch.where(u[0] < 0.8, 2 * u[1:5] - 1, 0.0)
+    params = {"brightness": 1 + 0.4 * brightness, "contrast": 1 + 0.4 * contrast}
+    params |= {"saturation": 1 + 0.2 * saturation, "hue": 0.1 * hue}
+    return params | {"gray": u[5] < 0.2, "flip": u[6] < 0.5}
 
 
 def color_jitter(photos, params):
@@ -544,12 +504,6 @@ def color_jitter(photos, params):
     x = adjust_hue(x, p["hue"])
     x = torch.where(p["gray"], rgb_to_grayscale(x), x)
     return torch.where(p["flip"], x.flip(-1), x)
-
-
-def rgb_to_grayscale(x):
-    """Luminance of (…, 3, h, w), as (…, 1, h, w)."""
-    r, g, b = x.split(1, dim=-3)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def adjust_hue(x, turn):
@@ -590,12 +544,11 @@ class TrainingViews:
 
     def sample(self, step):
         """Parameters of the whole batch of `step`: CPU tensors, batch first."""
-        c, shape = self.config, (self.config["batch_size"], len(self.plan))
-        rng = generator(c["seed"], self.name, step)
+        c, rng = self.config, generator(self.config["seed"], self.name, step)
         index = sample_digits(c["seed"], step, len(self.split), c["batch_size"])
         if self.photos:
             crops = sample_crops(rng, self.plan, len(index), None, self.split.images.shape[-1], c)
-            return {"photo": index} | crops | sample_color_jitter(rng, shape)
+            return {"photo": index} | crops | sample_color_jitter(rng, crops["side"].shape)
         params = self.canvases.sample(rng, index, 2 if c["views"] == "different" else 1)
         position = params["position"]
         params |= sample_crops(rng, self.plan, len(index), position, c["canvas_size"], c)
@@ -631,7 +584,6 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
     The same for every run: they depend on the split, the layout and the canvas alone, and fewer
     are the first of more. Photographs and digits are spread over the split by a fixed permutation,
     for MNIST's test file begins with the cleaner ones; digits come again if they are too few.
-
     Yields dicts of up to batch_size = b rows, with I = image_size: `images` (b, 1 or 3, I, I) in
     [0, 1]; `labels` (b,); `index` (b,), the digit or photograph of the split; of canvases also
     `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest neighbour.
@@ -654,13 +606,9 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
         rows = {key: value[start : start + batch_size] for key, value in params.items()}
         canvas, *masks = render_canvases(rows, config, split.images)
         masks = [F.interpolate(m.float(), size=size, mode="nearest-exact")[:, 0] for m in masks]
-        yield {
-            "images": resize(background.put_behind(canvas, rows), size),
-            "digit": masks[0] > 0.5,
-            "clutter": masks[1] > 0.5,
-            "labels": split.labels[rows["digit"].to(split.labels.device)],
-            "index": rows["digit"],
-        }
+        batch = {"digit": masks[0] > 0.5, "clutter": masks[1] > 0.5, "index": rows["digit"]}
+        batch["labels"] = split.labels[rows["digit"].to(split.labels.device)]
+        yield batch | {"images": resize(background.put_behind(canvas, rows), size)}
 
 
 def resize(images, image_size):

@@ -14,10 +14,7 @@ class NCELoss(nn.Module):
 
     For the student's crop i and the teacher's crop j of one image, that pair is the positive,
     x+; the teacher's crops j of the other B - 1 images of the batch are the negatives, x-.
-    sim is the cosine. A network that knows nothing scores ln B.
-
-    Args:
-        temperature: tau of eq. (3), > 0; the paper's is 0.1.
+    sim is the cosine, `temperature` is tau, > 0. A network that knows nothing scores ln B.
     """
 
     def __init__(self, temperature=0.1):
@@ -25,14 +22,11 @@ class NCELoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, student, teacher, pairs, first=0):
-        """Mean over pairs and the student's images: a scalar, in nats.
+        """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        Args:
-            student: (student crops, b, dim), the student's projections of b of the B images.
-            teacher: (teacher crops, B, dim), the teacher's; no gradient flows into them.
-            pairs: list of (i, j): student crop i against teacher crop j.
-            first: the place in the batch of the student's first image. All negatives come from
-                the teacher, so the student's images may be computed a few at a time.
+        `student` (student crops, b, dim): projections of b of the B images, from number `first`
+        on; `teacher` (teacher crops, B, dim): of all, without a gradient. All negatives come from
+        the teacher, so the student's images may be computed a few at a time.
         """
         student = F.normalize(student, dim=-1)
         teacher = F.normalize(teacher.detach(), dim=-1)
@@ -51,19 +45,15 @@ class DINOLoss(nn.Module):
     by a low temperature, so that not all win alike; together they keep it from collapse. A
     network that knows nothing scores ln K.
 
-    Args:
-        out_dim: K, the number of logits.
-        student_temp: tau_s of eq. (1), > 0.
-        centering: "mean" subtracts a moving average of the teacher's logits, as DINO does;
-            "sinkhorn_knopp" gives every prototype the same share of the batch, as DINOv2 does.
-        center_momentum: share of the old centre in the new, in [0, 1].
+    `out_dim` is K; `student_temp`, > 0, is tau_s of eq. (1). `centering` "mean" subtracts a moving
+    average of the teacher's logits, as DINO does; "sinkhorn_knopp" gives every prototype the same
+    share of the batch, as DINOv2 does.
     """
 
-    def __init__(self, out_dim, student_temp=0.1, centering="mean", center_momentum=0.9):
+    def __init__(self, out_dim, student_temp=0.1, centering="mean"):
         super().__init__()
         self.student_temp = student_temp
         self.centering = centering
-        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     @torch.no_grad()
@@ -78,13 +68,10 @@ class DINOLoss(nn.Module):
         return log_p.exp().view_as(logits)
 
     def forward(self, student, teacher, pairs, first=0):
-        """Mean over pairs and the student's images: a scalar, in nats.
+        """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        Args:
-            student: (student crops, b, K), the student's logits of b of the B images.
-            teacher: (teacher crops, B, K), from `teacher_probabilities`.
-            pairs: list of (i, j): student crop i against teacher crop j.
-            first: the place in the batch of the student's first image.
+        `student` (student crops, b, K): logits of b of the B images, from number `first` on;
+        `teacher` (teacher crops, B, K): of all, from `teacher_probabilities`.
         """
         log_p_student = F.log_softmax(student / self.student_temp, dim=-1)
         p_teacher = teacher[:, first : first + student.shape[1]]
@@ -95,5 +82,5 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, logits):
-        """Move the centre towards the mean of this step's teacher logits (crops, B, K)."""
-        self.center.lerp_(logits.mean(dim=(0, 1)), 1 - self.center_momentum)
+        """Move the centre a tenth of the way to the mean of the teacher's logits (crops, B, K)."""
+        self.center.lerp_(logits.mean(dim=(0, 1)), 1 - 0.9)  # DINO's momentum

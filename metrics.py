@@ -22,12 +22,9 @@ import vit
 
 TEST_IMAGES = 1000
 BANK_IMAGES = 10_000  # training images that k-NN and probe learn from
-VALIDATION_IMAGES = 512  # choose the best head, and draw the curves
-VALIDATION_BANK = 512
-COLLAPSE = (
-    "it has collapsed, all images are alike to it; try --centering sinkhorn_knopp, a lower "
-    "--teacher-temp or --lr, or --loss nce"
-)
+VALIDATION_IMAGES = VALIDATION_BANK = 512  # choose the best head, and draw the curves
+COLLAPSE = "it has collapsed, all images are alike to it; try --centering sinkhorn_knopp, a lower "
+COLLAPSE += "--teacher-temp or --lr, or --loss nce"
 
 
 @torch.no_grad()
@@ -48,18 +45,13 @@ def patch_sums(images, patch_size):
 
 
 def density(maps, counts):
-    """Share of the attention on a region, (n, patches) pixels, ÷ its share of the area: (n, m).
-
-    1 if uniform; NaN where an image has no such region.
-    """
+    """Share of the attention on a region ÷ its share of the area: (n, m); NaN without a region."""
     return maps.shape[-1] * (maps * counts[:, None]).sum(-1) / counts.sum(-1)[:, None]
 
 
 def auroc(maps, digit, clutter):
-    """P(a pixel of the digit gets more attention than one of the clutter), ties ½: (n, m).
-
-    0.5: cannot tell. Only ranks matter: a faint contrast counts like a strong one. NaN without ink.
-    """
+    """P(a pixel of the digit gets more than one of clutter), ties ½: (n, m). NaN without either."""
+    # only ranks matter: a faint contrast counts like a strong one
     maps = maps.contiguous()
     digit, clutter = (counts[:, None].expand_as(maps) for counts in (digit, clutter))
     ranked, order = maps.sort(dim=-1)
@@ -78,10 +70,8 @@ def pointing(maps, digit, clutter):
 
 
 def jaccard60(maps, digit, patch_area):
-    """Jaccard index of the digit with the patches that hold 60% of the attention: (n, m).
-
-    Patches are taken in descending order, tied ones together (DINO's comparison with masks).
-    """
+    """Jaccard index of the digit with the patches that hold 60% of the attention: (n, m)."""
+    # taken in descending order, tied ones together (DINO's comparison with masks)
     ranked = maps.sort(dim=-1, descending=True).values
     # less 1e-6: rounding must not ask for one patch more
     missing = (ranked.cumsum(-1) < 0.6 - 1e-6).sum(-1, keepdim=True)
@@ -119,16 +109,14 @@ def attention_metrics(maps, digit, clutter, patch_area):
     metrics = {f"{name}_density": density(maps, counts) for name, counts in regions.items()}
     for name in ("digit", "clutter", "background"):
         metrics[f"{name}_share"] = (maps * regions[name][:, None]).sum(-1) / patch_area
-    return metrics | {
-        "auroc": auroc(maps, digit, clutter),
-        "pointing": pointing(maps, digit, clutter).double(),
-        "jaccard60": jaccard60(maps, digit, patch_area),
-        "best_jaccard": best_jaccard(digit, patch_area)[:, None].expand(maps.shape[:2]),
-        "entropy": entropy(maps),
-    }
+    metrics["auroc"] = auroc(maps, digit, clutter)
+    metrics["pointing"] = pointing(maps, digit, clutter).double()
+    metrics["jaccard60"] = jaccard60(maps, digit, patch_area)
+    metrics["best_jaccard"] = best_jaccard(digit, patch_area)[:, None].expand(maps.shape[:2])
+    return metrics | {"entropy": entropy(maps)}
 
 
-def bootstrap(values, index, resamples=1000, seed=0):
+def bootstrap(values, index, resamples=1000):
     """Means over images, and the same means over resampled images: (1 + resamples, …).
 
     Canvases that show the same digit are not independent, so digits are resampled, with all their
@@ -136,7 +124,7 @@ def bootstrap(values, index, resamples=1000, seed=0):
     """
     digits, group = torch.unique(index, return_inverse=True)
     chance = np.full(len(digits), 1 / len(digits))
-    drawn = np.random.default_rng(seed).multinomial(len(digits), chance, resamples)
+    drawn = np.random.default_rng(0).multinomial(len(digits), chance, resamples)
     weight = torch.cat([torch.ones(1, len(digits)), torch.from_numpy(drawn)]).double()
     zeros = torch.zeros(len(digits), *values.shape[1:], dtype=torch.float64)
     total = zeros.index_add(0, group, values.double().nan_to_num())
@@ -145,10 +133,8 @@ def bootstrap(values, index, resamples=1000, seed=0):
 
 
 def with_interval(means, values):
-    """{"value", "low", "high", "images"} of `values` (n,): their mean and its 95% interval.
-
-    `means` (1 + resamples,) are those of `bootstrap`. None: nothing to average, or to resample.
-    """
+    """Mean and 95% interval of `values` (n,) as a cell of a table, from what `bootstrap` gave."""
+    # None: nothing to average, or to resample
     value, resampled = means[0].item(), means[1:][means[1:].isfinite()]
     value, low, high = value if math.isfinite(value) else None, None, None
     if value is not None and len(resampled):
@@ -184,21 +170,17 @@ def observe(networks, batches, keep_maps=True):
 def measure_attention(seen, resamples=1000):
     """Every metric of a network's attention to what `observe` has `seen`, and of its baselines'.
 
-    Returns {row: {metric: {"value", "low", "high", "images"}}}. Rows:
-        mean: the mean map of the heads; head_1, head_2, …: each head.
-        uniform: the same everywhere. ink: the same on every patch that holds ink, nothing
-            elsewhere, as if all white pixels were alike. Both have selectivity 1 and auroc 0.5.
-        brightness: proportional to each patch's summed intensity. Digits have denser strokes
-            than clutter, so this already prefers them, having understood nothing.
-        shuffled: the network's mean map of another image: what position alone earns.
-        untrained: the mean map of the second network, the first before its training.
-    Metrics: those of `attention_metrics`; selectivity, mean digit density ÷ mean clutter density
-    over images that have clutter; diversity between the heads, of mean and untrained. Of
-    photographs, which have no masks, entropy and diversity alone, of the networks.
+    Returns {row: {metric: {"value", "low", "high", "images"}}}. Rows: `mean` of the heads; `head_1`
+    and so on; `uniform`; `ink`, the same on every patch that holds ink, nothing elsewhere;
+    `brightness`, each patch's summed intensity; `shuffled`, the mean map of another image;
+    `untrained`, that of the second network, the first before its training. Metrics: those of
+    `attention_metrics`; selectivity, mean digit density ÷ mean clutter density over images that
+    have clutter; diversity between the heads, of mean and untrained. Of photographs, which have no
+    masks, entropy and diversity alone, of the networks.
     """
     heads, regions, patch_area = seen["maps"][0], seen["counts"], seen["patch_size"] ** 2
     mean, several = heads.mean(1), {"mean": heads}  # (n, patches), (n, heads, patches)
-    rows = {"mean": mean} | {f"head_{h + 1}": map_ for h, map_ in enumerate(heads.unbind(1))}
+    rows = {"mean": mean} | {f"head_{h}": map_ for h, map_ in enumerate(heads.unbind(1), 1)}
     if regions:
         digit, clutter, intensity = regions
         rows |= {"uniform": torch.ones_like(mean), "ink": (digit + clutter > 0).float()}
@@ -216,7 +198,6 @@ def measure_attention(seen, resamples=1000):
     values["diversity"] = torch.full_like(values["entropy"], torch.nan)
     for row, each in several.items():
         values["diversity"][:, list(rows).index(row)] = diversity(each.double())
-
     means = bootstrap(torch.stack([*values.values()], 1), seen["index"], resamples)
     means = dict(zip(values, means.unbind(1)))
     if regions:
@@ -230,10 +211,8 @@ def measure_attention(seen, resamples=1000):
 
 
 def knn_classify(bank, bank_labels, queries):
-    """The class that wins a vote of each query's 20 nearest neighbours in the bank: (n,).
-
-    Features (N, dim), (n, dim) are L2-normalized; as in DINO a vote weighs exp(cosine / 0.07).
-    """
+    """The class that the 20 nearest of the bank (N, dim) vote for, of each query (n, dim): (n,)."""
+    # all are L2-normalized; as in DINO a vote weighs exp(cosine / 0.07)
     cosine, neighbour = (queries @ bank.T).topk(min(20, len(bank)))
     votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
     votes.scatter_add_(1, bank_labels[neighbour], (cosine / 0.07).exp())
@@ -263,15 +242,11 @@ def collapsed(line):
 
 
 def measure_features(bank, seen, network):
-    """How well a network's features tell the ten classes apart: of what `observe` has seen.
-
-    Returns {"knn", "linear_probe": accuracy with its interval}, bank to `seen`.
-    """
+    """{"knn", "linear_probe"}: accuracy, from `bank` to `seen`, of features that `observe` gave."""
     points, queries = (F.normalize(x["features"][network], dim=-1) for x in (bank, seen))
     result = {}
     for name, classify in (("knn", knn_classify), ("linear_probe", linear_probe)):
-        found = classify(points, bank["labels"], queries)
-        correct = (found == seen["labels"]).double()
+        correct = (classify(points, bank["labels"], queries) == seen["labels"]).double()
         result[name] = with_interval(bootstrap(correct, seen["index"]), correct)
     return result
 
@@ -279,25 +254,22 @@ def measure_features(bank, seen, network):
 def evaluate(name, config, history, backbone, splits):
     """All that metrics.json holds of a network; and its test features (n, dim) and labels (n,).
 
-    Attention on the test split, layouts matched and paper, and the head most selective on
-    validation canvases; of photographs their one table; accuracy of the features, of 10,000
-    training images to 1,000 test images. Of a run of train.py (`history`, the lines of its log, not
-    None) the network before its first step, too.
+    Attention on the test split, the head most selective on validation canvases, and accuracy of the
+    features, from training to test images. Of a run of train.py (`history`, the lines of its log,
+    not None) the network before its first step, too.
     """
-    epoch = history[-1]["epoch"] if history else None
+    last = history[-1] if history else {"epoch": None, "validation": {}}
     networks = [backbone, vit.untrained_backbone(config) if history else None]
     networks = [network.to(backbone.cls_token.device) for network in networks if network]
-    settings = {key: value for key, value in config.items() if key != "fallbacks"}
-    result = {"checkpoint": name, "epoch": epoch, "fallbacks": config["fallbacks"]}
-    result["settings"], layouts = settings, ["matched", "paper"]
-    if config["dataset"] == "stl10":
-        layouts = ["photographs"]
-    else:
+    result = {"checkpoint": name, "epoch": last["epoch"], "fallbacks": config["fallbacks"]}
+    result["settings"] = {key: value for key, value in config.items() if key != "fallbacks"}
+    photos = config["dataset"] == "stl10"
+    if not photos:
         images, _ = validation_images(config, splits)
         table = measure_attention(observe([backbone], images), resamples=0)
         heads = [row for row in table if row.startswith("head_")]
         result["best_head"] = max(heads, key=lambda row: table[row]["selectivity"]["value"] or 0)
-    for layout in layouts:
+    for layout in ["photographs"] if photos else ["matched", "paper"]:
         images = data.evaluation_batches(config, splits["test"], TEST_IMAGES, layout)
         seen = observe(networks, images)
         result[layout] = measure_attention(seen)
@@ -307,8 +279,8 @@ def evaluate(name, config, history, backbone, splits):
     for network, key in zip(range(len(networks)), ("features", "untrained_features")):
         result[key] = measure_features(bank, seen, network)
     points = F.normalize(seen["features"][0], dim=-1)
-    result["mean_cosine"], last = mean_cosine(points), history[-1]["validation"] if history else {}
-    result["collapsed"] = collapsed(last | {"mean_cosine": result["mean_cosine"]})
+    result["mean_cosine"] = mean_cosine(points)
+    result["collapsed"] = collapsed(last["validation"] | {"mean_cosine": result["mean_cosine"]})
     return result, (points, seen["labels"])
 
 
@@ -321,10 +293,7 @@ def validation_images(config, splits):
 
 
 def validate(seen, bank):
-    """{"images", "knn", "mean_cosine", and for each row of `measure_attention` its main metrics}.
-
-    `seen` and `bank` are what `observe` has of one network for `validation_images`.
-    """
+    """{"images", "knn", "mean_cosine", row: {metric: value}} of `observe`d `validation_images`."""
     table = measure_attention(seen, resamples=0)
     points, queries = (F.normalize(x["features"][0], dim=-1) for x in (bank, seen))
     correct = knn_classify(points, bank["labels"], queries) == seen["labels"]
@@ -349,8 +318,8 @@ def format_cell(cell, interval=True):
 def format_table(rows):
     """Lines of at most 100 columns from {title: {metric: cell}}, for one network or several."""
     titles = ["", "selectivity", "auroc", "pointing", "digit", "clutter", "far", "entropy"]
-    names = [f"{t}_density" if t in ("digit", "clutter") else t for t in titles[3:]]
-    names[3], lines = "far_background_density", [titles]
+    names = ["pointing", "digit_density", "clutter_density", "far_background_density", "entropy"]
+    lines = [titles]
     for title, cells in rows.items():
         wide = [format_cell(cells.get(name)) for name in titles[1:3]]
         lines.append([title, *wide, *(format_cell(cells.get(name), False) for name in names)])
@@ -395,27 +364,22 @@ def verdict(result):
     return text + "."
 
 
-def describe(config, epoch=None):
-    """A line: what was trained how, on what, and how far."""
-    c = config
+def describe(c, epoch=None):
+    """A line: what was trained how, on what, and how far; `c` are the settings."""
     what = "random weights" if c["weights"] == "none" else f"weights {c['weights']}"
     if "loss" in c:
         crops = f"{c['crops']} crop{'s' * (c['crops'] > 1)}"
         what = f"{c['loss'].upper()} loss, {c['views']} views, {crops}"
     names = {"mnist": "MNIST", "sklearn": "scikit-learn's digits", "auto": "digits"}
     images = "STL-10" if c["dataset"] == "stl10" else names[c["digits"]]
-    if c["background"] != "black":
-        images += f", background {c['background']}"
-        images += f", {c['texture_pool']} in all" if c["texture_pool"] else ""
+    images += "" if c["background"] == "black" else f", background {c['background']}"
+    images += f", {c['texture_pool']} in all" if c["texture_pool"] else ""
     progress = "" if epoch is None else f", epoch {epoch} of {c['epochs']}"
     return f"{what}, {c['image_size']} px, patch {c['patch_size']}, {images}{progress}"
 
 
 def report(results, path):
-    """The answer and the rows that matter, on lines of 100 columns; all goes to the file `path`.
-
-    `results` are those of `evaluate`, one network's or several's.
-    """
+    """The answer and the rows that matter of results of `evaluate`; all goes to the file `path`."""
     with open(path, "w") as file:
         json.dump(results if len(results) > 1 else results[0], file, indent=1)
     lines, rows = [], {}
@@ -423,11 +387,11 @@ def report(results, path):
         own, best = f"[{number}] " if len(results) > 1 else "", result.get("best_head")
         about = describe(result["settings"], result["epoch"])
         lines += textwrap.wrap(f"{own}{result['checkpoint']}: {about}", 100)
-        table = result["matched"] if best else result["photographs"]
+        table = result["matched" if best else "photographs"]
         answer = "These are photographs, of which there are no masks to measure attention against."
         if best:
-            question = "Does it look at the digit, rather than at all that is white?"
-            answer = f"{question} {verdict(result)}"
+            answer = "Does it look at the digit, rather than at all that is white? "
+            answer += verdict(result)
         lines += textwrap.wrap(answer, 100)
         for name in ("features", "untrained_features"):
             if name in result:

@@ -4,9 +4,9 @@
     python train.py --loss nce --views different
 
 Student and teacher are one network with two sets of weights. Both see crops of an image; the
-student learns to match the teacher (losses.py), which is the exponential moving average of the
-student. Nobody says what a digit is. The paper asks where the attention of such a network goes
-(metrics.py, visualize.py). Section and equation numbers are the paper's.
+student learns to match the teacher (losses.py), its own exponential moving average. Nobody says
+what a digit is. The paper asks where the attention of such a network goes (metrics.py,
+visualize.py). Section and equation numbers are the paper's.
 """
 
 import argparse
@@ -25,8 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -34,12 +32,9 @@ import metrics
 import vit
 from losses import DINOLoss, NCELoss
 
-# ----------------------------------------------------------------------------------------- Settings
-#
 # `paper` follows sections II.C and III, and DINO where the paper is silent. `laptop` is as small as
 # still shows the effect from random weights within minutes on two CPU cores. Every row is a flag. A
 # type in place of a value means that `make_config` derives the value from the other settings.
-
 SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section of the paper)
     ("loss", "nce", "nce", "nce, eq. (3), or dino, cross-entropy, eqs. (1, 2)"),
     ("views", "same", "same", "crops of the same canvas, or of two different ones (III.B)"),
@@ -95,17 +90,10 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("device", str, str, "where to train: cuda if it is there, else cpu"),
     ("data_root", "data", "data", "folder that holds, or will hold, MNIST/raw/ or stl10_binary/"),
 ]
-CHOICES = {
-    "loss": ["nce", "dino"],
-    "views": ["same", "different"],
-    "crops": [1, 2, 4],
-    "dataset": ["clutter", "stl10"],
-    "split": ["unlabeled", "train"],
-    "digits": ["auto", "mnist", "sklearn"],
-    "centering": ["mean", "sinkhorn_knopp"],
-    "optimizer": ["adamw", "muon"],
-    "precision": ["auto", "float32", "bfloat16", "float16"],
-}
+CHOICES = {"loss": ["nce", "dino"], "views": ["same", "different"], "crops": [1, 2, 4]}
+CHOICES |= {"dataset": ["clutter", "stl10"], "split": ["unlabeled", "train"]}
+CHOICES |= {"digits": ["auto", "mnist", "sklearn"], "centering": ["mean", "sinkhorn_knopp"]}
+CHOICES |= {"precision": ["auto", "float32", "bfloat16", "float16"], "optimizer": ["adamw", "muon"]}
 RANGES = [  # settings, least, largest
     ("epochs images_per_epoch batch_size image_size patch_size dim depth heads mlp_ratio", 1, 1e9),
     ("head_hidden_dim head_layers bottleneck_dim out_dim", 1, 1e9),
@@ -125,12 +113,10 @@ def flag(name):
 
 def parse_args(argv):
     """The settings that were given as flags, and preset, resume and output."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train a ViT on cluttered digits without labels. In brackets: the section of "
-        "the paper, and the defaults of the presets paper | laptop.",
-        argument_default=argparse.SUPPRESS,  # only what was given
-    )
+    about = "Train a ViT on cluttered digits without labels. In brackets: the section of the paper,"
+    about += " and the defaults of the presets paper | laptop."
+    only_given = argparse.SUPPRESS
+    parser = argparse.ArgumentParser("train.py", description=about, argument_default=only_given)
     for name, paper, laptop, text in SETTINGS:
         derived = isinstance(laptop, type)
         how = {"type": laptop if derived else type(laptop), "choices": CHOICES.get(name)}
@@ -150,18 +136,14 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if [] in vars(args).values():  # what some versions of Python make of --flag=--
         parser.error("-- is not a value of a flag")
-    given = [(name, laptop) for name, _, laptop, _ in SETTINGS if hasattr(args, name)]
-    pairs = [name for name, laptop in given if isinstance(laptop, tuple)]  # argparse makes lists
-    args.settings = {name: getattr(args, name) for name, _ in given}
-    args.settings |= {name: tuple(args.settings[name]) for name in pairs}
+    pairs = {row[0] for row in SETTINGS if isinstance(row[1], tuple)}  # argparse makes lists
+    args.settings = {row[0]: getattr(args, row[0]) for row in SETTINGS if hasattr(args, row[0])}
+    args.settings |= {name: tuple(args.settings[name]) for name in args.settings.keys() & pairs}
     return args
 
 
 def make_config(args, shape=None):
-    """All settings of the run in one flat dict: the preset, the flags over it, what follows.
-
-    `shape` is what the weights to start from prescribe: patch_size, dim, depth, heads, pos_size.
-    """
+    """All settings in one flat dict: preset, `shape` of given weights, flags, and what follows."""
     cuda = torch.cuda.is_available()
     preset = args.preset or ("paper" if cuda else "laptop")
     column, laptop = (2, True) if preset == "laptop" else (1, False)
@@ -183,8 +165,8 @@ def make_config(args, shape=None):
     return {**derived, **c}
 
 
-def check_config(config, shape=None):
-    """Raise ValueError, in one line, for settings that cannot work."""
+def check_config(config, shape):
+    """Raise ValueError, in one line, for settings that cannot work, or not with that `shape`."""
     c, ranks = config, rank_and_world_size()[1]
     for names, least, largest in RANGES:
         for name in names.split():
@@ -206,8 +188,7 @@ def check_config(config, shape=None):
         (pool and not textured, "texture_pool", "use it with --background texture"),
         (max(c["keep_epochs"], default=0) > c["epochs"], "keep_epochs", "use epochs of the run"),
     ]
-    for name, value in (shape or {}).items():
-        rules.append((name != "heads" and c[name] != value, name, f"use {value}, the weights'"))
+    rules += [(k != "heads" and c[k] != v, k, f"use {v}, the weights'") for k, v in shape.items()]
     for wrong, name, advice in rules:
         if wrong:
             raise ValueError(f"{flag(name)} {c[name]}: {advice}")
@@ -312,10 +293,9 @@ def batch_loss(config, loss_fn, student, teacher, views, params, progress, backw
     the batch only in what the teacher says of them, which has no gradient: its outputs come first,
     a few numbers an image, and images are rendered again for the student rather than kept.
     `progress`, from 0 to 1, is how much of the run is done. In training `backward` takes the loss
-    of each piece; of several ranks each computes its share of the batch.
-
-    Returns the loss, detached, of several ranks each one's part of the sum; and the teacher's
-    outputs of the whole batch, (crops, images, bottleneck or K).
+    of each piece; of several ranks each computes its share of the batch. Returns the loss,
+    detached, of several ranks each one's part of the sum; and the teacher's outputs of the whole
+    batch, (crops, images, bottleneck or K).
     """
     rank, ranks = rank_and_world_size() if backward else (0, 1)
     images = len(params["centre"])
@@ -323,7 +303,6 @@ def batch_loss(config, loss_fn, student, teacher, views, params, progress, backw
     size, first = config["micro_batch"] or share, rank * share
     own = {name: value[first : first + share] for name, value in params.items()}
     pieces = [{k: v[i : i + size] for k, v in own.items()} for i in range(0, share, size)]
-
     outputs = []
     for piece in pieces:
         crops = views.render(piece)
@@ -336,8 +315,7 @@ def batch_loss(config, loss_fn, student, teacher, views, params, progress, backw
         outputs = torch.cat(parts, dim=1)  # (crops, images, …), in the order of the ranks
     targets = outputs
     if config["loss"] == "dino":
-        temp = teacher_temperature(config, progress)
-        targets = loss_fn.teacher_probabilities(outputs, temp)
+        targets = loss_fn.teacher_probabilities(outputs, teacher_temperature(config, progress))
     loss = 0.0
     for number, piece in enumerate(pieces):
         crops = crops if len(pieces) == 1 else views.render(piece)
@@ -376,7 +354,7 @@ def training_step(config, parts, parallel, views, params, step, steps):
             student.head.last_layer.weight_v.grad = None
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(student.parameters(), config["clip_grad"])
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config["clip_grad"])
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -493,23 +471,16 @@ def make_folder(config, output):
             return folder
 
 
-def make_loss(config):
-    if config["loss"] == "dino":
-        return DINOLoss(config["out_dim"], config["temperature"], config["centering"])
-    return NCELoss(config["temperature"])
-
-
 def make_parts(config, student):
     """All that changes in training, and that a checkpoint holds."""
-    device = student.backbone.cls_token.device
-    dtype = autocast_dtype(config["precision"], device)
-    return {
-        "student": student,
-        "teacher": copy.deepcopy(student).requires_grad_(False),
-        "loss": make_loss(config).to(device),
-        "scaler": torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        **make_optimizers(config, student),
-    }
+    device, loss_fn = student.backbone.cls_token.device, NCELoss(config["temperature"])
+    if config["loss"] == "dino":
+        loss_fn = DINOLoss(config["out_dim"], config["temperature"], config["centering"])
+    half = autocast_dtype(config["precision"], device) == torch.float16
+    parts = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    parts |= {"loss": loss_fn.to(device), "scaler": scaler}
+    return parts | make_optimizers(config, student)
 
 
 class Validation:
@@ -551,7 +522,7 @@ def write_log(folder, history):
 
 
 def log_epoch(folder, config, teacher, history):
-    """Write log.jsonl, and the teacher of an epoch of --keep-epochs; say a line, and of collapse."""
+    """Write log.jsonl, and the teacher of one of --keep-epochs; say a line, and of collapse."""
     line, epochs = history[-1], config["epochs"]
     epoch, said = line["epoch"], line["validation"]
     write_log(folder, history)
@@ -601,7 +572,7 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
     if not history:
         history.append({"epoch": 0, "step": 0, "validation": validation(parts, 0)})
         log_epoch(folder, c, teacher, history)
-    parallel = DistributedDataParallel(student) if ranks > 1 else student
+    parallel = torch.nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
     finite = torch.ones((), dtype=torch.bool, device=device)
     quiet = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=steps * batch, initial=start * batch, unit=" images", disable=quiet)
@@ -669,10 +640,7 @@ def stop_on_signal():
 
 
 def prepare(args, folder=None):
-    """All that can fail for what the user gave: settings, device, weights, data, folder.
-
-    Makes the folder of a new run, unless another rank has made it already.
-    """
+    """All that can fail for what the user gave; makes a new run's folder, if no rank has yet."""
     checkpoint, weights, shape = None, None, {}
     if not folder and args.output and os.path.exists(os.path.join(args.output, "ckpt.pth")):
         raise ValueError(f"--output {args.output}: it holds a run; use a new folder")

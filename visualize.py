@@ -5,10 +5,9 @@
     python visualize.py --weights dino
     python visualize.py runs/clutter-nce-different/ckpt.pth --images cat.jpg dog.png
 
-The first command prints what the [CLS] token of the last block attends to, beside maps that
-understand nothing, and writes metrics.json; attention.png, where [CLS] looks in each head (the
-paper's figures 4 and 6); curves.png, how that came about; views.png, what the two branches were fed
-(their first rows); tsne.png, the features (figures 2 and 3).
+The first command prints what the [CLS] token of the last block attends to, and writes metrics.json;
+attention.png, where it looks in each head (the paper's figures 4 and 6); curves.png, how that came
+about; views.png, what the two branches were fed; tsne.png, the features (figures 2 and 3).
 """
 
 import argparse
@@ -111,10 +110,9 @@ def plot_views(model, path, images=4):
     views = data.TrainingViews(config, model.splits["train"])
     params = {name: value[:images] for name, value in views.sample(step=0).items()}
     crops = data.denormalize(views.render(params)).movedim(2, -1).clamp(0, 1).cpu()
-    branches = {"teacher": views.teacher, "student": views.student}
+    branches, columns = {"teacher": views.teacher, "student": views.student}, {}
     if views.teacher == views.student:
         branches = {"both": views.teacher}
-    columns = {}
     for branch, shown in branches.items():
         for number, crop in enumerate(shown, 1):
             canvas, kind = views.plan[crop]
@@ -139,10 +137,9 @@ def plot_attention(models, images, path, epochs=None):
             columns[heading] = seen = shown
             for color, each in zip(("lime", "red"), masks):
                 outlines.append((heading, color, [mask.cpu() for mask in each for _ in stages]))
-        try:
-            maps = [attention_map(s or model.backbone, p) for p in pictures for s in stages]
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{model.name}: {error}") from error
+        maps = [attention_map(s or model.backbone, p) for p in pictures for s in stages]
+        if not all(heads.isfinite().all() for heads in maps):
+            raise FloatingPointError(f"{model.name}: the attention is NaN or infinite")
         if model.backbone.heads > 1:
             columns[f"{name}mean of heads"] = [heads.mean(0) for heads in maps]
         for head in range(model.backbone.heads):
@@ -157,10 +154,7 @@ def attention_map(backbone, picture):
     """Attention of [CLS] to a picture (3, H, W) in [0, 1]: (heads, rows, columns of patches)."""
     images = data.normalize(picture[None].to(backbone.cls_token.device))
     grid = [side // backbone.patch_size for side in picture.shape[1:]]
-    maps, _ = metrics.cls_attention(backbone, images)
-    if not maps.isfinite().all():
-        raise FloatingPointError("the attention is NaN or infinite")
-    return maps[0].unflatten(-1, grid).cpu()
+    return metrics.cls_attention(backbone, images)[0][0].unflatten(-1, grid).cpu()
 
 
 def plot_curves(model, path):
@@ -171,18 +165,16 @@ def plot_curves(model, path):
     names = [name for name in ("selectivity", "auroc", "pointing") if name in lines[0]["mean"]]
     names += ["entropy", "diversity"] if len(heads) > 1 else ["entropy"]
     panels = ["loss", *names, "k-NN accuracy, %", "legend"]
-    width = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(2, width, figsize=(3.5 * width, 6.6), layout="constrained")
-    axes = dict(zip(panels, axes.flat))
-    for axis in figure.axes[len(panels) :]:
-        axis.remove()
+    panels += ["."] * (len(panels) % 2)  # an empty place
+    width = len(panels) // 2
+    how = {"figsize": (3.5 * width, 6.6), "layout": "constrained"}
+    figure, axes = plt.subplot_mosaic([panels[:width], panels[width:]], **how)
     thick, grey = {"color": "black", "linewidth": 2}, {"color": "grey", "linestyle": "--"}
     training = [line["loss"] for line in model.history[1:]]
     axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
     axes["loss"].plot(epochs, [line["loss"] for line in lines], **thick, label="validation")
     name, key = ("batch", "batch_size") if model.config["loss"] == "nce" else ("K", "out_dim")
-    chance = math.log(model.config[key])
-    axes["loss"].axhline(chance, **grey, label=f"ln({name}), chance")
+    axes["loss"].axhline(math.log(model.config[key]), **grey, label=f"ln({name}), chance")
     axes["loss"].legend(fontsize=8)
     accuracy = [100 * line["knn"] for line in lines]
     axes["k-NN accuracy, %"].plot(epochs, accuracy, **thick)
@@ -225,8 +217,7 @@ def plot_tsne(model, points, labels, accuracy, path):
     bar = figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
     if model.config["dataset"] == "stl10":
         bar.ax.set_yticklabels(STL10_CLASSES.split())
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     title = f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
     figure.suptitle(f"{title}\n{caption([model], 6)}", fontsize=9)
     save_figure(figure, path)
@@ -260,9 +251,9 @@ def open_model(source, args, like=None):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
             config["texture_pool"] = 0 if name == "background" else config["texture_pool"]
-    if config["image_size"] < 1 or config["image_size"] % patch_size:
-        text = f"--image-size {config['image_size']}"
-        raise ValueError(f"{text}: use a multiple of the patch size {patch_size}")
+    size = config["image_size"]
+    if size < 1 or size % patch_size:
+        raise ValueError(f"--image-size {size}: use a multiple of the patch size {patch_size}")
     config |= {name: getattr(backbone, name) for name in vit.SHAPE}
     return Model(source, config, backbone.eval(), epoch, history)
 
@@ -299,9 +290,8 @@ def example_images(model, n):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="visualize.py", description="Draw and measure where a trained network looks."
-    )
+    about = "Draw and measure where a trained network looks."
+    parser = argparse.ArgumentParser("visualize.py", description=about)
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("checkpoints", nargs="*", metavar="CKPT", help="of train.py, or a ViT in DINO's names")
     weights = "also measure weights that were not fine-tuned, on the first checkpoint's canvases, "
@@ -357,7 +347,6 @@ def visualize(args):
     if args.images:
         plot_attention(models, images, os.path.join(folder, "attention-images.png"))
         return
-
     several, first = "-compared" * (len(models) > 1), models[0]
     epochs = kept_epochs(first) if first.history and not several else {}
     n = 8 if len(epochs) < 2 else max(1, 12 // len(epochs))

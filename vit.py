@@ -13,7 +13,6 @@ import os
 import sys
 import zipfile
 from collections import OrderedDict
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ DINO_FILES = {
     "dino_vitb8": "dino_vitbase8_pretrain",
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
-# settings that checkpoints of before they were there do not have
+# what older checkpoints lack
 OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean", "optimizer": "adamw"}
 # what weights say of their ViT
 SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers")
@@ -116,11 +115,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image size {pos_size} is not a multiple of patch size {patch_size}")
         self.patch_size, self.pos_size = patch_size, pos_size
         self.dim, self.depth, self.heads = dim, depth, heads
-        self.mlp_ratio, self.registers = mlp_ratio, registers
-        self.grid = pos_size // patch_size
+        self.mlp_ratio, self.registers, self.grid = mlp_ratio, registers, pos_size // patch_size
         self.checkpoint_blocks = False  # True: recompute activations in the backward pass
-        patches = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=patches))
+        proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio * dim) for _ in range(depth))
@@ -150,14 +148,14 @@ class VisionTransformer(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             patch = f"patch size {self.patch_size}"
             raise ValueError(f"image size {height}×{width} is not a multiple of the {patch}")
-        patches = self.patch_embed(images).flatten(2).mT  # (B, patches, dim)
+        patches = self.patch_embed(images)  # (B, dim, rows, columns)
         cls_token = self.cls_token.expand(len(images), -1, -1)
-        grid = height // self.patch_size, width // self.patch_size
-        x = torch.cat([cls_token, patches], dim=1) + self.interpolate_pos_encoding(*grid)
-        if not self.registers:
-            return x
-        registers = self.register_tokens.expand(len(images), -1, -1)  # they have no position
-        return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+        x = torch.cat([cls_token, patches.flatten(2).mT], dim=1)
+        x = x + self.interpolate_pos_encoding(*patches.shape[2:])  # (B, 1 + patches, dim)
+        if self.registers:  # they have no position
+            registers = self.register_tokens.expand(len(images), -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+        return x
 
     def before_last_block(self, images):
         """Images (B, 3, H, W), normalized, to what the last block is given: (B, N, dim)."""
@@ -178,8 +176,7 @@ class VisionTransformer(nn.Module):
         """Attention of the last block, (B, heads, queries, N), rows summing to 1.
 
         Entry (b, h, i, j) is how much token i attends to token j in head h; token 0 is [CLS],
-        registers and patches follow. `queries=1` computes the [CLS] row alone, which is all that
-        the paper's figures show, at 1/N of the memory.
+        registers and patches follow. `queries=1`: the [CLS] row alone, at 1/N of the memory.
         """
         return self.last_attention(self.before_last_block(images), queries)
 
@@ -201,19 +198,18 @@ class ProjectionHead(nn.Module):
     """From the [CLS] feature (B, dim) to the space where the loss lives (DINO's head).
 
     An MLP to a bottleneck, L2-normalized: (B, bottleneck), what the NCE loss compares. With
-    `out_dim` = K a weight-normalized layer follows: (B, K), the logits of the DINO loss.
-
-    `norm` puts a LayerNorm after each hidden layer. DINO's head has none; trained from random
-    weights such a head hardly leaves the loss of chance. Never a batch norm: with it the gradient
-    of a batch is not the sum of the gradients of its pieces.
+    `out_dim` = K a weight-normalized layer follows: (B, K), the logits of the DINO loss. `norm`
+    puts a LayerNorm after each hidden layer: trained from random weights DINO's head, which has
+    none, hardly leaves the loss of chance. Never a batch norm: with it the gradient of a batch is
+    not the sum of the gradients of its pieces.
     """
 
     def __init__(self, dim, out_dim, hidden_dim, layers, bottleneck, norm=False, init_std=0.02):
         super().__init__()
         mlp, widths = [], [dim] + [hidden_dim] * (layers - 1)
-        for width, hidden in pairwise(widths):
-            norms = [nn.LayerNorm(hidden, eps=1e-6)] if norm else []
-            mlp += [nn.Linear(width, hidden), *norms, nn.GELU()]
+        for width in widths[:-1]:
+            norms = [nn.LayerNorm(hidden_dim, eps=1e-6)] if norm else []
+            mlp += [nn.Linear(width, hidden_dim), *norms, nn.GELU()]
         self.mlp = nn.Sequential(*mlp, nn.Linear(widths[-1], bottleneck))
         init_weights(self.mlp, init_std)
         self.last_layer = Prototypes(bottleneck, out_dim) if out_dim else nn.Identity()
@@ -237,18 +233,15 @@ class Prototypes(nn.Module):
 
 
 def build_network(config):
-    """Backbone and head with random weights that config["seed"] decides; train.py makes `config`.
-
-    DINO's scripts expect the names `backbone.…` and `head.…`.
-    """
+    """Backbone and head with random weights that config["seed"] decides; `config` is train.py's."""
     torch.manual_seed(config["seed"] % 2**63)
     c = {**OLDER, **config}
     backbone = VisionTransformer(*(c[name] for name in SHAPE), c["init_std"])
     backbone.checkpoint_blocks = c.get("checkpoint_blocks", False)
     out_dim = c["out_dim"] if c["loss"] == "dino" else None
-    mlp = c["head_hidden_dim"], c["head_layers"], c["bottleneck_dim"], c["head_norm"]
-    head = ProjectionHead(c["dim"], out_dim, *mlp, c["init_std"])
-    return nn.Sequential(OrderedDict(backbone=backbone, head=head))
+    names = ("head_hidden_dim", "head_layers", "bottleneck_dim", "head_norm", "init_std")
+    head = ProjectionHead(c["dim"], out_dim, *(c[name] for name in names))
+    return nn.Sequential(OrderedDict(backbone=backbone, head=head))  # as DINO's scripts expect
 
 
 def untrained_backbone(config):
@@ -264,10 +257,7 @@ def untrained_backbone(config):
 
 
 def download_dino(name):
-    """Path of DINO's weights of that name in torch.hub's folder, fetched if they are not there.
-
-    Raises OSError, with the ways out, if they cannot be had.
-    """
+    """Path of DINO's weights of that name in torch.hub's folder, fetched if missing; or OSError."""
     url = DINO_URL.format(DINO_FILES[name])
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     if not os.path.exists(path):
@@ -278,10 +268,9 @@ def download_dino(name):
         except Exception as error:
             with contextlib.suppress(OSError):
                 os.remove(path)
-            raise OSError(
-                f"--weights {name}: download from {url} failed ({error}); use --weights none for "
-                "random weights, or --weights FILE with a copy of the file"
-            ) from error
+            failed = f"--weights {name}: download from {url} failed ({error}); use --weights none"
+            text = f"{failed} for random weights, or --weights FILE with a copy of the file"
+            raise OSError(text) from error
     return path
 
 
@@ -308,10 +297,8 @@ def read_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         reason = str(error).strip().partition("\n")[0][:150] or type(error).__name__
-        raise ValueError(
-            f"{path} is not a PyTorch checkpoint, is damaged, or holds more than tensors and plain "
-            f"values ({reason}); use another copy of it"
-        ) from error
+        text = f"{path} is not a PyTorch checkpoint, is damaged, or holds more than tensors and"
+        raise ValueError(f"{text} plain values ({reason}); use another copy of it") from error
 
 
 def load_backbone(source):
@@ -320,7 +307,6 @@ def load_backbone(source):
     Takes a bare state dict in DINO's names, DINO's full checkpoints and ours: of student and
     teacher the teacher, without heads. The shapes say width, depth and patch size, but not the
     number of attention heads: our checkpoints hold it, DINO's have one for every 64 of the width.
-
     Returns the VisionTransformer, in float32, and all that the file holds. Raises ValueError or
     OSError for anything but the finite weights of one ViT.
     """
@@ -344,19 +330,17 @@ def load_backbone(source):
         surplus = len(weights) - 9 * depth  # a block has 12 tensors; a hostile file, many blocks
         if type(heads) is not int or min(heads, depth, dim, tokens - 1, surplus) < 1:
             raise ValueError(f"{depth} blocks, width {dim}, heads {heads}, {tokens} tokens")
+        shape = patch_size, dim, depth, heads, math.isqrt(tokens - 1) * patch_size
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            pos_size = math.isqrt(tokens - 1) * patch_size
-            shape = patch_size, dim, depth, heads, pos_size, mlp_ratio, registers
-            backbone = VisionTransformer(*shape)
+            backbone = VisionTransformer(*shape, mlp_ratio, registers)
         backbone.load_state_dict(weights, strict=True, assign=True)
         for name, value in backbone.float().state_dict().items():
             if not (value.is_floating_point() and value.isfinite().all()):
                 raise ValueError(f"{name} is complex, NaN or infinite")
         return backbone, content
     except Exception as error:  # of many kinds, by what the file holds instead
-        raise ValueError(
-            f"{path} does not hold the weights of a ViT in DINO's names ({one_line(error)[:200]})"
-        ) from error
+        text = f"{path} does not hold the weights of a ViT in DINO's names"
+        raise ValueError(f"{text} ({one_line(error)[:200]})") from error
 
 
 def one_line(error):

@@ -67,7 +67,7 @@ def start(flags):
     networks = [on_cuda(vit.build_network(config)) for _ in range(2)]
     split = photos() if config["dataset"] == "stl10" else DIGITS["train"].to(CUDA)
     views = data.TrainingViews(config, split, device=CUDA)
-    loss = on_cuda(train.make_loss(config))
+    loss = on_cuda(train.make_parts(config, vit.build_network(config))["loss"])
     return config, loss, *networks, views
 
 
@@ -105,9 +105,8 @@ def test_evaluation_stays_on_the_gpu(flags):
     config, _, student, *_ = start(flags)
     photos_or_digits = photos() if config["dataset"] == "stl10" else DIGITS["test"].to(CUDA)
     batch = next(data.evaluation_batches(config, photos_or_digits, 10))
-    maps, features = metrics.cls_attention(
-        student.backbone, data.normalize(batch["images"].to(CUDA))
-    )
+    images = data.normalize(batch["images"].to(CUDA))
+    maps, features = metrics.cls_attention(student.backbone, images)
     assert maps.shape == (10, 3, 64) and features.shape == (10, 96)
     assert maps.device.type == features.device.type == "cuda"
 

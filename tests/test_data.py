@@ -39,9 +39,6 @@ def closed_url():
         return f"http://127.0.0.1:{server.getsockname()[1]}/"
 
 
-# -------------------------------------------------------------------------------------- The digits
-
-
 def test_sklearn_splits():
     assert [len(DIGITS[name]) for name in ("train", "validation", "test")] == [1297, 250, 250]
     images = torch.cat([split.images for split in DIGITS.values()])
@@ -137,9 +134,6 @@ def test_damaged_mnist_is_told(mnist_root, monkeypatch, name, keep):
     assert data.load_digits("auto", str(mnist_root))[1] == "sklearn"
 
 
-# -------------------------------------------------------------------------------------- The canvas
-
-
 def test_canvas_is_rebuilt_from_its_parts():
     split, config = data.Split(DIGITS["train"].images[:12], DIGITS["train"].labels[:12]), settings()
     sampler = data.CanvasSampler(config | {"num_distractors": 6}, split)
@@ -196,9 +190,6 @@ def test_matched_layout_hides_position_and_paper_layout_does_not(preset):
         result[layout] = ratio.item(), roc_auc_score(digit[ink], gaussian[ink])
     assert 0.95 < result["matched"][0] < 1.05 and 0.48 < result["matched"][1] < 0.52
     assert result["paper"][0] > 1.3  # why `matched` is the layout that counts
-
-
-# --------------------------------------------------------------------------------------- The views
 
 
 def test_plan_of_the_crops():
@@ -380,9 +371,8 @@ def test_evaluation_set_is_the_same_whatever_the_batches(background):
     assert sorted(index[:250]) == [*range(250)] and index[250:] == index[:10]  # again if too few
     assert np.mean(index[:30]) > 60 and index[:30] != sorted(index[:30])  # not the first ones
     assert torch.equal(more["labels"], split.labels[more["index"]])
-    assert not torch.equal(
-        more["images"][250:], more["images"][:10]
-    )  # but on canvases of their own
+    again, first = more["images"][250:], more["images"][:10]  # but on canvases of their own
+    assert not torch.equal(again, first)
     validation = next(data.evaluation_batches(config, split, 30, name="validation"))
     assert not torch.equal(validation["images"], one["images"])
     assert not (one["digit"] & one["clutter"]).any()

@@ -41,9 +41,6 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-# ------------------------------------------------------------------------------------------ Writing
-
-
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
     path = str(tmp_path / "ckpt.pth")
     train.save_checkpoint(path, {"step": 1})
@@ -68,9 +65,6 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "ckpt.pth could not be written" in error and os.listdir("run") == []
     assert vit.read_checkpoint("old.pth") == {"step": 1}
-
-
-# ------------------------------------------------------------------------------------------ Weights
 
 
 def bytes_of(content, **how):
@@ -214,9 +208,6 @@ def test_flags_that_do_not_fit_the_weights_or_the_memory(tmp_path, monkeypatch, 
         assert f"{flag.split('=')[0]} " in error and "the weights'" in error
     command = ["w.pth", "--weights=none", "--device=cpu", "--digits=sklearn"]
     assert "memory" in told(visualize.main, [*command, "--image-size=8000000"], capsys)
-
-
-# ----------------------------------------------------------------------------------------- Pictures
 
 
 def encoded(image, kind="PNG", **how):

@@ -52,9 +52,6 @@ def no_network_and_few_images(monkeypatch):
         monkeypatch.setattr(metrics, name, 40)
 
 
-# ------------------------------------------------------------------------------------------ STL-10
-
-
 def test_files_are_read_as_torchvision_reads_them(stl10, monkeypatch):
     splits, warning = data.load_stl10(str(stl10))
     # torchvision knows the whole files alone
@@ -90,9 +87,8 @@ def test_the_labelled_photographs_do_without_the_unlabelled(stl10, tmp_path):
     assert torch.equal(splits["train"].images, splits["bank"].images)
     assert torch.equal(splits["train"].labels, splits["bank"].labels)
     assert splits["train"].labels.unique().tolist() == [0, 5] and "unlabeled" not in warning
-    with pytest.raises(
-        OSError, match="missing or damaged, and cannot be fetched.*unlabeled, train"
-    ):
+    says = "missing or damaged, and cannot be fetched.*unlabeled, train"
+    with pytest.raises(OSError, match=says):
         data.load_stl10(str(tmp_path), "unlabeled")
 
 
@@ -119,8 +115,6 @@ def test_damaged_files_are_told(stl10, tmp_path, damage):
         data.load_stl10(str(tmp_path / "data"))
     assert "use --data-root" in str(error.value) and "\n" not in str(error.value)
 
-
-# ------------------------------------------------------------------------------------------ Colors
 
 JITTER = {
     "brightness": (TF.adjust_brightness, torch.linspace(0.6, 1.4, 6)),
@@ -149,13 +143,8 @@ def test_colors_agree_with_torchvision(changed):
 
 def test_colors_are_sampled_as_often_as_dino_does():
     params = data.sample_color_jitter(rng(), (20_000,))
-    for name, most, neutral in (
-        ("brightness", 0.4, 1),
-        ("contrast", 0.4, 1),
-        ("saturation", 0.2, 1),
-        ("hue", 0.1, 0),
-    ):
-        change = params[name] - neutral
+    for name, most in {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}.items():
+        change = params[name] - (0 if name == "hue" else 1)
         assert (change != 0).double().mean().item() == pytest.approx(0.8, abs=0.01)
         assert -most - 1e-6 <= change.min() < -0.98 * most
         assert 0.98 * most < change.max() <= most + 1e-6
@@ -180,9 +169,6 @@ def test_views_of_photographs(stl10, image_size):
     assert (params["centre"] >= params["side"][..., None] / 2 - 1e-4).all()
     corner = data.denormalize(crops)[..., 0, 0].mean(-1)
     assert (corner > 0.02).double().mean() > 0.9  # beyond the border it is mirrored, not black
-
-
-# ---------------------------------------------------------------------------------------- Textures
 
 
 def textures(n, **changes):
@@ -246,8 +232,6 @@ def test_a_folder_of_images_lies_behind(tmp_path):
     darkest = batch["images"][:, 0].where(~ink, 1.0).flatten(1).amin(1)
     assert set(darkest.mul(100).round().tolist()) == {0.0, 45.0}
 
-
-# ------------------------------------------------------------------------------------ Command line
 
 QUICK = ["--preset", "laptop", "--device", "cpu", "--digits", "sklearn"]
 QUICK += ["--epochs", "1", "--images-per-epoch", "16", "--batch-size", "8"]
@@ -343,15 +327,11 @@ def test_a_folder_that_has_vanished_is_told_before_anything_is_written(tmp_path,
         ("--dataset stl10 --background texture", "use it with --dataset clutter"),
         ("--dataset stl10 --data-root nowhere", "nowhere/stl10_binary is missing or damaged"),
         ("--dataset stl10 --data-root damaged", "damaged/stl10_binary is missing or damaged"),
-        ("--digits mnist --data-root nowhere", "nowhere/MNIST/raw is missing or damaged"),
         ("--background nowhere", "--background nowhere: no images there"),
         ("--background text", "a.png cannot be read as a picture"),
         ("--texture-pool 3", "--texture-pool 3: use"),
         ("--background texture --texture-pool -1", "--texture-pool -1"),
         ("--canvas-size 27", "--canvas-size 27: use 28"),
-        ("--distractor-size 30", "--distractor-size 30"),
-        ("--num-distractors -1", "--num-distractors -1"),
-        ("--crops 3", "argument --crops: invalid choice: 3"),
         ("--weights w.pth --patch-size 7", "--patch-size 7: use 8, the weights'"),
         ("--weights w.pth --image-size 49", "--image-size 49: use a multiple of the patch size"),
     ],
@@ -365,12 +345,8 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, capsys, flags, say
     for name in ("unlabeled", "train", "test"):
         (tmp_path / "damaged" / "stl10_binary" / f"{name}_X.bin").write_text("no")
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    try:
-        status = train.main([*QUICK, *flags.split()])
-    except SystemExit as error:  # argparse
-        status = error.code
+    assert train.main([*QUICK, *flags.split()]) == 2
     captured = capsys.readouterr()
-    assert status == 2 and captured.out == "" and says in captured.err.splitlines()[-1]
-    assert captured.err.startswith("usage: ") or captured.err.count("\n") == 1
+    assert captured.out == "" and says in captured.err and captured.err.count("\n") == 1
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
     assert not (tmp_path / "runs").exists()

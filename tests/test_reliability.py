@@ -40,9 +40,6 @@ def counts(short, long):
     return pytest.mark.parametrize("count", [short, pytest.param(long, marks=pytest.mark.long)])
 
 
-# ------------------------------------------------------------------ Stopped by a signal, resumed
-
-
 def send(*numbers):
     def kill(parts):
         for number in numbers:
@@ -160,9 +157,6 @@ def test_a_run_that_has_ended_goes_on_with_more_epochs_alone(tmp_path, capsys, f
         assert after["config"] == before["config"] | {"epochs": 3}
 
 
-# ------------------------------------------------------------- Processes that are killed, resumed
-
-
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
     """Starts train.py in a folder, a process forked where torch is imported already."""
@@ -251,9 +245,6 @@ def test_two_runs_started_at_once_have_a_folder_each(tmp_path, fork):
     assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
 
 
-# ---------------------------------------------------------------------------- Damaged checkpoints
-
-
 def damaged(raw, what, count):
     """Versions of a file: cut off anywhere, or one bit changed, anywhere or in its pickle."""
     rng = random.Random(0)
@@ -299,9 +290,6 @@ def test_a_damaged_checkpoint_is_told(tmp_path, monkeypatch, capsys, what, count
             assert_same_end(Path("run"), Path("whole"))
         shutil.rmtree("run")
     assert len(passed) <= (count // 4 if what == "flipped" else 0)
-
-
-# ------------------------------------------------------------------------------ Disk and memory
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, capsys, monkeypatch):
@@ -358,8 +346,6 @@ def test_memory_does_not_grow(tmp_path, fork):
     assert len(pages) >= 40 and abs(last / second - 1) < 0.01
 
 
-# ------------------------------------------------------------------------------ Any command line
-
 WORDS = """
 - -- nan inf 1e400 1,5 , none ünï✓ ' %s {} nowhere text.pth empty.pth folder /proc/self/mem
 /dev/null good.pth picture.png
@@ -389,8 +375,6 @@ VISUALIZE_FLAGS = """
 --image-size 7 14 56 70 50 0 -7 | --digits sklearn auto mnist | --background black texture folder
 --data-root folder | --device cpu cuda:77 meta | --output new folder text.pth
 """
-
-
 CHECKS = list(HealthCheck)  # that are left out: a run takes its time
 
 

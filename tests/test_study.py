@@ -22,8 +22,6 @@ sys.path.insert(0, str(ROOT / "results"))
 import study
 import verdicts
 
-# ------------------------------------------------------------------------------ What is committed
-
 
 @pytest.fixture(scope="module")
 def committed():
@@ -78,9 +76,6 @@ def test_small_checkpoints_attend_as_their_runs_do(name, committed):
     assert mean["digit_density"]["value"] > 3 > mean["background_density"]["value"]
 
 
-# --------------------------------------------------------------------------------------- The grid
-
-
 def settings(preset, name):
     """The settings that train.py makes of the command of a row."""
     args = study.parse_args(["--preset", preset, "--device", "cpu"])
@@ -122,9 +117,6 @@ def test_a_run_with_other_weights_is_another_run():
     assert study.is_done(args, runs, ("same-2", 0))
     args.weights = None
     assert not study.is_done(args, runs, ("same-2", 0))
-
-
-# --------------------------------------------------------------------------------- The statistics
 
 
 def test_a_ratio_is_that_of_pairs():
@@ -175,9 +167,6 @@ def test_verdicts():
     assert verdicts.verdict([yes, contrary]) == "holds in part"
     assert verdicts.verdict([no, contrary]) == "does not hold"
     assert verdicts.verdict([]) == verdicts.verdict([yes, {"p": None}]) == "open"
-
-
-# --------------------------------------------------------------------------------------- The runs
 
 
 def test_a_row_runs_once_and_again_the_same(tmp_path, monkeypatch, capsys):

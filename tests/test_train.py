@@ -84,8 +84,6 @@ def before_step(monkeypatch, number, act):
     return steps
 
 
-# ---------------------------------------------------------------------------------------- Settings
-
 PAPER = {"image_size": 224, "patch_size": 8, "dim": 384, "depth": 12, "heads": 6, "weights": "dino"}
 PAPER |= {"canvas_size": 100, "num_distractors": 6, "batch_size": 32, "epochs": 20, "crops": 4}
 PAPER |= {"images_per_epoch": 50_000, "temperature": 0.1, "momentum_teacher": 0.996}
@@ -145,9 +143,6 @@ def test_every_setting_is_a_flag_with_help(capsys):
             assert config[name] == pytest.approx(value), name
 
 
-# --------------------------------------------------------------------------------------- Schedules
-
-
 def test_schedules_start_and_end_where_they_should():
     c = {"lr": 2.0, "warmup": 0.15, "warmup_teacher_temp": 0.02, "teacher_temp": 0.04}
     rates = [train.learning_rate(c, progress) for progress in (0, 0.075, 0.15, 0.575, 1)]
@@ -196,9 +191,6 @@ def test_muon_is_torchs():
     assert 0.6 < values.min() and values.max() < 1.3
 
 
-# -------------------------------------------------------------------------------------- One step
-
-
 def step_in_float64(config):
     """Parts, views and parameters of a step in float64, student and teacher different.
 
@@ -243,9 +235,8 @@ def test_a_step_in_pieces_is_that_of_the_whole_batch(loss, views):
     for size in (0, 1, 5, 6, 100):  # 5 does not divide 12
         parts, *_ = step_in_float64(config)
         small, (student, teacher) = config | {"micro_batch": size}, list(parts.values())[:2]
-        got, norm = train.training_step(
-            small, parts, student, views, params, step=15, steps=30
-        )  # not in the first epoch
+        # not in the first epoch
+        got, norm = train.training_step(small, parts, student, views, params, step=15, steps=30)
         assert got.item() == pytest.approx(whole.item(), abs=1e-10)
         assert norm.item() == pytest.approx(gradient.norm().item(), abs=1e-9)
         got = torch.cat([p.grad.flatten() for p in student.parameters()])
@@ -368,9 +359,6 @@ def test_float16_skips_steps_that_overflow_which_is_no_failure(tmp_path, monkeyp
     steps = {state["step"].item() for state in checkpoint["optimizer"]["state"].values()}
     assert len(steps) == 1 and 0 < steps.pop() < 20 and checkpoint["scaler"]["scale"] < 2**22
     assert math.isfinite(checkpoint["metrics"][2]["loss"])
-
-
-# ------------------------------------------------------------------------------------ Whole runs
 
 
 @pytest.mark.parametrize(
@@ -538,8 +526,6 @@ def test_digits_that_stand_in_for_mnist_are_told_and_recorded(tmp_path, monkeypa
     assert config["digits"] == "sklearn" and says in config["fallbacks"][0]
     assert says in (tmp_path / "run" / "metrics.json").read_text()
 
-
-# ------------------------------------------------------------------------- What can go wrong
 
 BAD = (
     "--image-size 50, --image-size 0, --patch-size 0, "

@@ -82,9 +82,6 @@ def opened(path):
     return model
 
 
-# -------------------------------------------------------------------------------------- Figures
-
-
 def test_a_bright_patch_is_drawn_where_it_was_put(other_run, tmp_path, monkeypatch):
     """Upright and aligned on a picture that is not square: the hot patch covers the bright one."""
     picture, hot = torch.zeros(3, 48, 64), torch.zeros(1, 1, 48)
@@ -146,9 +143,6 @@ def test_pictures_keep_their_shape_and_fit_the_patches(tmp_path):
         torch.testing.assert_close(image.mean((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
 
 
-# --------------------------------------------------------------------------------- Command line
-
-
 def test_all_of_a_run(looked):
     out, _ = looked
     for name in ("views", "attention", "tsne", "curves"):
@@ -163,9 +157,8 @@ def test_all_of_a_run(looked):
     for region in ("digit", "clutter", "background"):
         names |= {f"{region}_share", f"{region}_density", "far_background_density"}
     for layout in ("matched", "paper"):
-        assert (
-            set(result[layout]) == {*rows, "untrained"} and set(result[layout]["head_1"]) == names
-        )
+        assert set(result[layout]) == {*rows, "untrained"}
+        assert set(result[layout]["head_1"]) == names
         assert set(result[layout]["mean"]) == {*names, "diversity"}
         assert result[layout]["mean"]["entropy"]["images"] == 60
     for cell in (*result["features"].values(), *result["untrained_features"].values()):
@@ -269,9 +262,6 @@ def test_round_trip_as_dinos_script_reads(tmp_path):
     for model in (as_dino, opened(path).backbone):
         found = model.get_last_selfattention(noise)[0, :, 0].double() @ probe(109, 197)
         np.testing.assert_allclose(found.detach(), DINO_SAYS[112, 112][1], atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------ Bad input
 
 
 @pytest.mark.parametrize("lost", ["canvas_size", "crops", "rotation", "seed"])

@@ -113,9 +113,8 @@ def test_initial_weights(init_std, qkv, fc2):
 
 def test_gradient_reaches_every_parameter():
     torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        vit.VisionTransformer(7, 24, 2, 2, 28), vit.ProjectionHead(24, 10, 16, 3, 8)
-    )
+    head = vit.ProjectionHead(24, 10, 16, 3, 8)
+    net = torch.nn.Sequential(vit.VisionTransformer(7, 24, 2, 2, 28), head)
     net(torch.randn(2, 3, 28, 28)).square().sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -131,9 +130,6 @@ def test_heads_of_both_losses():
     assert {"last_layer.weight_v", "last_layer.weight_g"} <= head.state_dict().keys()
     # every image by itself: no statistics of the batch
     torch.testing.assert_close(head(x)[:2], head(x[:2]))
-
-
-# -------------------------------------------------------------------------------------- The weights
 
 
 def tiny(**kwargs):
@@ -208,9 +204,6 @@ def test_untrained_backbone_is_the_one_of_the_first_step(tmp_path, capsys):
     path.unlink()
     assert vit.untrained_backbone(config) is None
     assert "no such file" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------- The download
 
 
 @pytest.fixture
