@@ -120,7 +120,8 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, monkeypatch):
     config = shipped["config"] | changed
     student = vit.build_network(config)
     student.load_state_dict(shipped["teacher"])
-    content = {name: part.state_dict() for name, part in train.make_parts(config, student).items()}
+    parts = train.make_parts(vit.OLDER | config, student)
+    content = {name: part.state_dict() for name, part in parts.items()}
     content |= {"config": config, "step": 3, "epoch": 1, "metrics": shipped["metrics"][:2]}
     content |= {"epoch_loss": [20.0, 30.0], "skipped": 0, "threads": 2, "digest": "0" * 64}
     torch.save(content, tmp_path / "ckpt.pth")
