@@ -32,11 +32,11 @@ def cls_attention(backbone, images):
     """Where [CLS] attends in the last block, and its feature; in one pass.
 
     `images` (B, 3, H, W), normalized. Returns maps (B, heads, patches), each summing to 1, without
-    the attention that [CLS] pays to itself and to registers; and features (B, dim).
+    the attention that [CLS] pays to itself and to registers; and L2-normalized features (B, dim).
     """
     x = backbone.before_last_block(images)
     maps = backbone.last_attention(x, queries=1)[:, :, 0, 1 + backbone.registers :]
-    return maps / maps.sum(dim=-1, keepdim=True), backbone.last_feature(x)
+    return maps / maps.sum(dim=-1, keepdim=True), F.normalize(backbone.last_feature(x), dim=-1)
 
 
 def patch_sums(images, patch_size):
@@ -243,8 +243,7 @@ def collapsed(line):
 
 def measure_features(bank, seen, network):
     """{"knn", "linear_probe"}: accuracy, from `bank` to `seen`, of features that `observe` gave."""
-    points, queries = (F.normalize(x["features"][network], dim=-1) for x in (bank, seen))
-    result = {}
+    result, points, queries = {}, bank["features"][network], seen["features"][network]
     for name, classify in (("knn", knn_classify), ("linear_probe", linear_probe)):
         correct = (classify(points, bank["labels"], queries) == seen["labels"]).double()
         result[name] = with_interval(bootstrap(correct, seen["index"]), correct)
@@ -278,10 +277,10 @@ def evaluate(name, config, history, backbone, splits):
     bank = observe(networks, images, keep_maps=False)
     for network, key in zip(range(len(networks)), ("features", "untrained_features")):
         result[key] = measure_features(bank, seen, network)
-    points = F.normalize(seen["features"][0], dim=-1)
-    result["mean_cosine"] = mean_cosine(points)
-    result["collapsed"] = collapsed(last["validation"] | {"mean_cosine": result["mean_cosine"]})
-    return result, (points, seen["labels"])
+    result["mean_cosine"] = mean_cosine(seen["features"][0])
+    line = last["validation"] | {"mean_cosine": result["mean_cosine"]}
+    result["collapsed"] = bool(history) and collapsed(line)
+    return result, (seen["features"][0], seen["labels"])
 
 
 def validation_images(config, splits):
@@ -295,10 +294,10 @@ def validation_images(config, splits):
 def validate(seen, bank):
     """{"images", "knn", "mean_cosine", row: {metric: value}} of `observe`d `validation_images`."""
     table = measure_attention(seen, resamples=0)
-    points, queries = (F.normalize(x["features"][0], dim=-1) for x in (bank, seen))
-    correct = knn_classify(points, bank["labels"], queries) == seen["labels"]
+    features = seen["features"][0]
+    correct = knn_classify(bank["features"][0], bank["labels"], features) == seen["labels"]
     result = {"images": len(correct), "knn": correct.double().mean().item()}
-    result["mean_cosine"] = mean_cosine(queries)
+    result["mean_cosine"] = mean_cosine(features)
     shown = ("selectivity", "auroc", "pointing", "entropy", "diversity")
     for row, cells in table.items():
         result[row] = {name: cells[name]["value"] for name in shown if name in cells}

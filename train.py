@@ -497,22 +497,20 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, parts, progress):
-        rest, total = (parts["loss"], parts["student"], parts["teacher"], self.views), 0.0
-        for step in self.steps:
-            total += batch_loss(self.config, *rest, self.views.sample(step), progress)[0].item()
-        if not math.isfinite(total):
+        c, args = self.config, (parts["loss"], parts["student"], parts["teacher"], self.views)
+        found = [batch_loss(c, *args, self.views.sample(step), progress) for step in self.steps]
+        losses, outputs = zip(*found)
+        result = {"loss": sum(losses).item() / len(losses)}
+        if not math.isfinite(result["loss"]):
             raise FloatingPointError("the validation loss is NaN or infinite; use a lower --lr")
-        networks = [parts["teacher"].backbone]
-        seen = metrics.observe(networks, self.images)
-        bank = metrics.observe(networks, self.bank, keep_maps=False)
-        result = {"loss": total / len(self.steps)} | metrics.validate(seen, bank)
-        if self.config["loss"] == "dino":
-            logits = parts["teacher"].head(seen["features"][0].to(self.views.device))[None]
-            temp = teacher_temperature(self.config, progress)
-            p = parts["loss"].teacher_probabilities(logits, temp)[0]  # (n, K)
+        if c["loss"] == "dino":
+            logits, temp = torch.cat(outputs, 1), teacher_temperature(c, progress)
+            p = parts["loss"].teacher_probabilities(logits, temp).flatten(0, 1)  # (crops · n, K)
             result["entropy_of_mean"] = metrics.entropy(p.mean(0)).item()
             result["mean_entropy"] = metrics.entropy(p).mean().item()
-        return result
+        networks = [parts["teacher"].backbone]
+        bank = metrics.observe(networks, self.bank, keep_maps=False)
+        return result | metrics.validate(metrics.observe(networks, self.images), bank)
 
 
 def write_log(folder, history):
