@@ -149,13 +149,11 @@ class VisionTransformer(nn.Module):
             patch = f"patch size {self.patch_size}"
             raise ValueError(f"image size {height}×{width} is not a multiple of the {patch}")
         patches = self.patch_embed(images)  # (B, dim, rows, columns)
-        cls_token = self.cls_token.expand(len(images), -1, -1)
-        x = torch.cat([cls_token, patches.flatten(2).mT], dim=1)
-        x = x + self.interpolate_pos_encoding(*patches.shape[2:])  # (B, 1 + patches, dim)
-        if self.registers:  # they have no position
-            registers = self.register_tokens.expand(len(images), -1, -1)
-            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
-        return x
+        pos_embed = self.interpolate_pos_encoding(*patches.shape[2:])
+        tokens = [self.cls_token + pos_embed[:, :1]]
+        tokens += [self.register_tokens] if self.registers else []  # they have no position
+        tokens = [token.expand(len(images), -1, -1) for token in tokens]
+        return torch.cat([*tokens, patches.flatten(2).mT + pos_embed[:, 1:]], dim=1)
 
     def before_last_block(self, images):
         """Images (B, 3, H, W), normalized, to what the last block is given: (B, N, dim)."""
