@@ -80,7 +80,7 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("weight_decay_end", 0.4, 0.4, "at the end (III)"),
     ("clip_grad", 3.0, 3.0, "largest norm of the gradient"),
     ("optimizer", "adamw", "muon", "adamw (III), or muon for the matrices of blocks and head"),
-    ("temperature", float, float, "τ of eq. (3), τ_s of eq. (1): 0.1 (III) | nce 0.2, dino 0.1"),
+    ("temperature", 0.1, 0.1, "τ of eq. (3), τ_s of eq. (1) (III)"),
     ("teacher_temp", 0.04, 0.01, "τ_t of eq. (1)"),
     ("warmup_teacher_temp", 0.04, 0.01, "τ_t at the start, until the learning rate's ramp ends"),
     ("momentum_teacher", 0.996, 0.9, "of the EMA, rising to 1"),
@@ -155,7 +155,6 @@ def make_config(args, shape=None):
         "epochs": 10 if stl10 else 20,
         "images_per_epoch": (12_800 if dino else 6400) if laptop else 100_000 if stl10 else 50_000,
         "lr": (0.001 if laptop else 0.0005) * min(batch, 256) / 64 * max(1, batch / 256) ** 0.5,
-        "temperature": 0.2 if laptop and not dino else 0.1,
         "device": "cuda" if cuda else "cpu",
         # ViT-S/8 stores its positions on the grid of 224 px, as DINO's weights do
         "pos_size": 224 if not laptop and 224 % (c["patch_size"] or 1) == 0 else c["image_size"],

@@ -89,7 +89,7 @@ PAPER |= {"canvas_size": 100, "num_distractors": 6, "batch_size": 32, "epochs": 
 PAPER |= {"images_per_epoch": 50_000, "temperature": 0.1, "momentum_teacher": 0.996}
 LAPTOP = {"image_size": 56, "patch_size": 7, "dim": 96, "depth": 2, "heads": 3, "weights": "none"}
 LAPTOP |= {"canvas_size": 64, "num_distractors": 3, "batch_size": 64, "epochs": 10, "crops": 2}
-LAPTOP |= {"images_per_epoch": 6400, "temperature": 0.2, "momentum_teacher": 0.9, "lr": 0.001}
+LAPTOP |= {"images_per_epoch": 6400, "temperature": 0.1, "momentum_teacher": 0.9, "lr": 0.001}
 SHARED = {"loss": "nce", "views": "same", "dataset": "clutter", "rotation": 15, "warmup": 0.15}
 SHARED |= {"weight_decay": 0.04, "weight_decay_end": 0.4, "distractor_size": 9, "fallbacks": []}
 
