@@ -42,27 +42,27 @@ class DINOLoss(nn.Module):
     """Cross-entropy from teacher to student, eqs. (1, 2), over K prototypes.
 
     The teacher's logits are balanced, so that no prototype can win every image, and sharpened
-    by a low temperature, so that not all win alike; together they keep it from collapse. A
-    network that knows nothing scores ln K.
+    by a low temperature, so that not all win alike; together they are to keep it from collapse.
+    A network that knows nothing scores ln K.
 
-    `out_dim` is K; `student_temp`, > 0, is tau_s of eq. (1). `centering` "mean" subtracts a moving
-    average of the teacher's logits, as DINO does; "sinkhorn_knopp" gives every prototype the same
-    share of the batch, as DINOv2 does.
+    `out_dim` is K; `student_temp` and `teacher_temp`, > 0, are tau_s and tau_t of eq. (1).
+    `centering` "mean" subtracts a moving average of the teacher's logits, as DINO does;
+    "sinkhorn_knopp" gives every prototype the same share of the batch, as DINOv2 does.
     """
 
-    def __init__(self, out_dim, student_temp=0.1, centering="mean"):
+    def __init__(self, out_dim, student_temp=0.1, teacher_temp=0.04, centering="mean"):
         super().__init__()
-        self.student_temp = student_temp
+        self.student_temp, self.teacher_temp = student_temp, teacher_temp
         self.centering = centering
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     @torch.no_grad()
-    def teacher_probabilities(self, logits, teacher_temp):
+    def teacher_probabilities(self, logits):
         """The teacher's logits (crops, B, K) of a whole batch as distributions over prototypes."""
         if self.centering == "mean":
-            return F.softmax((logits - self.center) / teacher_temp, dim=-1)
-        log_p = logits.flatten(0, 1) / teacher_temp  # (crops · B, K)
-        for _ in range(3):
+            return F.softmax((logits - self.center) / self.teacher_temp, dim=-1)
+        log_p = logits.flatten(0, 1) / self.teacher_temp  # (crops · B, K)
+        for _ in range(3):  # as in DINOv2
             log_p = F.log_softmax(log_p, dim=0)  # prototypes: the same share of the images
             log_p = F.log_softmax(log_p, dim=1)  # images: a distribution over prototypes
         return log_p.exp().view_as(logits)

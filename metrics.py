@@ -23,8 +23,6 @@ import vit
 TEST_IMAGES = 1000
 BANK_IMAGES = 10_000  # training images that k-NN and probe learn from
 VALIDATION_IMAGES = VALIDATION_BANK = 512  # choose the best head, and draw the curves
-COLLAPSE = "it has collapsed, all images are alike to it; try --centering sinkhorn_knopp, a lower "
-COLLAPSE += "--teacher-temp or --lr, or --loss nce"
 
 
 @torch.no_grad()
@@ -231,14 +229,22 @@ def mean_cosine(features):
     return ((total @ total).item() - n) / (n * (n - 1))
 
 
-def collapsed(line):
-    """Whether what `validate` says is that to this network all images are alike.
+def collapse(config, history):
+    """What to say if to a network all images are alike, by the lines of its run's log; else None.
 
-    Their features point one way; or with DINO's loss the teacher says the same of each: then the
-    mean of its distributions has no more entropy than each of them, be they uniform or one-hot.
+    Their features point one way, no less than before training; or with DINO's loss the teacher says
+    the same of each: then the mean of its distributions has hardly more entropy, in nats, than each
+    of them, be they uniform or one-hot. Nothing is said before the learning rate's ramp is over.
     """
-    one_way = line.get("mean_cosine", 0) > 0.98
-    return one_way or line.get("entropy_of_mean", 1) - line.get("mean_entropy", 0) < 0.02
+    first, last = history[0]["validation"], history[-1]["validation"]
+    one_way = last.get("mean_cosine", 0) > max(0.98, first.get("mean_cosine", 0))
+    apart = last.get("entropy_of_mean", 1) - last.get("mean_entropy", 0)  # shares of ln K
+    ramp = config["warmup"] * config["epochs"]
+    if history[-1]["epoch"] < ramp or not (one_way or apart * math.log(config["out_dim"]) < 0.05):
+        return None
+    ways_out = "--centering sinkhorn_knopp, a lower --teacher-temp or "
+    ways_out = f"use {ways_out if config['loss'] == 'dino' else 'a '}lower --lr"
+    return f"the network has collapsed, all images look alike to it; {ways_out}"
 
 
 def measure_features(bank, seen, network):
@@ -257,10 +263,10 @@ def evaluate(name, config, history, backbone, splits):
     features, from training to test images. Of a run of train.py (`history`, the lines of its log,
     not None) the network before its first step, too.
     """
-    last = history[-1] if history else {"epoch": None, "validation": {}}
+    epoch = history[-1]["epoch"] if history else None
     networks = [backbone, vit.untrained_backbone(config) if history else None]
     networks = [network.to(backbone.cls_token.device) for network in networks if network]
-    result = {"checkpoint": name, "epoch": last["epoch"], "fallbacks": config["fallbacks"]}
+    result = {"checkpoint": name, "epoch": epoch, "fallbacks": config["fallbacks"]}
     result["settings"] = {key: value for key, value in config.items() if key != "fallbacks"}
     photos = config["dataset"] == "stl10"
     if not photos:
@@ -278,8 +284,7 @@ def evaluate(name, config, history, backbone, splits):
     for network, key in zip(range(len(networks)), ("features", "untrained_features")):
         result[key] = measure_features(bank, seen, network)
     result["mean_cosine"] = mean_cosine(seen["features"][0])
-    line = last["validation"] | {"mean_cosine": result["mean_cosine"]}
-    result["collapsed"] = bool(history) and collapsed(line)
+    result["collapse"] = collapse(config, history) if history else None
     return result, (seen["features"][0], seen["labels"])
 
 
@@ -334,8 +339,8 @@ def is_above(table, row, reference):
 
 def verdict(result):
     """What the table comes to, in a sentence or two."""
-    if result["collapsed"]:
-        return f"No: {COLLAPSE}."
+    if result["collapse"]:
+        return f"No: {result['collapse']}."
     table, best = result["matched"], result["best_head"]
     mean, bright = table["mean"], table["brightness"]
     value, density = mean["selectivity"]["value"], mean["digit_density"]
@@ -388,6 +393,7 @@ def report(results, path):
         lines += textwrap.wrap(f"{own}{result['checkpoint']}: {about}", 100)
         table = result["matched" if best else "photographs"]
         answer = "These are photographs, of which there are no masks to measure attention against."
+        answer += f" And {result['collapse']}." if result["collapse"] else ""
         if best:
             answer = "Does it look at the digit, rather than at all that is white? "
             answer += verdict(result)

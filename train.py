@@ -32,9 +32,9 @@ import metrics
 import vit
 from losses import DINOLoss, NCELoss
 
-# `paper` follows sections II.C and III, and DINO where the paper is silent. `laptop` is as small as
-# still shows the effect from random weights within minutes on two CPU cores. Every row is a flag. A
-# type in place of a value means that `make_config` derives the value from the other settings.
+# `paper` follows sections II.C and III, and DINO where the paper is silent. `laptop` is the smallest
+# that still shows the effect from random weights within minutes on two CPU cores. Every row is a
+# flag. A type in place of a value: `make_config` derives the value from the other settings.
 SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section of the paper)
     ("loss", "nce", "nce", "nce, eq. (3), or dino, cross-entropy, eqs. (1, 2)"),
     ("views", "same", "same", "crops of the same canvas, or of two different ones (III.B)"),
@@ -66,7 +66,7 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("bottleneck_dim", 256, 128, "projection head: width of its output, which nce compares"),
     ("head_norm", False, True, "projection head: a LayerNorm after each hidden layer"),
     ("out_dim", 65_536, 1024, "K of eqs. (1, 2), the prototypes of --loss dino"),
-    ("centering", "mean", "sinkhorn_knopp", "of the teacher's logits: mean, or sinkhorn_knopp"),
+    ("centering", "mean", "sinkhorn_knopp", "of dino's teacher: mean or sinkhorn_knopp (DINOv2)"),
     ("batch_size", 32, 64, "images a step (III)"),
     ("micro_batch", 0, 0, "images computed at a time, exactly (IV); 0: the whole batch"),
     ("checkpoint_blocks", False, False, "recompute activations: less memory, a third more time"),
@@ -74,15 +74,14 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("precision", "auto", "auto", "of autocast: float32, bfloat16 or float16; auto: the best here"),
     ("epochs", int, 10, "length of the run: 20 | 10; 10 with stl10 (figures 2, 3)"),
     ("images_per_epoch", int, int, "50,000 | nce 6400, dino 12,800 (II.C); paper's stl10: 100,000"),
-    ("lr", float, float, "peak: .0005 | .001 × batch/64 (III), above 256 by the square root"),
+    ("lr", float, float, "AdamW's peak: .0005 | .001 × batch/64 (III), above 256 by the root"),
     ("warmup", 0.15, 0.15, "share of the run with a rising learning rate: 3 of 20 epochs (III)"),
-    ("weight_decay", 0.04, 0.04, "at the start (III)"),
+    ("weight_decay", 0.04, 0.04, "of AdamW's matrices, at the start (III)"),
     ("weight_decay_end", 0.4, 0.4, "at the end (III)"),
     ("clip_grad", 3.0, 3.0, "largest norm of the gradient"),
     ("optimizer", "adamw", "muon", "adamw (III), or muon for the matrices of blocks and head"),
     ("temperature", 0.1, 0.1, "τ of eq. (3), τ_s of eq. (1) (III)"),
     ("teacher_temp", 0.04, 0.01, "τ_t of eq. (1)"),
-    ("warmup_teacher_temp", 0.04, 0.01, "τ_t at the start, until the learning rate's ramp ends"),
     ("momentum_teacher", 0.996, 0.9, "of the EMA, rising to 1"),
     ("keep_epochs", [], [], "keep the teacher after these epochs too: 1,5,10"),
     ("checkpoint_minutes", 10.0, 10.0, "write the checkpoint so often, beside the end of an epoch"),
@@ -96,8 +95,9 @@ CHOICES |= {"digits": ["auto", "mnist", "sklearn"], "centering": ["mean", "sinkh
 CHOICES |= {"precision": ["auto", "float32", "bfloat16", "float16"], "optimizer": ["adamw", "muon"]}
 RANGES = [  # settings, least, largest
     ("epochs images_per_epoch batch_size image_size patch_size dim depth heads mlp_ratio", 1, 1e9),
-    ("head_hidden_dim head_layers bottleneck_dim out_dim", 1, 1e9),
-    ("lr temperature teacher_temp warmup_teacher_temp checkpoint_minutes clip_grad", 1e-99, 1e9),
+    ("head_hidden_dim head_layers bottleneck_dim", 1, 1e9),
+    ("out_dim", 2, 1e9),
+    ("lr temperature teacher_temp checkpoint_minutes clip_grad", 1e-99, 1e9),
     ("global_crops_scale local_crops_scale warmup", 1e-3, 1),
     ("momentum_teacher weight_decay weight_decay_end init_std", 0, 1),
     ("rotation blur", 0, 360),
@@ -203,12 +203,6 @@ def learning_rate(config, progress):
     return cosine(config["lr"], 0, (progress - config["warmup"]) / (1 - config["warmup"]))
 
 
-def teacher_temperature(config, progress):
-    """τ_t: from a lower, safer value up to its own while the learning rate ramps up."""
-    start, share = config["warmup_teacher_temp"], min(1, progress / config["warmup"])
-    return start + share * (config["teacher_temp"] - start)
-
-
 def autocast_dtype(precision, device):
     """What the networks compute in; auto: bfloat16 where it is fast, float16 on older GPUs."""
     if precision != "auto":
@@ -235,10 +229,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         for matrix in group["params"]:
-            state = self.state[matrix]
-            if not state:
-                state["average"] = torch.zeros_like(matrix)
-            average = state["average"].lerp_(matrix.grad, 1 - group["momentum"])
+            average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+            average.lerp_(matrix.grad, 1 - group["momentum"])
             update = orthogonalize(matrix.grad.lerp(average, group["momentum"]))  # Nesterov's
             rows, columns = matrix.shape
             matrix.sub_(update, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
@@ -255,7 +247,7 @@ def orthogonalize(matrix):
 
 
 def make_optimizers(config, student):
-    """AdamW, and Muon for weight matrices if asked; norms and biases have no weight decay."""
+    """AdamW, and Muon for weight matrices if asked; these, norms and biases are not decayed."""
     matrices = []
     if config["optimizer"] == "muon":
         parts = (student.backbone.blocks, student.head.mlp)
@@ -283,16 +275,16 @@ def project(config, network, crops, which):
     return out.unflatten(0, (len(which), -1))
 
 
-def batch_loss(config, loss_fn, student, teacher, views, params, progress, backward=None):
+def batch_loss(config, loss_fn, student, teacher, views, params, backward=None):
     """The loss of the batch that `params` describe, computed `micro_batch` images at a time.
 
     Pieces give exactly the loss and the gradient of the whole. Images are compared with others of
     the batch only in what the teacher says of them, which has no gradient: its outputs come first,
     a few numbers an image, and images are rendered again for the student rather than kept.
-    `progress`, from 0 to 1, is how much of the run is done. In training `backward` takes the loss
-    of each piece; of several ranks each computes its share of the batch. Returns the loss,
-    detached, of several ranks each one's part of the sum; and the teacher's outputs of the whole
-    batch, (crops, images, bottleneck or K).
+    In training `backward` takes the loss of each piece; of several ranks each computes its share of
+    the batch. Returns the loss, detached, of several ranks each one's part of the sum; the
+    teacher's outputs of the whole batch, (crops, images, bottleneck or K); and what the student is
+    to match: these, or with DINO's loss their distributions.
     """
     rank, ranks = rank_and_world_size() if backward else (0, 1)
     images = len(params["centre"])
@@ -310,9 +302,8 @@ def batch_loss(config, loss_fn, student, teacher, views, params, progress, backw
         parts = [torch.empty_like(outputs) for _ in range(ranks)]
         dist.all_gather(parts, outputs.contiguous())
         outputs = torch.cat(parts, dim=1)  # (crops, images, …), in the order of the ranks
-    targets = outputs
-    if config["loss"] == "dino":
-        targets = loss_fn.teacher_probabilities(outputs, teacher_temperature(config, progress))
+    dino = config["loss"] == "dino"
+    targets = loss_fn.teacher_probabilities(outputs) if dino else outputs
     loss = 0.0
     for number, piece in enumerate(pieces):
         crops = crops if len(pieces) == 1 else views.render(piece)
@@ -325,7 +316,7 @@ def batch_loss(config, loss_fn, student, teacher, views, params, progress, backw
         if backward:
             backward(part * ranks)  # DistributedDataParallel takes the mean over the ranks
         loss = loss + part.detach()
-    return loss, outputs
+    return loss, outputs, targets
 
 
 def training_step(config, parts, parallel, views, params, step, steps):
@@ -343,8 +334,8 @@ def training_step(config, parts, parallel, views, params, step, steps):
         for group in optimizer.param_groups:
             group["lr"] = factor * learning_rate(config, progress)
         optimizer.zero_grad()
-    batch, backward = (views, params, progress), lambda part: scaler.scale(part).backward()
-    loss, logits = batch_loss(config, loss_fn, parallel, teacher, *batch, backward)
+    networks, backward = (parallel, teacher), lambda part: scaler.scale(part).backward()
+    loss, logits, _ = batch_loss(config, loss_fn, *networks, views, params, backward)
     if config["loss"] == "dino":
         loss_fn.update_center(logits)
         if step < steps // config["epochs"]:  # DINO freezes its last layer in the first epoch
@@ -352,8 +343,10 @@ def training_step(config, parts, parallel, views, params, step, steps):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config["clip_grad"])
-    for optimizer in optimizers:
-        scaler.step(optimizer)
+    # with float16's overflow in one gradient, clipping has spoiled those of both optimizers
+    if not scaler.is_enabled() or norm.isfinite():
+        for optimizer in optimizers:
+            scaler.step(optimizer)
     scaler.update()
     update_teacher(teacher, student, cosine(config["momentum_teacher"], 1.0, progress))
     return all_reduce(loss), norm
@@ -472,7 +465,8 @@ def make_parts(config, student):
     """All that changes in training, and that a checkpoint holds."""
     device, loss_fn = student.backbone.cls_token.device, NCELoss(config["temperature"])
     if config["loss"] == "dino":
-        loss_fn = DINOLoss(config["out_dim"], config["temperature"], config["centering"])
+        names = ("out_dim", "temperature", "teacher_temp", "centering")
+        loss_fn = DINOLoss(*(config[name] for name in names))
     half = autocast_dtype(config["precision"], device) == torch.float16
     parts = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
     scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -485,26 +479,28 @@ class Validation:
 
     def __init__(self, config, splits, device):
         # kept, for rendering them anew each epoch would cost as much as measuring them
-        self.config, sets = config, metrics.validation_images(config, splits)
-        self.images, self.bank = map(list, sets)
+        images, bank = metrics.validation_images(config, splits)
+        self.config, self.images, self.bank = config, list(images), list(bank)
         held_out, n = splits["validation"], metrics.VALIDATION_IMAGES
         batch = min(config["batch_size"], n, len(held_out))  # the loss depends on it
         fixed, self.steps = config | {"batch_size": batch, "seed": 0}, range(n // batch)
         self.views = data.TrainingViews(fixed, held_out, "validation", device)
 
     @torch.no_grad()
-    def __call__(self, parts, progress):
-        c, args = self.config, (parts["loss"], parts["student"], parts["teacher"], self.views)
-        found = [batch_loss(c, *args, self.views.sample(step), progress) for step in self.steps]
-        losses, outputs = zip(*found)
-        result = {"loss": sum(losses).item() / len(losses)}
-        if not math.isfinite(result["loss"]):
+    def __call__(self, parts):
+        args = self.config, parts["loss"], parts["student"], parts["teacher"], self.views
+        n, loss, entropy, mean = len(self.steps), 0.0, 0.0, 0.0
+        for step in self.steps:
+            part, _, p = batch_loss(*args, self.views.sample(step))
+            loss += part.item() / n
+            if self.config["loss"] == "dino":  # p are distributions, (crops, images, K)
+                entropy, mean = entropy + metrics.entropy(p).mean() / n, mean + p.mean((0, 1)) / n
+        if not math.isfinite(loss):
             raise FloatingPointError("the validation loss is NaN or infinite; use a lower --lr")
-        if c["loss"] == "dino":
-            logits, temp = torch.cat(outputs, 1), teacher_temperature(c, progress)
-            p = parts["loss"].teacher_probabilities(logits, temp).flatten(0, 1)  # (crops · n, K)
-            result["entropy_of_mean"] = metrics.entropy(p.mean(0)).item()
-            result["mean_entropy"] = metrics.entropy(p).mean().item()
+        result = {"loss": loss}
+        if self.config["loss"] == "dino":
+            result["entropy_of_mean"] = metrics.entropy(mean).item()
+            result["mean_entropy"] = entropy.item()
         networks = [parts["teacher"].backbone]
         bank = metrics.observe(networks, self.bank, keep_maps=False)
         return result | metrics.validate(metrics.observe(networks, self.images), bank)
@@ -532,14 +528,13 @@ def log_epoch(folder, config, teacher, history):
         text += f"selectivity {said['mean']['selectivity']:.2f}, "
     text += f"mean cosine {said['mean_cosine']:.2f}, "
     if config["loss"] == "dino":
-        text += f"entropy of the teacher's mean {said['entropy_of_mean']:.2f} ln K, "
-        text += f"mean entropy {said['mean_entropy']:.2f} ln K, "
+        text += f"teacher's mean entropy {said['mean_entropy']:.2f} ln K, "
+        text += f"of the mean {said['entropy_of_mean']:.2f} ln K, "
     minutes = (epochs - epoch) * line["seconds"] / 60
     print_rank0(f"{text}{line['images_per_second']:.0f} images/s, {minutes:.1f} minutes left")
-    learned = [line for line in history if line["epoch"] >= config["warmup"] * epochs]
-    collapsed = [metrics.collapsed(line["validation"]) for line in learned]
-    if collapsed.count(True) == 1 and collapsed[-1]:  # for the first time
-        print_rank0(f"warning: {metrics.COLLAPSE}")
+    told = [metrics.collapse(config, history[: n + 1]) for n in range(len(history))]
+    if told[-1] and not any(told[:-1]):
+        print_rank0(f"warning: {told[-1]}")
 
 
 def train(config, parts, splits, folder, checkpoint=None, stop=None):
@@ -565,7 +560,7 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
     else:
         save_run(folder, c, parts, 0, history, total)
     if not history:
-        history.append({"epoch": 0, "step": 0, "validation": validation(parts, 0)})
+        history.append({"epoch": 0, "step": 0, "validation": validation(parts)})
         log_epoch(folder, c, teacher, history)
     parallel = torch.nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
     finite = torch.ones((), dtype=torch.bool, device=device)
@@ -592,7 +587,7 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
             line = {"epoch": done // per_epoch, "step": done, "loss": total.item() / per_epoch}
             line |= {"lr": learning_rate(c, step / steps), "seconds": seconds}
             line |= {"images_per_second": (done - start) * batch / seconds}
-            history.append(line | {"validation": validation(parts, step / steps)})
+            history.append(line | {"validation": validation(parts)})
             log_epoch(folder, c, teacher, history)
             total.zero_()
             start, epoch_at = done, time.monotonic()

@@ -245,7 +245,7 @@ def open_model(source, args, like=None):
         config |= {name: shown[name] for name in ("split", *PAPER_CANVAS) if name in shown}
         config["image_size"] = max(1, round(config["image_size"] / patch_size)) * patch_size
         epoch, history = None, None
-    elif missing := [name for name in NEEDED.split() if name not in content["config"]]:
+    elif missing := [name for name in NEEDED.split() if name not in content.get("config", {})]:
         raise ValueError(f"{source} lacks {', '.join(missing)}; use another copy of it")
     for name in ("image_size", "digits", "background", "data_root"):
         if getattr(args, name) is not None:

@@ -3,7 +3,7 @@
 A ViT cuts an image into patches, puts a learned [CLS] token in front of them, and lets all
 tokens attend to each other in every block. What [CLS] attends to in the last block is the
 attention map that the paper asks about (its figures 2 to 6). Parameter names and numbers are
-those of facebookresearch/dino: its weights load here, and its scripts read our checkpoints.
+those of facebookresearch/dino: its weights load here, its scripts read those of the paper's ViT.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DINO_FILES = {
 }
 # what older checkpoints lack
 OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean", "optimizer": "adamw"}
-# what weights say of their ViT
+# what decides the shapes of a ViT's weights
 SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers")
 
 
@@ -239,7 +239,7 @@ def build_network(config):
     out_dim = c["out_dim"] if c["loss"] == "dino" else None
     names = ("head_hidden_dim", "head_layers", "bottleneck_dim", "head_norm", "init_std")
     head = ProjectionHead(c["dim"], out_dim, *(c[name] for name in names))
-    return nn.Sequential(OrderedDict(backbone=backbone, head=head))  # as DINO's scripts expect
+    return nn.Sequential(OrderedDict(backbone=backbone, head=head))  # DINO's names
 
 
 def untrained_backbone(config):

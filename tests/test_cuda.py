@@ -85,7 +85,7 @@ RUNS = [
 def test_a_step_stays_on_the_gpu(flags):
     config, loss_fn, student, teacher, views = start(flags)
     parts = loss_fn, student, teacher, views
-    loss, outputs = train.batch_loss(config, *parts, views.sample(0), progress=0.5)
+    loss, outputs, _ = train.batch_loss(config, *parts, views.sample(0))
     assert loss.device.type == outputs.device.type == "cuda" and loss.shape == ()
     if config["loss"] == "dino":
         loss_fn.update_center(outputs)
@@ -96,7 +96,7 @@ def test_a_step_stays_on_the_gpu(flags):
 def test_a_folder_of_backgrounds(tmp_path):
     Image.new("L", (150, 150), 99).save(tmp_path / "a.png")
     config, *parts = start(f"--loss nce --views different --background {tmp_path}")
-    loss, _ = train.batch_loss(config, *parts, parts[-1].sample(0), progress=0.5)
+    loss, *_ = train.batch_loss(config, *parts, parts[-1].sample(0))
     assert loss.device.type == "cuda"
 
 
@@ -121,4 +121,4 @@ def test_a_fault_in_the_step_is_seen(monkeypatch, fault, error):
     normalize = data.normalize
     monkeypatch.setattr(data, "normalize", lambda x: fault(normalize(x)))
     with pytest.raises(error):
-        train.batch_loss(config, *parts, parts[-1].sample(0), progress=0.5)
+        train.batch_loss(config, *parts, parts[-1].sample(0))

@@ -36,7 +36,8 @@ def test_dino_loss_and_centre_are_dinos_over_several_steps(student_crops):
         teacher = (rng.standard_normal((2, 4, 16)) + 0.3).astype(np.float32)
         student, teacher = (torch.from_numpy(x).double() for x in (student, teacher))
         pairs = all_but_same(student_crops, 2)
-        p_teacher = loss_fn.teacher_probabilities(teacher, teacher_temp)
+        loss_fn.teacher_temp = teacher_temp
+        p_teacher = loss_fn.teacher_probabilities(teacher)
         losses.append(loss_fn(student, p_teacher, pairs).item())
         loss_fn.update_center(teacher)
     expected, centre = DINO_SAYS[student_crops]
@@ -63,7 +64,7 @@ PAIRINGS = [
 def test_dino_loss_is_equations_1_and_2_in_plain_loops(student_crops, teacher_crops, pairs):
     student = random_outputs(1, student_crops, 5, 7)
     teacher = random_outputs(2, teacher_crops, 5, 7)
-    loss_fn = DINOLoss(7, student_temp=0.2).double()
+    loss_fn = DINOLoss(7, student_temp=0.2, teacher_temp=0.07).double()
     loss_fn.center += torch.linspace(-1, 1, 7)
     expected = 0
     for i, j in pairs:
@@ -72,14 +73,14 @@ def test_dino_loss_is_equations_1_and_2_in_plain_loops(student_crops, teacher_cr
             p_student = softmax(student[i, b].numpy() / 0.2)
             cross_entropy = -sum(p_teacher[k] * math.log(p_student[k]) for k in range(7))
             expected += cross_entropy / 5 / len(pairs)
-    p_teacher = loss_fn.teacher_probabilities(teacher, 0.07)
+    p_teacher = loss_fn.teacher_probabilities(teacher)
     assert abs(loss_fn(student, p_teacher, pairs).item() - expected) < 1e-6
 
 
 def test_sinkhorn_knopp_is_dinov2s():
     """Alternate scaling of rows and columns of exp(logits / τ), and every prototype is used."""
     logits = random_outputs(3, 2, 40, 6, shift=np.array([0.0, 9, 0, 0, 0, 0]))
-    p = DINOLoss(6, centering="sinkhorn_knopp").teacher_probabilities(logits, 0.5)
+    p = DINOLoss(6, 0.1, 0.5, "sinkhorn_knopp").teacher_probabilities(logits)
     q = np.exp(logits.flatten(0, 1).numpy() / 0.5)  # (80, 6)
     for _ in range(3):
         q = q / q.sum(axis=0) / 6
@@ -87,7 +88,7 @@ def test_sinkhorn_knopp_is_dinov2s():
     np.testing.assert_allclose(p.flatten(0, 1).numpy(), q * 80, rtol=1e-9)
     shares = p.mean((0, 1))
     assert shares.sum().item() == pytest.approx(1) and shares.min() > 0.1
-    collapsed = DINOLoss(6).teacher_probabilities(logits, 0.5).mean((0, 1))
+    collapsed = DINOLoss(6, 0.1, 0.5).teacher_probabilities(logits).mean((0, 1))
     assert collapsed.max() > 0.99  # the second prototype wins every image
 
 
@@ -122,17 +123,19 @@ def test_chance_levels():
     assert NCELoss()(alike, alike, [(0, 0)]).item() == pytest.approx(math.log(8))
     for centering in ("mean", "sinkhorn_knopp"):
         loss_fn = DINOLoss(5, centering=centering)
-        p_teacher = loss_fn.teacher_probabilities(alike, 0.04)
+        p_teacher = loss_fn.teacher_probabilities(alike)
         assert loss_fn(alike, p_teacher, [(0, 0)]).item() == pytest.approx(math.log(5))
 
 
-@pytest.mark.parametrize("loss_fn", [NCELoss(), DINOLoss(6), DINOLoss(6, 0.1, "sinkhorn_knopp")])
+@pytest.mark.parametrize(
+    "loss_fn", [NCELoss(), DINOLoss(6), DINOLoss(6, centering="sinkhorn_knopp")]
+)
 def test_gradient_flows_through_the_student_alone(loss_fn):
     student = random_outputs(1, 2, 4, 6).requires_grad_()
     teacher = random_outputs(2, 2, 4, 6).requires_grad_()
     targets = teacher
     if isinstance(loss_fn, DINOLoss):
-        targets = loss_fn.double().teacher_probabilities(teacher, 0.04)
+        targets = loss_fn.double().teacher_probabilities(teacher)
     loss_fn(student, targets, [(0, 1), (1, 0)]).backward()
     assert teacher.grad is None
     assert student.grad.abs().sum() > 0
@@ -140,7 +143,7 @@ def test_gradient_flows_through_the_student_alone(loss_fn):
 
 def test_centre_moves_only_when_told():
     loss_fn, teacher = DINOLoss(6), random_outputs(2, 2, 4, 6, shift=1.0).float()
-    loss_fn(teacher, loss_fn.teacher_probabilities(teacher, 0.04), [(0, 1)])
+    loss_fn(teacher, loss_fn.teacher_probabilities(teacher), [(0, 1)])
     assert loss_fn.center.abs().sum() == 0
     loss_fn.update_center(teacher)
     torch.testing.assert_close(loss_fn.center[0], 0.1 * teacher.mean((0, 1)))

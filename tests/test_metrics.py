@@ -366,15 +366,23 @@ def test_validation_measures_the_same_images_for_every_run(few_images):
 
 
 def test_collapse_is_told_of_both_kinds():
+    untrained = {"epoch": 0, "validation": {"mean_cosine": 0.985}}
+
+    def told(epoch, cosine, entropies=(1, 0), **config):
+        line = dict(zip(("entropy_of_mean", "mean_entropy"), entropies), mean_cosine=cosine)
+        return metrics.collapse(LAPTOP | config, [untrained, {"epoch": epoch, "validation": line}])
+
     alike, apart = torch.randn(1, 9, generator=rng(0)), torch.randn(50, 9, generator=rng(1))
     for features, is_collapsed in ((alike.expand(50, 9), True), (apart, False)):
-        cosine = metrics.mean_cosine(F.normalize(features, dim=-1))
-        assert metrics.collapsed({"mean_cosine": cosine}) == is_collapsed
-    for of_mean, mean, is_collapsed in ((1, 0.999, True), (0.01, 0, True), (0.95, 0.6, False)):
-        line = {"mean_cosine": 0.5, "entropy_of_mean": of_mean, "mean_entropy": mean}
-        assert metrics.collapsed(line) == is_collapsed
-    text = metrics.verdict(result_of(YES) | {"collapsed": True})
-    assert text.startswith("No: it has collapsed") and "Yes" not in text
+        assert bool(told(3, metrics.mean_cosine(F.normalize(features, dim=-1)))) == is_collapsed
+    assert told(1, 0.999) is None  # in the ramp of two epochs
+    assert told(3, 0.984) is None  # less than before training: it has begun to learn
+    for entropies, is_collapsed in (((1, 0.999), True), ((0.001, 0), True), ((0.95, 0.9), False)):
+        text = told(3, 0.5, entropies, loss="dino")
+        assert bool(text) == is_collapsed and (not text or "--centering" in text)
+    assert metrics.collapse(LAPTOP, [{"epoch": 9, "validation": {}}]) is None  # of an older log
+    text = metrics.verdict(result_of(YES) | {"collapse": told(3, 0.999)})
+    assert text.startswith("No: the network has collapsed") and "Yes" not in text
 
 
 def cell(value, low, high):
@@ -394,7 +402,7 @@ def result_of(mean, best=None, shuffled=(1.0, 0.9, 1.1), heads=2):
             cells[f"{region}_density"] = cell(12.345, 11.345, 13.345)
     accuracies = {name: cell(0.434, 0.4, 0.5) for name in ("knn", "linear_probe")}
     result = {"checkpoint": "run/ckpt.pth", "epoch": 2, "fallbacks": [], "settings": LAPTOP}
-    result |= {"best_head": "head_2", "collapsed": False, "matched": table, "paper": table}
+    result |= {"best_head": "head_2", "collapse": None, "matched": table, "paper": table}
     return result | {"features": accuracies, "untrained_features": accuracies}
 
 

@@ -366,7 +366,7 @@ TRAIN_FLAGS = """
 --precision auto float32 bfloat16 float16 int8 | --epochs 1 2 0 -1 1.5 | --warmup 0 0.5 1 2 -1 nan
 --images-per-epoch 16 17 7 0 -1 | --lr 0.1 1e-300 1e30 0 -1 nan inf | --weight-decay 0 -1 nan
 --weight-decay-end 0 1e300 | --temperature 0.2 1e-30 1e30 0 -1 nan inf | --momentum-teacher 0 1 5 -1
---teacher-temp 0.1 0 -1 nan | --warmup-teacher-temp 0.1 0 -1 nan | --keep-epochs 0 1 0,1 2 1, -1 ,
+--teacher-temp 0.1 0 -1 nan | --keep-epochs 0 1 0,1 2 1, -1 ,
 --seed 1 0 -1 1.5 seven ٣ 1_0 2147483648 9223372036854775808 | --device cpu cpu:0 cuda:77 meta tpu
 --checkpoint-minutes 1e-9 1e30 0 -1 nan inf | --data-root folder nowhere | --preset laptop desktop
 --resume good.pth finished nowhere folder text.pth | --output new folder finished text.pth

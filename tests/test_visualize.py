@@ -149,7 +149,7 @@ def test_all_of_a_run(looked):
         assert min(Image.open(out / f"{name}.png").size) > 300
     result = strict_json(out / "metrics.json")
     about = {"checkpoint", "epoch", "fallbacks", "settings", "best_head", "matched", "paper"}
-    assert result.keys() == about | {"features", "untrained_features", "collapsed", "mean_cosine"}
+    assert result.keys() == about | {"features", "untrained_features", "collapse", "mean_cosine"}
     assert result["epoch"] == 2 and result["settings"]["patch_size"] == 7
     assert result["fallbacks"] == [] and result["best_head"] in result["matched"]
     rows = {"mean", "head_1", "head_2", "head_3", "uniform", "ink", "brightness", "shuffled"}
