@@ -32,7 +32,7 @@ import metrics
 import vit
 from losses import DINOLoss, NCELoss
 
-# `paper` follows sections II.C and III, and DINO where the paper is silent. `laptop` is the smallest
+# `paper` follows sections II.C and III, and DINO where the paper is silent. `laptop` is the least
 # that still shows the effect from random weights within minutes on two CPU cores. Every row is a
 # flag. A type in place of a value: `make_config` derives the value from the other settings.
 SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section of the paper)
