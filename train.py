@@ -310,9 +310,9 @@ def batch_loss(config, loss_fn, student, teacher, views, params, backward=None):
         # only after the last piece do the ranks add up their gradients
         more = number + 1 < len(pieces) and ranks > 1
         with student.no_sync() if more else contextlib.nullcontext():
-            logits = project(config, student, crops, views.student)
-        part = loss_fn(logits, targets, views.pairs, first + number * size)
-        part = part * (logits.shape[1] / images)
+            student_out = project(config, student, crops, views.student)
+        part = loss_fn(student_out, targets, views.pairs, first + number * size)
+        part = part * (student_out.shape[1] / images)
         if backward:
             backward(part * ranks)  # DistributedDataParallel takes the mean over the ranks
         loss = loss + part.detach()
@@ -323,7 +323,7 @@ def training_step(config, parts, parallel, views, params, step, steps):
     """Step number `step` of `steps`, on the batch that `params` describe: changes all of `parts`.
 
     `parallel` is the student, or its DistributedDataParallel. Returns the loss of the batch and the
-    norm of the gradient, both on the device: nothing here waits for it.
+    norm of the gradient, both on the device: nothing here waits for it, but float16's scaler.
     """
     student, teacher, loss_fn, scaler, *optimizers = parts.values()
     progress = step / steps
@@ -343,7 +343,7 @@ def training_step(config, parts, parallel, views, params, step, steps):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config["clip_grad"])
-    # with float16's overflow in one gradient, clipping has spoiled those of both optimizers
+    # where float16 overflows in one gradient, clipping spoils those of both optimizers
     if not scaler.is_enabled() or norm.isfinite():
         for optimizer in optimizers:
             scaler.step(optimizer)

@@ -167,7 +167,7 @@ class VisionTransformer(nn.Module):
         return self.last_feature(self.before_last_block(images))
 
     def last_feature(self, x):
-        # nothing reads the patch tokens after the last block
+        """The [CLS] feature (B, dim): nothing reads the patch tokens after the last block."""
         return self.norm(self.blocks[-1](x, queries=1))[:, 0]
 
     def get_last_selfattention(self, images, queries=None):
@@ -179,6 +179,7 @@ class VisionTransformer(nn.Module):
         return self.last_attention(self.before_last_block(images), queries)
 
     def last_attention(self, x, queries):
+        """What `get_last_selfattention` returns, from the last block's input (B, N, dim)."""
         last = self.blocks[-1]
         q, k, _ = last.attn.queries_keys_values(last.norm1(x), queries)
         return attention_weights(q, k)
