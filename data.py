@@ -554,6 +554,11 @@ class TrainingViews:
         params |= sample_crops(rng, self.plan, len(index), position, c["canvas_size"], c)
         return params | self.background.sample(rng, position.shape[:2])
 
+    def labels(self, params):
+        """The labels (B,) of the images that `params` describe, which --loss supervised learns."""
+        index = params["photo" if self.photos else "digit"]
+        return self.split.labels[index.to(self.split.labels.device)].to(self.device)
+
     def render(self, params):
         """Crops (C, B, 3, image_size, image_size), normalized, of sampled rows; C as in plan."""
         c, size, blur = self.config, self.config["image_size"], self.config["blur"][1]

@@ -1,7 +1,8 @@
 """The paper's two losses, section II.B: NCE, eq. (3), and DINO's cross-entropy, eqs. (1, 2).
 
 Both compare a crop that the student saw with a crop that the teacher saw. Which crop with
-which is for the caller to say: `pairs` is a list of (student crop, teacher crop).
+which is for the caller to say: `pairs` is a list of (student crop, teacher crop). Their rival
+compares what the student makes of a crop with its label.
 """
 
 import torch
@@ -84,3 +85,24 @@ class DINOLoss(nn.Module):
     def update_center(self, logits):
         """Move the centre a tenth of the way to the mean of the teacher's logits (crops, B, K)."""
         self.center.lerp_(logits.mean(dim=(0, 1)), 1 - 0.9)  # DINO's momentum
+
+
+class SupervisedLoss(nn.Module):
+    """Cross-entropy with the label: does attention need self-supervision (section I, after DINO)?
+
+    The logits are cosines with a prototype for each class, divided by `temperature`, > 0. A
+    network that knows nothing scores ln(classes).
+    """
+
+    def __init__(self, temperature=0.1):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student, labels, pairs, first=0):
+        """Mean over the student's crops and images: a scalar, in nats; `pairs` do not matter.
+
+        `student` (student crops, b, classes): cosines of b of the B images, from number `first`
+        on; `labels` (B,) int64: of all.
+        """
+        labels = labels[first : first + student.shape[1]].expand(len(student), -1)
+        return F.cross_entropy(student.flatten(0, 1) / self.temperature, labels.flatten())

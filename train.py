@@ -30,13 +30,13 @@ from tqdm import tqdm
 import data
 import metrics
 import vit
-from losses import DINOLoss, NCELoss
+from losses import DINOLoss, NCELoss, SupervisedLoss
 
 # `paper` follows sections II.C and III, and DINO where the paper is silent. `laptop` is the least
 # that still shows the effect from random weights within minutes on two CPU cores. Every row is a
 # flag. A type in place of a value: `make_config` derives the value from the other settings.
 SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section of the paper)
-    ("loss", "nce", "nce", "nce, eq. (3), or dino, cross-entropy, eqs. (1, 2)"),
+    ("loss", "nce", "nce", "nce, eq. (3); dino, eqs. (1, 2); supervised, by labels (I)"),
     ("views", "same", "same", "crops of the same canvas, or of two different ones (III.B)"),
     ("crops", int, int, "crops a branch, 4, 2 or 1 (III.C): same 4 | 2, different 1"),
     ("symmetric", False, True, "with different views each branch also sees the other's crops"),
@@ -73,7 +73,7 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("compile", False, False, "torch.compile the blocks; takes a minute and a C++ compiler"),
     ("precision", "auto", "auto", "of autocast: float32, bfloat16 or float16; auto: the best here"),
     ("epochs", int, 10, "length of the run: 20 | 10; 10 with stl10 (figures 2, 3)"),
-    ("images_per_epoch", int, int, "50,000 | nce 6400, dino 12,800 (II.C); paper's stl10: 100,000"),
+    ("images_per_epoch", int, int, "50,000 | 6400, dino 12,800 (II.C); paper's stl10: 100,000"),
     ("lr", float, float, "AdamW's peak: .0005 | .001 × batch/64 (III), above 256 by the root"),
     ("warmup", 0.15, 0.15, "share of the run with a rising learning rate: 3 of 20 epochs (III)"),
     ("weight_decay", 0.04, 0.04, "of AdamW's matrices, at the start (III)"),
@@ -89,7 +89,11 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("device", str, str, "where to train: cuda if it is there, else cpu"),
     ("data_root", "data", "data", "folder that holds, or will hold, MNIST/raw/ or stl10_binary/"),
 ]
-CHOICES = {"loss": ["nce", "dino"], "views": ["same", "different"], "crops": [1, 2, 4]}
+CHOICES = {
+    "loss": ["nce", "dino", "supervised"],
+    "views": ["same", "different"],
+    "crops": [1, 2, 4],
+}
 CHOICES |= {"dataset": ["clutter", "stl10"], "split": ["unlabeled", "train"]}
 CHOICES |= {"digits": ["auto", "mnist", "sklearn"], "centering": ["mean", "sinkhorn_knopp"]}
 CHOICES |= {"precision": ["auto", "float32", "bfloat16", "float16"], "optimizer": ["adamw", "muon"]}
@@ -180,6 +184,7 @@ def check_config(config, shape):
         (c["loss"] == "nce" and batch == 1, "batch_size", "use 2 or more, for negatives"),
         (micro and share % micro, "micro_batch", f"use a divisor of {share}, or 0"),
         (c["image_size"] % patch, "image_size", f"use a multiple of the patch size, as {near}"),
+        (photos and c["loss"] == "supervised" and c["split"] == "unlabeled", "split", "use train"),
         (photos and c["views"] == "different", "views", "use same: a photo has no second canvas"),
         (photos and c["background"] != "black", "background", "use it with --dataset clutter"),
         (pool and not textured, "texture_pool", "use it with --background texture"),
@@ -284,7 +289,7 @@ def batch_loss(config, loss_fn, student, teacher, views, params, backward=None):
     In training `backward` takes the loss of each piece; of several ranks each computes its share of
     the batch. Returns the loss, detached, of several ranks each one's part of the sum; the
     teacher's outputs of the whole batch, (crops, images, bottleneck or K); and what the student is
-    to match: these, or with DINO's loss their distributions.
+    to match: these, with DINO's loss their distributions, or the labels.
     """
     rank, ranks = rank_and_world_size() if backward else (0, 1)
     images = len(params["centre"])
@@ -302,8 +307,11 @@ def batch_loss(config, loss_fn, student, teacher, views, params, backward=None):
         parts = [torch.empty_like(outputs) for _ in range(ranks)]
         dist.all_gather(parts, outputs.contiguous())
         outputs = torch.cat(parts, dim=1)  # (crops, images, …), in the order of the ranks
-    dino = config["loss"] == "dino"
-    targets = loss_fn.teacher_probabilities(outputs) if dino else outputs
+    targets = outputs
+    if config["loss"] == "dino":
+        targets = loss_fn.teacher_probabilities(outputs)
+    elif config["loss"] == "supervised":
+        targets = views.labels(params)
     loss = 0.0
     for number, piece in enumerate(pieces):
         crops = crops if len(pieces) == 1 else views.render(piece)
@@ -463,10 +471,13 @@ def make_folder(config, output):
 
 def make_parts(config, student):
     """All that changes in training, and that a checkpoint holds."""
-    device, loss_fn = student.backbone.cls_token.device, NCELoss(config["temperature"])
+    device = student.backbone.cls_token.device
     if config["loss"] == "dino":
         names = ("out_dim", "temperature", "teacher_temp", "centering")
         loss_fn = DINOLoss(*(config[name] for name in names))
+    else:
+        kinds = {"nce": NCELoss, "supervised": SupervisedLoss}
+        loss_fn = kinds[config["loss"]](config["temperature"])
     half = autocast_dtype(config["precision"], device) == torch.float16
     parts = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
     scaler = torch.amp.GradScaler(device.type, enabled=half)

@@ -173,8 +173,9 @@ def plot_curves(model, path):
     training = [line["loss"] for line in model.history[1:]]
     axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
     axes["loss"].plot(epochs, [line["loss"] for line in lines], **thick, label="validation")
-    name, key = ("batch", "batch_size") if model.config["loss"] == "nce" else ("K", "out_dim")
-    axes["loss"].axhline(math.log(model.config[key]), **grey, label=f"ln({name}), chance")
+    chance = {"nce": ("batch", model.config["batch_size"]), "dino": ("K", model.config["out_dim"])}
+    name, number = chance.get(model.config["loss"], ("classes", vit.CLASSES))
+    axes["loss"].axhline(math.log(number), **grey, label=f"ln({name}), chance")
     axes["loss"].legend(fontsize=8)
     accuracy = [100 * line["knn"] for line in lines]
     axes["k-NN accuracy, %"].plot(epochs, accuracy, **thick)

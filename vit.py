@@ -29,6 +29,7 @@ DINO_FILES = {
     "dino_vitb8": "dino_vitbase8_pretrain",
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
+CLASSES = 10  # digits, and STL-10's
 # what older checkpoints lack
 OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean", "optimizer": "adamw"}
 # what decides the shapes of a ViT's weights
@@ -237,7 +238,7 @@ def build_network(config):
     c = {**OLDER, **config}
     backbone = VisionTransformer(*(c[name] for name in SHAPE), c["init_std"])
     backbone.checkpoint_blocks = c.get("checkpoint_blocks", False)
-    out_dim = c["out_dim"] if c["loss"] == "dino" else None
+    out_dim = {"dino": c["out_dim"], "supervised": CLASSES}.get(c["loss"])
     names = ("head_hidden_dim", "head_layers", "bottleneck_dim", "head_norm", "init_std")
     head = ProjectionHead(c["dim"], out_dim, *(c[name] for name in names))
     return nn.Sequential(OrderedDict(backbone=backbone, head=head))  # DINO's names

@@ -77,6 +77,7 @@ RUNS = [
     "--loss dino --views different --no-symmetric --image-size 84",
     "--loss nce --views same --background texture --texture-pool 5",
     "--loss dino --views different --background texture",
+    "--loss supervised --views different --micro-batch 4",
     "--dataset stl10 --loss nce --views same --crops 1",
 ]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from losses import DINOLoss, NCELoss
+from losses import DINOLoss, NCELoss, SupervisedLoss
 
 
 def random_outputs(seed, crops, batch, dim, shift=0.0):
@@ -148,3 +148,17 @@ def test_centre_moves_only_when_told():
     loss_fn.update_center(teacher)
     torch.testing.assert_close(loss_fn.center[0], 0.1 * teacher.mean((0, 1)))
     assert "center" in loss_fn.state_dict()
+
+
+def test_supervised_loss_is_cross_entropy_with_the_label_in_plain_loops():
+    cosines, labels = random_outputs(3, 2, 5, 4), torch.tensor([3, 0, 1, 1, 2])
+    total = 0.0
+    for crop in cosines.numpy():
+        for image, label in zip(crop, labels):
+            total -= math.log(softmax(image / 0.2)[label]) / 10
+    loss_fn = SupervisedLoss(temperature=0.2)
+    assert loss_fn(cosines, labels, None).item() == pytest.approx(total, abs=1e-12)
+    pieces = [loss_fn(cosines[:, i : i + 1], labels, None, i).item() for i in range(5)]
+    assert np.mean(pieces) == pytest.approx(total, abs=1e-12)
+    alike = loss_fn(torch.ones(2, 5, 4), labels, None).item()
+    assert alike == pytest.approx(math.log(4), abs=1e-6)

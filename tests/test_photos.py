@@ -324,6 +324,7 @@ def test_a_folder_that_has_vanished_is_told_before_anything_is_written(tmp_path,
     "flags,says",
     [
         ("--dataset stl10 --views different", "--views different: use same"),
+        ("--dataset stl10 --loss supervised", "--split unlabeled: use train"),
         ("--dataset stl10 --background texture", "use it with --dataset clutter"),
         ("--dataset stl10 --data-root nowhere", "nowhere/stl10_binary is missing or damaged"),
         ("--dataset stl10 --data-root damaged", "damaged/stl10_binary is missing or damaged"),

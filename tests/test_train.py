@@ -211,7 +211,7 @@ def step_in_float64(config):
     return parts, views, views.sample(3)
 
 
-@pytest.mark.parametrize("loss", ["nce", "dino"])
+@pytest.mark.parametrize("loss", ["nce", "dino", "supervised"])
 @pytest.mark.parametrize("views", ["same --crops 4", "different"])
 def test_a_step_in_pieces_is_that_of_the_whole_batch(loss, views):
     """Loss, gradient, centre, teacher, to 1e-10, against the losses on the networks' outputs."""
@@ -224,6 +224,8 @@ def test_a_step_in_pieces_is_that_of_the_whole_batch(loss, views):
     loss_fn, teacher = parts["loss"], targets
     if loss == "dino":
         teacher = loss_fn.teacher_probabilities(targets)
+    elif loss == "supervised":
+        teacher = views.split.labels[params["digit"]]
     whole = loss_fn(outputs, teacher, views.pairs)
     whole.backward()
     gradient = torch.cat([p.grad.flatten() for p in parts["student"].parameters()])
