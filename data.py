@@ -222,6 +222,13 @@ class CanvasSampler:
         drawn = {"digit": index, "position": position, "source": source}
         return drawn | {"window": window, "corner": corner}
 
+    def sample_pieces(self, rng, index):
+        """Corners (B, 1, P, 2) of windows of the digits `index`, as those of distractors."""
+        good = self.window_holds_ink[index]
+        n = max(1, self.config["num_distractors"])
+        window = torch.multinomial(good.flatten(1).float(), n, replacement=True, generator=rng)
+        return torch.stack([window // good.shape[2], window % good.shape[2]], -1)[:, None]
+
 
 def render_canvases(params, config, images, masks=True):
     """Canvases and their masks from what `CanvasSampler.sample` drew, or any rows of it.
@@ -244,6 +251,28 @@ def render_canvases(params, config, images, masks=True):
     paste_windows(canvas, distractors, corner)
     clutter_mask = (canvas > 127) & ~digit_mask if masks else None
     return canvas.clamp_(max=255).div_(255), digit_mask, clutter_mask
+
+
+def leave_out(params, config, images):
+    """Each canvas without one of its parts, and the ink of that part.
+
+    The parts of a canvas: P pieces of its digit, at `piece` (B, 1, P, 2), from `sample_pieces`,
+    then its M distractors, all of one size. A canvas is a sum, clipped at 1, so without the part's
+    summand it is what it would be if the part had never been there. `params` and `images` as in
+    `render_canvases`, of one canvas a digit. Returns canvases (B, P + M, S, S) in [0, 1], and bool.
+    """
+    names = ("digit", "position", "source", "window", "corner", "piece")
+    drawn = (params[name].to(images.device) for name in names)
+    digit, position, source, window, corner, piece = drawn
+    S, size, pieces = config["canvas_size"], config["distractor_size"], piece.shape[2]
+    windows = cut_windows(images, digit[:, None, None].expand(-1, 1, pieces), piece, size)
+    windows = torch.cat([windows, cut_windows(images, source, window, size)], dim=2)
+    corner = torch.cat([position[:, :, None] + piece, corner], dim=2)
+    parts = torch.zeros(*corner.shape[::2], S, S, device=images.device)  # (B, P + M, S, S)
+    paste_windows(parts, windows.transpose(1, 2), corner.transpose(1, 2))
+    whole = parts[:, pieces:].sum(1, keepdim=True)
+    paste_windows(whole, images[digit][:, None, None], position[:, :, None])
+    return (whole - parts).clamp(max=255) / 255, parts > 127
 
 
 def window_pixels(corner, size, width):
@@ -583,7 +612,9 @@ def read_photos(split, index, device):
     return split.images[index.to(split.images.device)].to(device, non_blocking=True) / 255
 
 
-def evaluation_batches(config, split, n, layout="matched", name="test", batch_size=100):
+def evaluation_batches(
+    config, split, n, layout="matched", name="test", batch_size=100, parts=False
+):
     """n whole canvases or photographs, not augmented, with what is where on them.
 
     The same for every run: they depend on the split, the layout and the canvas alone, and fewer
@@ -591,7 +622,9 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
     for MNIST's test file begins with the cleaner ones; digits come again if they are too few.
     Yields dicts of up to batch_size = b rows, with I = image_size: `images` (b, 1 or 3, I, I) in
     [0, 1]; `labels` (b,); `index` (b,), the digit or photograph of the split; of canvases also
-    `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest neighbour.
+    `digit` and `clutter` (b, I, I) bool, the masks at that size by nearest neighbour; and with
+    `parts` what `leave_out` says of K parts: `without` (b, K, 1, I, I), `own` (b, K, I, I), and
+    how many pixels of the canvas that is, `own_ink` (b, K).
     """
     size = config["image_size"]
     order = torch.randperm(len(split), generator=generator("evaluation", name))
@@ -605,15 +638,26 @@ def evaluation_batches(config, split, n, layout="matched", name="test", batch_si
     for start in range(0, n, 100):
         rng = generator("evaluation", name, layout, start)
         block = sampler.sample(rng, order[torch.arange(start, start + 100) % len(split)])
-        blocks.append(block | background.sample(rng, (100, 1)))
+        block |= background.sample(rng, (100, 1))
+        blocks.append(block | {"piece": sampler.sample_pieces(rng, block["digit"])})
     params = {key: torch.cat([block[key] for block in blocks])[:n] for key in blocks[0]}
     for start in range(0, n, batch_size):
         rows = {key: value[start : start + batch_size] for key, value in params.items()}
         canvas, *masks = render_canvases(rows, config, split.images)
-        masks = [F.interpolate(m.float(), size=size, mode="nearest-exact")[:, 0] for m in masks]
-        batch = {"digit": masks[0] > 0.5, "clutter": masks[1] > 0.5, "index": rows["digit"]}
+        digit, clutter = (nearest(mask, size)[:, 0] for mask in masks)
+        batch = {"digit": digit, "clutter": clutter, "index": rows["digit"]}
         batch["labels"] = split.labels[rows["digit"].to(split.labels.device)]
+        if parts:
+            canvases, own = leave_out(rows, config, split.images)
+            canvases = background.put_behind(canvases, rows).flatten(0, 1)[:, None]
+            batch["without"] = resize(canvases, size).unflatten(0, own.shape[:2])
+            batch |= {"own": nearest(own, size), "own_ink": own.sum((-2, -1))}
         yield batch | {"images": resize(background.put_behind(canvas, rows), size)}
+
+
+def nearest(masks, image_size):
+    """Masks (b, n, S, S) at another size, by nearest neighbour: (b, n, image_size, image_size)."""
+    return F.interpolate(masks.float(), size=image_size, mode="nearest-exact") > 0.5
 
 
 def resize(images, image_size):

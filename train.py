@@ -493,8 +493,12 @@ class Validation:
         images, bank = metrics.validation_images(config, splits)
         self.config, self.images, self.bank = config, list(images), list(bank)
         held_out, n = splits["validation"], metrics.VALIDATION_IMAGES
+        # a few of the same canvases, for each takes a forward pass for every inky patch
+        changed = data.evaluation_batches(config, held_out, n // 16, name="validation", parts=True)
+        self.changed = [] if config["dataset"] == "stl10" else list(changed)
         batch = min(config["batch_size"], n, len(held_out))  # the loss depends on it
-        fixed, self.steps = config | {"batch_size": batch, "seed": 0}, range(n // batch)
+        fixed = config | {"batch_size": batch, "seed": 0}
+        self.steps = range(max(1, n // 2 // batch))
         self.views = data.TrainingViews(fixed, held_out, "validation", device)
 
     @torch.no_grad()
@@ -512,9 +516,10 @@ class Validation:
         if self.config["loss"] == "dino":
             result["entropy_of_mean"] = metrics.entropy(mean).item()
             result["mean_entropy"] = entropy.item()
-        networks = [parts["teacher"].backbone]
-        bank = metrics.observe(networks, self.bank, keep_maps=False)
-        return result | metrics.validate(metrics.observe(networks, self.images), bank)
+        networks = {"trained": parts["teacher"].backbone}
+        bank = metrics.observe(networks, self.bank, maps=False)
+        effects = self.changed and metrics.observe_effects(networks["trained"], self.changed)
+        return result | metrics.validate(metrics.observe(networks, self.images), bank, effects)
 
 
 def write_log(folder, history):

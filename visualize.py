@@ -137,24 +137,53 @@ def plot_attention(models, images, path, epochs=None):
             columns[heading] = seen = shown
             for color, each in zip(("lime", "red"), masks):
                 outlines.append((heading, color, [mask.cpu() for mask in each for _ in stages]))
-        maps = [attention_map(s or model.backbone, p) for p in pictures for s in stages]
-        if not all(heads.isfinite().all() for heads in maps):
+        truths = list(zip(*masks)) or [()] * len(pictures)
+        maps = [
+            look(stage or model.backbone, picture, truth)
+            for picture, truth in zip(pictures, truths)
+            for stage in stages
+        ]
+        if not all(map_.isfinite().all() for each in maps for map_ in each.values()):
             raise FloatingPointError(f"{model.name}: the attention is NaN or infinite")
-        if model.backbone.heads > 1:
-            columns[f"{name}mean of heads"] = [heads.mean(0) for heads in maps]
-        for head in range(model.backbone.heads):
-            columns[f"{name}head {head + 1}"] = [heads[head] for heads in maps]
+        columns |= {f"{name}{heading}": [each[heading] for each in maps] for heading in maps[0]}
     title = "Where [CLS] of the last block looks, each map from 0 (black) to its own maximum"
-    title += "\ndigit outlined green, clutter red" * bool(outlines)
+    if outlines:
+        title += "\ndigit outlined green, clutter red; effect: of blackening each patch with ink"
     row_names = list(epochs) * len(images[0][0]) if len(stages) > 1 else []
     plot_grid(columns, path, title, models, row_names, outlines)
 
 
-def attention_map(backbone, picture):
-    """Attention of [CLS] to a picture (3, H, W) in [0, 1]: (heads, rows, columns of patches)."""
-    images = data.normalize(picture[None].to(backbone.cls_token.device))
-    grid = [side // backbone.patch_size for side in picture.shape[1:]]
-    return metrics.cls_attention(backbone, images)[0][0].unflatten(-1, grid).cpu()
+@torch.no_grad()
+def look(backbone, picture, masks):
+    """What [CLS] attends to in a picture (3, H, W) in [0, 1]: {heading: (rows, columns)}.
+
+    With `masks`, (H, W) each, of what is ink, also the effect of blackening each patch that has
+    some: what the feature depends on, beside what attention points to.
+    """
+    images, size = picture[None].to(backbone.cls_token.device), backbone.patch_size
+    heads, features = metrics.cls_attention(backbone, data.normalize(images))
+    maps = {"mean of heads": heads.mean(1)} if backbone.heads > 1 else {}
+    if masks:
+        ink = metrics.patch_sums(torch.stack(masks).any(0)[None], size) > 0
+        maps["effect"] = metrics.blackening_effects(backbone, images, ink, features)
+    rollout = backbone.rollout(data.normalize(images))
+    maps["rollout"] = metrics.without_cls(rollout, backbone)
+    maps |= {f"head {head}": map_ for head, map_ in enumerate(heads.unbind(1), 1)}
+    grid = [side // size for side in images.shape[2:]]
+    return {heading: map_[0].unflatten(-1, grid).cpu() for heading, map_ in maps.items()}
+
+
+def print_token_effects(model, path, picture):
+    """Say whether the patches that attention points to matter more than others (no masks)."""
+    images = data.normalize(picture[None].to(model.backbone.cls_token.device))
+    maps, _ = metrics.cls_attention(model.backbone, images)
+    rollout = metrics.without_cls(model.backbone.rollout(images), model.backbone)
+    rng, draws = torch.Generator().manual_seed(0), 20
+    maps = [maps.mean(1), rollout]
+    effects = metrics.token_effects(model.backbone, images, maps, rng, draws)[0]
+    mean, rollout = (effects[:2] / effects[2:].mean()).tolist()
+    text = "left out, the fifth of the patches with most attention changes the feature"
+    print(f"{path}: {text} {mean:.2f} times as much as a random fifth (rollout: {rollout:.2f})")
 
 
 def plot_curves(model, path):
@@ -347,6 +376,9 @@ def visualize(args):
     folder = make_folder(args)
     if args.images:
         plot_attention(models, images, os.path.join(folder, "attention-images.png"))
+        for model, (pictures, _) in zip(models, images):
+            for path, picture in zip(args.images, pictures):
+                print_token_effects(model, path, picture)
         return
     several, first = "-compared" * (len(models) > 1), models[0]
     epochs = kept_epochs(first) if first.history and not several else {}
@@ -358,8 +390,12 @@ def visualize(args):
             text = "is not of train.py, so it is drawn on the paper's canvases, not measured; use"
             print(f"{model.name} {text} --weights {model.name}")
     results = []
-    for m in measured:
-        result, features = metrics.evaluate(m.name, m.config, m.history, m.backbone, m.splits)
+    for m, other in zip(measured, measured[1:] + measured[:1]):
+        fits = other is not m and other.backbone.patch_size == m.backbone.patch_size
+        other = other.backbone if fits else None
+        result, features = metrics.evaluate(
+            m.name, m.config, m.history, m.backbone, m.splits, other
+        )
         results.append(result)
     if results:
         print(metrics.report(results, os.path.join(folder, f"metrics{several}.json")))

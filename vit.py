@@ -56,9 +56,11 @@ class Attention(nn.Module):
         # (B, N, dim) -> (B, heads, N, d)
         return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
-    def forward(self, x, queries=None):
+    def forward(self, x, queries=None, attention=None):
         q, k, v = self.queries_keys_values(x, queries)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256:
+        if attention is not None:  # instead of this layer's own
+            x = attention @ v
+        elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256:
             # the fused kernel's backward pass takes 3 to 5 times as long here
             x = attention_weights(q, k) @ v
         else:
@@ -82,8 +84,8 @@ class Block(nn.Module):
         layers = {"fc1": nn.Linear(dim, hidden_dim), "act": nn.GELU()}
         self.mlp = nn.Sequential(OrderedDict(layers, fc2=nn.Linear(hidden_dim, dim)))
 
-    def forward(self, x, queries=None):
-        x = x[:, :queries] + self.attn(self.norm1(x), queries)
+    def forward(self, x, queries=None, attention=None):
+        x = x[:, :queries] + self.attn(self.norm1(x), queries, attention)
         return x + self.mlp(self.norm2(x))
 
 
@@ -143,8 +145,11 @@ class VisionTransformer(nn.Module):
         patch_pos = F.interpolate(patch_pos, scale_factor=scale, mode="bicubic")
         return torch.cat([cls_pos, patch_pos.flatten(2).mT], dim=1)
 
-    def prepare_tokens(self, images):
-        """Images (B, 3, H, W) to tokens (B, N, dim): [CLS], registers, patches row by row."""
+    def prepare_tokens(self, images, keep=None):
+        """Images (B, 3, H, W) to tokens (B, N, dim): [CLS], registers, patches row by row.
+
+        `keep` (B, k), numbers of patches: only these become tokens, as if there were no others.
+        """
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             patch = f"patch size {self.patch_size}"
@@ -154,22 +159,28 @@ class VisionTransformer(nn.Module):
         tokens = [self.cls_token + pos_embed[:, :1]]
         tokens += [self.register_tokens] if self.registers else []  # they have no position
         tokens = [token.expand(len(images), -1, -1) for token in tokens]
-        return torch.cat([*tokens, patches.flatten(2).mT + pos_embed[:, 1:]], dim=1)
+        patches = patches.flatten(2).mT + pos_embed[:, 1:]  # (B, rows · columns, dim)
+        if keep is not None:
+            patches = patches.take_along_dim(keep[..., None], dim=1)
+        return torch.cat([*tokens, patches], dim=1)
 
-    def before_last_block(self, images):
+    def before_last_block(self, images, keep=None):
         """Images (B, 3, H, W), normalized, to what the last block is given: (B, N, dim)."""
-        x = self.prepare_tokens(images)
+        x = self.prepare_tokens(images, keep)
         for block in self.blocks[:-1]:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_blocks else block(x)
         return x
 
-    def forward(self, images):
+    def forward(self, images, keep=None):
         """Images (B, 3, H, W), normalized, to the [CLS] feature (B, dim)."""
-        return self.last_feature(self.before_last_block(images))
+        return self.last_feature(self.before_last_block(images, keep))
 
-    def last_feature(self, x):
-        """The [CLS] feature (B, dim): nothing reads the patch tokens after the last block."""
-        return self.norm(self.blocks[-1](x, queries=1))[:, 0]
+    def last_feature(self, x, attention=None):
+        """The [CLS] feature (B, dim): nothing reads the patch tokens after the last block.
+
+        `attention` (B, heads, 1, N) takes the place of what [CLS] attends to in that block.
+        """
+        return self.norm(self.blocks[-1](x, 1, attention))[:, 0]
 
     def get_last_selfattention(self, images, queries=None):
         """Attention of the last block, (B, heads, queries, N), rows summing to 1.
@@ -184,6 +195,22 @@ class VisionTransformer(nn.Module):
         last = self.blocks[-1]
         q, k, _ = last.attn.queries_keys_values(last.norm1(x), queries)
         return attention_weights(q, k)
+
+    def rollout(self, images):
+        """Attention of [CLS] through all blocks, (B, N), rows summing to 1 (Abnar & Zuidema 2020).
+
+        A block mixes tokens as the mean of its heads does, and by its skip connection not at all:
+        half and half. Blocks one after another are the product of these matrices.
+        """
+        x = self.prepare_tokens(images)
+        mixed = torch.eye(x.shape[1], device=x.device)[None]  # row i: what token i is made of
+        for block in self.blocks:
+            queries = 1 if block is self.blocks[-1] else None
+            q, k, _ = block.attn.queries_keys_values(block.norm1(x), queries)
+            attention = attention_weights(q, k).mean(1)  # (B, N, N), in the end (B, 1, N)
+            mixed = (attention @ mixed + mixed[:, :queries]) / 2
+            x = block(x, queries)
+        return mixed[:, 0]
 
 
 def init_weights(network, std):

@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
 from scipy.stats import chisquare
@@ -379,3 +380,47 @@ def test_evaluation_set_is_the_same_whatever_the_batches(background):
     # ink in the resized image lies under the resized masks
     ink = one["images"][:, 0] > 0.75
     assert (ink & (one["digit"] | one["clutter"])).sum() > 0.97 * ink.sum()
+
+
+def test_a_part_left_out_is_as_if_it_had_never_been_there():
+    """Against canvases rendered anew: without the distractor, or with a hole in the digit."""
+    config, split, index = settings(), DIGITS["test"], torch.arange(20)
+    sampler, size = data.CanvasSampler(config, split, "matched"), config["distractor_size"]
+    params = sampler.sample(rng(1), index)
+    params["piece"] = sampler.sample_pieces(rng(2), index)
+    without, own = data.leave_out(params, config, split.images)
+    assert without.shape == own.shape == (20, 6, 64, 64)
+    for k in range(3):
+        digits = split.images[index].clone()
+        for digit, (row, column) in zip(digits, params["piece"][:, 0, k].tolist()):
+            hole = digit[row : row + size, column : column + size]
+            assert (hole > 127).sum() >= 5  # as of distractors
+            hole[:] = 0
+        images = torch.cat([split.images, digits])  # distractors are cut from whole digits
+        holed = params | {"digit": index + len(split.images)}
+        canvas, rest, _ = data.render_canvases(holed, config, images)
+        assert torch.equal(without[:, k], canvas[:, 0])
+        names, fewer, no_digit = ("source", "window", "corner"), dict(params), dict(params)
+        fewer |= {name: params[name][:, :, [i for i in range(3) if i != k]] for name in names}
+        canvas, digit, _ = data.render_canvases(fewer, config, split.images)
+        assert torch.equal(without[:, 3 + k], canvas[:, 0])
+        assert torch.equal(own[:, k], (digit & ~rest)[:, 0])
+        no_digit |= {name: params[name][:, :, [k]] for name in names}
+        no_digit["digit"] = torch.full_like(index, len(split.images))
+        images = torch.cat([split.images, torch.zeros_like(digits[:1])])
+        alone = data.render_canvases(no_digit, config, images)[2]
+        assert torch.equal(own[:, 3 + k], alone[:, 0])
+
+
+def test_parts_of_evaluation_canvases():
+    """At the network's size, and over the same background as the whole canvas."""
+    for background in ("black", "texture"):
+        config = settings(background=background)
+        (batch,) = data.evaluation_batches(config, DIGITS["test"], 40, parts=True)
+        assert batch["without"].shape == (40, 6, 1, 56, 56) and batch["own_ink"].min() >= 5
+        change = (batch["without"] - batch["images"][:, None]).abs()[:, :, 0]
+        near = F.max_pool2d(batch["own"].float().flatten(0, 1), 9, 1, 4).view(change.shape) > 0
+        assert change[near].sum() > 0.97 * change.sum() > 100  # nothing else has changed
+    config = settings(num_distractors=0)
+    (batch,) = data.evaluation_batches(config, DIGITS["test"], 5, parts=True)
+    assert batch["without"].shape == (5, 1, 1, 56, 56)  # a piece of the digit

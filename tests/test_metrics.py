@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -176,7 +177,8 @@ def table_of(attention, monkeypatch, n=1000, layout="matched"):
     now, feature = iter(batches), torch.zeros(100, 1)
     says = lambda network, images: (attention(next(now)), feature)
     monkeypatch.setattr(metrics, "cls_attention", says)
-    return metrics.measure_attention(metrics.observe([network_of()], batches), resamples=200)
+    seen = metrics.observe({"trained": network_of()}, batches)
+    return metrics.measure_attention(seen, resamples=200)
 
 
 def on_the_digit(batch):
@@ -229,10 +231,13 @@ def test_a_network_that_looks_at_the_digit_and_its_maps_laid_on_other_images(mon
 
 
 def test_a_table_does_not_depend_on_the_batch_size():
-    networks, tables = (network_of(), network_of(seed=1)), []
+    networks, tables = {"trained": network_of(), "untrained": network_of(seed=1)}, []
     for size in (60, 7):
-        batches = data.evaluation_batches(LAPTOP, SPLITS["test"], 60, batch_size=size)
-        tables.append(metrics.measure_attention(metrics.observe(networks, batches), 50))
+        shown = LAPTOP, SPLITS["test"], 60, "matched", "test", size
+        seen = metrics.observe(networks, data.evaluation_batches(*shown), rollout=True)
+        batches = data.evaluation_batches(*shown, parts=True)
+        effects = metrics.observe_effects(networks["trained"], batches)
+        tables.append(metrics.measure_attention(seen, effects, 50))
     for row, cells in tables[0].items():
         for name, found in cells.items():
             assert found == pytest.approx(tables[1][row][name], abs=2e-3), (row, name)
@@ -249,7 +254,8 @@ def test_heads_mean_and_untrained_are_rows_of_their_own(monkeypatch):
 
     monkeypatch.setattr(metrics, "cls_attention", attention)
     batches = list(data.evaluation_batches(LAPTOP, SPLITS["test"], 100))
-    table = metrics.measure_attention(metrics.observe([network, untrained], batches), 0)
+    networks = {"trained": network, "untrained": untrained}
+    table = metrics.measure_attention(metrics.observe(networks, batches), resamples=0)
     held = metrics.patch_sums(batches[0]["digit"], 7)
     share = (held / held.sum(-1, keepdim=True)).mean(0) * 64  # density of a map on one patch
     expected = {"head_1": share[0], "head_2": share[9], "untrained": share[20]}
@@ -269,10 +275,151 @@ def test_selectivity_is_over_images_that_have_clutter(monkeypatch):
     monkeypatch.setattr(metrics, "cls_attention", lambda *args: (maps, torch.zeros(2, 1)))
     batch = {"images": torch.zeros(2, 1, 56, 56), "index": torch.arange(2), "labels": torch.ones(2)}
     batch |= {"digit": digit, "clutter": clutter}
-    row = metrics.measure_attention(metrics.observe([network_of()], [batch]), 10)["mean"]
+    seen = metrics.observe({"trained": network_of()}, [batch])
+    row = metrics.measure_attention(seen, resamples=10)["mean"]
     assert row["selectivity"]["value"] == pytest.approx(1)
     assert row["digit_density"]["value"] == pytest.approx((1 + 64) / 2)
     assert [row[name]["images"] for name in ("selectivity", "auroc", "pointing")] == [1, 1, 2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 2, st.booleans()), min_size=1, max_size=12))
+def test_spearman_is_scipys_with_ties_and_absent_entries(entries):
+    a, b, among = (torch.tensor(column) for column in zip(*entries))
+    found = metrics.spearman(a.float(), b.float(), among).item()
+    a, b = a[among].numpy(), b[among].numpy()
+    if len(a) < 2:
+        assert math.isnan(found)
+    elif len({*a.tolist()}) == 1 or len({*b.tolist()}) == 1:
+        assert found == 0  # constant: it says nothing
+    else:
+        assert found == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-9)
+
+
+class Weighing(torch.nn.Module):
+    """Its feature is (1, Σ w x) over four patches of 7×7 pixels, x the mean of each in [0, 1]."""
+
+    patch_size, registers = 7, 0
+
+    def __init__(self, *weights):
+        super().__init__()
+        self.weights, self.cls_token = torch.tensor(weights), torch.zeros(1)
+
+    def forward(self, images, keep=None):
+        x = metrics.patch_sums(data.denormalize(images).mean(1), 7) / AREA * self.weights
+        x = x.sum(-1) if keep is None else x.take_along_dim(keep, 1).sum(-1)
+        return torch.stack([torch.ones_like(x), x], dim=-1)
+
+    before_last_block = lambda self, images: self(images)
+    last_attention = lambda self, x, queries: x.new_full((len(x), 1, 1, 5), 0.2)
+    last_feature = lambda self, x, attention: x if attention is None else x * attention[:, 0, 0, :2]
+
+
+def canvas_of(*patches):
+    """An image (1, 14, 14) whose four patches have these values; masks are cut the same way."""
+    return torch.tensor(patches).view(1, 2, 2).repeat_interleave(7, 1).repeat_interleave(7, 2)
+
+
+def effects_by_hand():
+    """Two canvases: digit on patches 0 and 1, a distractor on 2, another on 3 of the first only."""
+    images = torch.stack([canvas_of(1.0, 0.5, 1.0, 1.0), canvas_of(1.0, 1.0, 0.5, 0.0)])
+    yes, no = canvas_of(True, True, False, False), canvas_of(False, False, True, True)
+    parts = [[0, 1], [2, 3]]  # pieces of the digit; distractors
+    without, own = images[:, None].repeat(1, 4, 1, 1, 1), torch.zeros(2, 4, 14, 14).bool()
+    for k, patch in enumerate([p for part in parts for p in part]):
+        only = canvas_of(*(p == patch for p in range(4)))
+        without[:, k] *= ~only
+        own[:, k] = (images * only > 0.4)[:, 0]
+    batch = {"images": images, "without": without, "own": own, "index": torch.arange(2)}
+    batch |= {"labels": torch.tensor([0, 1]), "own_ink": torch.tensor([[49, 25, 49, 49]] * 2)}
+    return batch | {"digit": yes.expand(2, -1, -1), "clutter": (images > 0.4)[:, 0] & no[0]}
+
+
+def test_effects_of_a_network_that_weighs_patches():
+    """By hand: features are (1, a), their angles atan a; of the first canvas a = 4 + 1 + 2 + 1."""
+    network = Weighing(4.0, 2.0, 2.0, 1.0)
+    effects = metrics.observe_effects(network, [effects_by_hand()])
+    angle = lambda a: math.atan(a)
+    sums = [[8, 4, 7, 6, 7], [7, 3, 5, 6, 7]]  # whole, then without each patch in turn
+    for image, (whole, *rest) in enumerate(sums):
+        for patch, a in enumerate(rest):
+            turned = angle(whole) - angle(a)
+            effect, moved = effects["effect"][image, patch], effects["moved"][image, patch]
+            assert effect.item() == pytest.approx(1 - math.cos(turned), abs=1e-6)
+            assert moved.item() == pytest.approx(2 * math.sin(turned / 2), abs=1e-5)
+    assert effects["ink"].tolist() == [[True] * 4, [True, True, True, False]]
+    assert (
+        effects["own"][1].argmax(-1).tolist()[:3] == [0, 1, 2] and effects["own"][1, 3].sum() == 0
+    )
+    # effects rank the first canvas's patches 4, 1½, 3, 1½, the second's 3, 2, 1
+    maps = torch.tensor([[[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4], [0.25] * 4]])
+    scores = metrics.faithfulness(maps.expand(2, -1, -1), effects)
+    by_hand = [4.5 / (5 * 4.5) ** 0.5, -3 / (5 * 4.5) ** 0.5, 0], [0.5, -1, 0]
+    torch.testing.assert_close(scores["patch_faithfulness"].float(), torch.tensor(by_hand))
+    # patch 2 matters more than 3; on the second canvas only one distractor has ink
+    objects = scores["object_faithfulness"]
+    assert objects[0].tolist() == pytest.approx([1, -1, 0]) and objects[1].isnan().all()
+    bank = {("features", "trained"): effects["features"], "labels": torch.tensor([0, 1])}
+    said, moved = metrics.measure_effects(effects, bank, "trained"), effects["moved"].double()
+    pieces = (moved[:, 0] / 49 + moved[:, 1] / 25).sum() / (moved[:, 2:] / 49).sum()
+    assert said["causal_selectivity"]["value"] == pytest.approx(pieces.item(), rel=1e-5)
+    matters = said["attention_matters"]
+    assert matters["even"]["cosine"]["value"] == pytest.approx(1)  # it scales both entries alike
+    assert matters["features"]["knn"]["value"] == 1
+    assert matters["two_canvases"] == pytest.approx(math.cos(angle(8) - angle(7)), abs=1e-6)
+
+
+def test_nothing_is_nan_in_a_table_of_blank_and_constant_maps():
+    """Canvases without any distractor, and a network to which nothing matters."""
+    config = LAPTOP | {"num_distractors": 0}
+    for network in (network_of(), Weighing(0.0, 0.0, 0.0, 0.0)):
+        if isinstance(network, Weighing):
+            batches = [effects_by_hand()]
+            effects = metrics.observe_effects(network, batches)
+            scores = metrics.faithfulness(torch.rand(2, 3, 4, generator=rng()), effects)
+            assert (scores["patch_faithfulness"] == 0).all()
+            continue
+        shown = config, SPLITS["test"], 20
+        seen = metrics.observe({"trained": network}, data.evaluation_batches(*shown), rollout=True)
+        batches = data.evaluation_batches(*shown, parts=True)
+        effects = metrics.observe_effects(network, batches)
+        table = metrics.measure_attention(seen, effects, resamples=20)
+        assert table["mean"]["object_faithfulness"]["value"] is None
+        assert table["uniform"]["patch_faithfulness"]["value"] == 0
+        assert table["mean"]["patch_faithfulness"]["images"] == 20
+        text = json.dumps(table, allow_nan=False) + "".join(metrics.format_table(table))
+        assert "nan" not in text.lower()
+
+
+def test_a_share_of_the_oracle_and_fewer_canvases_for_effects(monkeypatch):
+    network, shown = network_of(), (LAPTOP, SPLITS["test"], 100)
+    seen = metrics.observe({"trained": network}, data.evaluation_batches(*shown), rollout=True)
+    few = data.evaluation_batches(LAPTOP, SPLITS["test"], 10, parts=True)
+    table = metrics.measure_attention(seen, metrics.observe_effects(network, few), resamples=50)
+    oracle, mean = table["oracle"], table["mean"]
+    assert oracle["of_oracle"]["value"] == pytest.approx(1) and oracle["auroc"]["value"] > 0.9
+    share = math.log(mean["selectivity"]["value"]) / math.log(oracle["selectivity"]["value"])
+    assert mean["of_oracle"]["value"] == pytest.approx(share)
+    assert mean["patch_faithfulness"]["images"] == 10 and mean["selectivity"]["images"] > 90
+    large = vit.VisionTransformer(depth=1)
+    assert metrics.effect_images(network, 56) == 1000 and metrics.effect_images(large, 224) == 20
+
+
+def test_leaving_out_the_tokens_that_matter():
+    """Of ten patches a fifth is two: the two that weigh most, or the two that weigh nothing."""
+    network = Weighing(*[0.0] * 10)
+    network.weights[:2] = torch.tensor([1.0, 2.0])
+    network.forward = lambda images, keep=None: Weighing.forward(network, images, keep)
+    images = data.normalize(torch.ones(3, 1, 14, 35))  # 2 × 5 patches
+    pointing, missing = torch.zeros(2, 3, 10)
+    pointing[:, :2], missing[:, 5:7] = 0.5, 0.5
+    effects = metrics.token_effects(network, images, [pointing, missing], rng(), draws=200)
+    whole = 1 - math.cos(math.atan(3))  # (1, 3) becomes (1, 0)
+    torch.testing.assert_close(effects[:, :2], torch.tensor([[whole, 0]] * 3), atol=1e-5, rtol=0)
+    assert effects.shape == (3, 202)
+    one = [1 - math.cos(math.atan(3) - math.atan(a)) for a in (2, 1)]
+    expected = whole / 45 + 8 / 45 * sum(one)  # of 45 pairs one has both, 8 the one, 8 the other
+    assert effects[:, 2:].mean().item() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.fixture
@@ -298,6 +445,7 @@ def test_the_best_head_is_the_most_selective_on_validation(few_images, monkeypat
 
     monkeypatch.setattr(data, "evaluation_batches", remembered)
     monkeypatch.setattr(metrics, "cls_attention", attention)
+    monkeypatch.setattr(metrics, "measure_effects", lambda *args: {})
     result, _ = metrics.evaluate("a.pth", LAPTOP, None, network_of(), SPLITS)
     assert result["best_head"] == "head_2"
     for layout in ("matched", "paper"):
@@ -319,7 +467,7 @@ def test_cls_attention_leaves_cls_out_and_sums_to_one():
     with torch.no_grad():
         backbone.blocks[1].attn.qkv.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        metrics.observe([backbone], batches)
+        metrics.observe({"trained": backbone}, batches)
 
 
 def test_knn_is_dinos_query_by_query():
@@ -346,7 +494,7 @@ def test_validation_measures_the_same_images_for_every_run(few_images):
     backbone = network_of()
     configs = [LAPTOP | {"seed": seed} for seed in (0, 1)]
     sets = [metrics.validation_images(config, SPLITS) for config in configs]
-    sets = [[metrics.observe([backbone], batches) for batches in pair] for pair in sets]
+    sets = [[metrics.observe({"trained": backbone}, batches) for batches in pair] for pair in sets]
     one, other = (metrics.validate(*pair) for pair in sets)
     assert one == other and one["images"] == 60
     seen, bank = sets[0]
@@ -357,7 +505,7 @@ def test_validation_measures_the_same_images_for_every_run(few_images):
         assert all(value == cells[name]["value"] for name, value in one[row].items()), row
     assert torch.equal(seen["labels"], SPLITS["validation"].labels[seen["index"]])
     assert torch.equal(bank["labels"], SPLITS["train"].labels[bank["index"]])
-    points, queries = bank["features"][0], seen["features"][0]
+    points, queries = (each["features", "trained"] for each in (bank, seen))
     torch.testing.assert_close(points.norm(dim=-1), torch.ones(60))
     correct = metrics.knn_classify(points, bank["labels"], queries) == seen["labels"]
     assert one["knn"] == pytest.approx(correct.double().mean().item())
@@ -394,15 +542,21 @@ def result_of(mean, best=None, shuffled=(1.0, 0.9, 1.1), heads=2):
     rows = {"mean": mean} | {f"head_{h + 1}": mean for h in range(heads)} | {"head_2": best or mean}
     rows |= {"uniform": (1, 1, 1), "ink": (1, 1, 1), "brightness": (1.3, 1.2, 1.4)}
     rows |= {"shuffled": shuffled, "untrained": (1.1, 1, 1.2)}
+    rows |= {"rollout": (1.3, 1.2, 1.4), "oracle": (8, 7, 9)}
     table = {row: {"selectivity": cell(*selectivity)} for row, selectivity in rows.items()}
     for cells in table.values():
         for name in ("auroc", "pointing", "jaccard60", "best_jaccard", "entropy", "diversity"):
             cells[name] = cell(0.25, 0.24, 0.26)
+        for name in ("of_oracle", "patch_faithfulness", "object_faithfulness"):
+            cells[name] = cell(0.85, 0.84, 0.86)
         for region in ("digit", "clutter", "background", "far_background"):
             cells[f"{region}_density"] = cell(12.345, 11.345, 13.345)
     accuracies = {name: cell(0.434, 0.4, 0.5) for name in ("knn", "linear_probe")}
     result = {"checkpoint": "run/ckpt.pth", "epoch": 2, "fallbacks": [], "settings": LAPTOP}
     result |= {"best_head": "head_2", "collapse": None, "matched": table, "paper": table}
+    even = {"cosine": cell(0.123, 0.1, 0.2), "knn": cell(0.1, 0.0, 0.2)}
+    result["attention_matters"] = {"two_canvases": 0.456, "even": even}
+    result["causal_selectivity"] = cell(2.34, 2.2, 2.5)
     return result | {"features": accuracies, "untrained_features": accuracies}
 
 
@@ -440,11 +594,13 @@ def test_the_report_is_short_and_leads_with_the_verdict(tmp_path, heads):
     result, path = result_of(YES, heads=heads), tmp_path / "metrics.json"
     text = metrics.report([result], str(path))
     lines = [line for line in text.splitlines() if "/" not in line]
-    assert len(text.splitlines()) <= 30 and max(map(len, lines)) <= 100 and str(path) in text
+    assert (
+        len(text.splitlines()) <= 28 + heads and max(map(len, lines)) <= 100 and str(path) in text
+    )
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert text.index("at all that is white? Yes:") < text.index("selectivity  ")
     (mean,) = [" ".join(line.split()) for line in lines if line.startswith("mean ")]
-    assert mean.startswith("mean 1.90 [1.80, 2.00] 0.25 [0.24, 0.26] 0.25")
+    assert mean == "mean 1.90 [1.80, 2.00] 0.85 0.25 0.85 [0.84, 0.86] 0.85 12.35 12.35 12.35"
     for row in ("head 2 (best)", "brightness", "shuffled", "untrained"):
         assert any(line.startswith(row) for line in lines), row
     assert "0.43" in text or "43.4%" in text  # what the features tell

@@ -251,11 +251,14 @@ def test_figures_2_and_3_from_training_to_pictures(stl10, tmp_path, monkeypatch,
     finer = ["--image-size", "84"]
     assert visualize.main([str(folder / "ckpt.pth"), "--device", "cpu", *finer]) == 0
     printed = capsys.readouterr().out
-    assert "photographs, of which there are no masks" in printed and "probe" in printed
+    assert "photographs: no masks" in printed and "probe" in printed
     for name in ("views.png", "attention.png", "tsne.png", "curves.png"):
         assert min(Image.open(folder / name).size) > 300
     result = json.loads((folder / "metrics.json").read_text())
-    assert set(result["photographs"]) == {"mean", "head_1", "head_2", "head_3", "untrained"}
+    rows = {"mean", "head_1", "head_2", "head_3", "rollout", "untrained"}
+    assert set(result["photographs"]) == rows
+    assert result["token_effect"].keys() == {"mean", "rollout"}
+    assert "changes the feature" in printed
     assert result["settings"]["image_size"] == 84
     assert "not the whole STL-10" in result["fallbacks"][0]
 

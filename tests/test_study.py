@@ -72,7 +72,8 @@ def test_small_checkpoints_attend_as_their_runs_do(name, committed):
     network.load_state_dict({key: value.float() for key, value in checkpoint["teacher"].items()})
     digits = data.load_digits("sklearn")[0]["test"]  # which it never saw
     batches = data.evaluation_batches(checkpoint["config"], digits, 200)
-    mean = metrics.measure_attention(metrics.observe([network.backbone], batches), 0)["mean"]
+    seen = metrics.observe({"trained": network.backbone}, batches)
+    mean = metrics.measure_attention(seen, resamples=0)["mean"]
     assert mean["digit_density"]["value"] > 3 > mean["background_density"]["value"]
 
 

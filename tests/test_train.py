@@ -451,16 +451,20 @@ def test_each_epoch_is_measured_on_the_same_validation_canvases(tmp_path):
     for line in (lines[0], lines[2]):
         said = line["validation"]
         backbone, kept = vit.load_backbone(tmp_path / f"epoch-{line['epoch']}.pth")
-        held_out = DIGITS["validation"], 16, "matched", "validation"
-        batches = data.evaluation_batches(kept["config"], *held_out)
-        table = metrics.measure_attention(metrics.observe([backbone], batches), resamples=0)
+        held_out = kept["config"], DIGITS["validation"], 16, "matched", "validation"
+        seen = metrics.observe({"trained": backbone}, data.evaluation_batches(*held_out))
+        changed = next(data.evaluation_batches(*held_out, batch_size=1, parts=True))
+        effects = metrics.observe_effects(backbone, [changed])
+        table = metrics.measure_attention(seen, effects, resamples=0)
         rows = {"mean", "head_1", "head_2", "head_3", "uniform", "ink", "brightness", "shuffled"}
+        rows.add("oracle")
         assert rows == set(said) - {"images", "knn", "loss", "mean_cosine"}
         assert said["images"] == 16 and 0 <= said["knn"] <= 1
         for row in rows:
             for name, value in said[row].items():
                 assert value == pytest.approx(table[row][name]["value"], abs=1e-6)
-        assert set(said["mean"]) == {"selectivity", "auroc", "pointing", "entropy", "diversity"}
+        names = {"selectivity", "auroc", "pointing", "entropy", "diversity", "patch_faithfulness"}
+        assert set(said["mean"]) == names
         assert said["loss"] == pytest.approx(math.log(8), abs=0.4)
     assert lines[0]["validation"]["mean"] != lines[2]["validation"]["mean"]
     assert lines[0]["validation"]["brightness"] == lines[2]["validation"]["brightness"]

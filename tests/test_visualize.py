@@ -149,15 +149,19 @@ def test_all_of_a_run(looked):
         assert min(Image.open(out / f"{name}.png").size) > 300
     result = strict_json(out / "metrics.json")
     about = {"checkpoint", "epoch", "fallbacks", "settings", "best_head", "matched", "paper"}
+    about |= {"causal_selectivity", "attention_matters"}
     assert result.keys() == about | {"features", "untrained_features", "collapse", "mean_cosine"}
     assert result["epoch"] == 2 and result["settings"]["patch_size"] == 7
     assert result["fallbacks"] == [] and result["best_head"] in result["matched"]
     rows = {"mean", "head_1", "head_2", "head_3", "uniform", "ink", "brightness", "shuffled"}
+    rows |= {"rollout", "oracle"}
     names = {"selectivity", "auroc", "pointing", "jaccard60", "best_jaccard", "entropy"}
+    names |= {"of_oracle"}
     for region in ("digit", "clutter", "background"):
         names |= {f"{region}_share", f"{region}_density", "far_background_density"}
-    for layout in ("matched", "paper"):
+    for layout in ("paper", "matched"):
         assert set(result[layout]) == {*rows, "untrained"}
+        names |= {f"{w}_faithfulness" for w in ("patch", "object") if layout == "matched"}
         assert set(result[layout]["head_1"]) == names
         assert set(result[layout]["mean"]) == {*names, "diversity"}
         assert result[layout]["mean"]["entropy"]["images"] == 60
@@ -181,7 +185,11 @@ def test_attention_over_training_has_a_row_an_epoch(run_folder, other_run, looke
             torch.testing.assert_close(columns[f"head {head}"][row].flatten(), map_)
     assert not torch.allclose(columns["head 1"][0], columns["head 1"][2], atol=1e-6)
     columns, names = look(other_run / "ckpt.pth", out=tmp_path)[1]["attention.png"]
-    assert list(columns) == ["input", "head 1"] and len(columns["input"]) == 8 and names == []
+    assert (
+        list(columns) == ["input", "effect", "rollout", "head 1"]
+        and len(columns["input"]) == 8
+        and names == []
+    )
 
 
 def test_several_side_by_side_each_at_its_own_size(run_folder, other_run, tmp_path, capsys):
@@ -200,10 +208,15 @@ def test_side_by_side_is_the_same_as_one_by_one(run_folder, looked, tmp_path):
     flags = [run_folder / "epoch-0.pth", run_folder / "ckpt.pth", "--weights", "none"]
     assert look(*flags, out=tmp_path)[0] == 0
     before, after, never = strict_json(tmp_path / "metrics-compared.json")
+    other = after["matched"].pop("other_network")  # the next on the command line
+    assert other["selectivity"] == pytest.approx(never["matched"]["mean"]["selectivity"])
     assert after["matched"] == alone["matched"] and after["features"] == alone["features"]
     assert never["settings"]["weights"] == "none" and never["epoch"] is None
     # the run's own network at random weights is its step 0
     for name, value in alone["matched"]["untrained"].items():
+        if "faithfulness" in name:  # to the trained network's effects, not to its own
+            value = alone["matched"]["untrained"]["entropy"]
+            name = "entropy"
         assert before["matched"]["mean"][name] == pytest.approx(value)
         assert never["matched"]["mean"][name] == pytest.approx(value)
     assert before["matched"]["mean"] != after["matched"]["mean"]
@@ -240,7 +253,8 @@ def test_shipped_checkpoints_look_at_ink(name):
     model = opened(os.path.join(ROOT, "results", "checkpoints", f"{name}.pth"))
     assert model.config["views"] == name and model.epoch == model.config["epochs"]
     images = data.evaluation_batches(model.config, model.splits["test"], 200)
-    mean = metrics.measure_attention(metrics.observe([model.backbone], images))["mean"]
+    seen = metrics.observe({"trained": model.backbone}, images)
+    mean = metrics.measure_attention(seen)["mean"]
     assert mean["digit_density"]["low"] > 3 * mean["background_density"]["high"]
     assert mean["selectivity"]["low"] > 1.2
 

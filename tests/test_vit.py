@@ -279,3 +279,52 @@ def test_a_server_that_is_down_or_silent(hub, monkeypatch, request, silent, says
 def test_missing_device_is_named():
     with pytest.raises(ValueError, match="--device nonsense"):
         vit.find_device("nonsense")
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_rollout_is_a_product_of_matrices(registers):
+    torch.manual_seed(0)
+    model, images = (
+        vit.VisionTransformer(7, 24, 3, 3, 28, registers=registers),
+        torch.rand(2, 3, 28, 28),
+    )
+    x = model.prepare_tokens(images)
+    product = torch.eye(x.shape[1])
+    for block in model.blocks:
+        q, k, _ = block.attn.queries_keys_values(block.norm1(x))
+        weights = ((q @ k.mT) / 8**0.5).softmax(-1)
+        joint = weights.mean(1) + torch.eye(x.shape[1])
+        product = joint / joint.sum(-1, keepdim=True) @ product
+        x = block(x)
+    found = model.rollout(images)
+    torch.testing.assert_close(found, product[:, 0])
+    torch.testing.assert_close(found.sum(-1), torch.ones(2))
+
+
+def test_patches_can_be_left_out_as_tokens():
+    """The order of tokens says nothing, their positions do; those left out leave no trace."""
+    torch.manual_seed(0)
+    model, images = vit.VisionTransformer(7, 24, 2, 3, 28, registers=1), torch.rand(2, 3, 28, 28)
+    order = torch.stack([torch.randperm(16) for _ in range(2)])
+    torch.testing.assert_close(model(images, order), model(images))
+    kept, other = order[:, :10], images.clone()
+    for image, gone in zip(other, order[:, 10:]):
+        for patch in gone.tolist():
+            row, column = 7 * (patch // 4), 7 * (patch % 4)
+            image[:, row : row + 7, column : column + 7] = 9
+    torch.testing.assert_close(model(other, kept), model(images, kept))
+    assert not torch.allclose(model(images, kept), model(images), atol=1e-3)
+
+
+def test_attention_of_the_last_block_can_be_replaced():
+    torch.manual_seed(0)
+    model, images = vit.VisionTransformer(7, 24, 2, 3, 28), torch.rand(2, 3, 28, 28)
+    x = model.before_last_block(images)
+    own = model.last_attention(x, queries=1)
+    torch.testing.assert_close(model.last_feature(x, own), model(images))
+    block, cls_alone = model.blocks[-1], torch.zeros_like(own)
+    cls_alone[..., 0] = 1  # then the feature is what [CLS] makes of its own value
+    value = block.attn.qkv(block.norm1(x[:, 0]))[:, -24:]
+    expected = x[:, 0] + block.attn.proj(value)
+    expected = model.norm(expected + block.mlp(block.norm2(expected)))
+    torch.testing.assert_close(model.last_feature(x, cls_alone), expected)
