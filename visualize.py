@@ -191,7 +191,8 @@ def plot_curves(model, path):
     epochs = [line["epoch"] for line in model.history]
     lines = [line["validation"] for line in model.history]
     heads = [row for row in lines[0] if row.startswith("head_")]
-    names = [name for name in ("selectivity", "auroc", "pointing") if name in lines[0]["mean"]]
+    of_canvases = ("selectivity", "auroc", "pointing", "patch_faithfulness")
+    names = [name for name in of_canvases if name in lines[0]["mean"]]
     names += ["entropy", "diversity"] if len(heads) > 1 else ["entropy"]
     panels = ["loss", *names, "k-NN accuracy, %", "legend"]
     panels += ["."] * (len(panels) % 2)  # an empty place
@@ -229,7 +230,7 @@ def plot_curves(model, path):
     legend.legend(*labelled, loc="center", fontsize=9, ncols=1 if len(heads) <= 6 else 2)
     notes = {"diversity": " of the heads, bits", "entropy": " (1: uniform)"}
     for name, axis in axes.items():
-        axis.set_title(name + notes.get(name, ""), fontsize=11)
+        axis.set_title(name.replace("_", " ") + notes.get(name, ""), fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
     title = f"{lines[0]['images']} validation images, teacher's attention"
