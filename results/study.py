@@ -1,12 +1,12 @@
-"""Every claim of the paper, tried: train each row of the grid below and write down what it gives.
+"""The claims of the paper, and our own on faithfulness, tried: runs, tables and figures.
 
-    python results/study.py                      # all at laptop scale; goes on where it stopped
-    python results/study.py --only C5            # the rows that one claim needs
-    python results/study.py --tables             # no run: tables and figures from study.json
-    python results/study.py --again same-2 0     # one run again: is it the same, bit for bit?
+    python results/study.py                      # all runs that are not in study.json yet
+    python results/study.py --only F1 C5         # the rows that these claims need
+    python results/study.py --tables             # no run: pages and figures from study.json
+    python results/study.py --again same 10      # one run again: is it the same, bit for bit?
 
-A row is flags of train.py, run once with each of its seeds as a person would type them. What a run
-measured goes to study.json, a line a run, with its command; a run that is there is not done again.
+A row is flags of train.py, run once with each of its seeds as a person would type them (plan.md).
+What a run measured goes to study.json, a line a run; a run that is there is not done again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT, STUDY, CHECKPOINTS, DIGITS = HERE.parent, HERE / "study.json", HERE / "checkpoints", "mnist"
+ROOT, STUDY = HERE.parent, HERE / "study.json"
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import figures
@@ -31,71 +31,62 @@ import torch
 import verdicts
 
 import data
+import train
 import vit
 
-# "same-2": same views, two crops of a canvas. Where rows are to tell views and crops apart, the
-# student sees the same number of crops in each, so that none learns from more. (On a laptop
-# different views feed the crops of both canvases to both branches, twice as many as flagged.)
-# Rows named …-images have seen as many canvases as each other instead, as the paper's have.
-SAME, DIFF = "--loss nce --views same --crops", "--loss nce --views different --crops"
-DINO, DINO_DIFF = "--loss dino --views same --crops 2", "--loss dino --views different --crops 1"
-TEXTURE = f"{SAME} 2 --background texture"
-GRID = [  # row, flags; images an epoch, seeds, claims on a laptop; images, epochs, claims on a GPU
-    ("different-long", f"{DIFF} 1", (12_800, 5, "C6"), (50_000, 10, "C5 C6")),
-    ("different-1", f"{DIFF} 1", (3200, 10, "C1 C2 C3 C5 C8 Q2"), (50_000, 1, "C1 C2 C3 C8 Q2")),
-    ("same-2", f"{SAME} 2", (3200, 10, "C1 C2 C3 C4"), (25_000, 1, "C1 C2 C3 C4")),
-    ("same-1", f"{SAME} 1", (6400, 10, "C3"), (50_000, 1, "C3")),
-    ("different-2", f"{DIFF} 2", (1600, 10, "C3 C7"), (25_000, 1, "C3")),
-    ("same-4", f"{SAME} 4", (1600, 10, "C3 C7"), (12_500, 1, "C3 C7")),
-    ("texture", TEXTURE, (3200, 5, "C4"), (25_000, 1, "C4")),
-    ("texture-pool", f"{TEXTURE} --texture-pool 10", (3200, 5, "C4"), (25_000, 1, "C4")),
-    ("dino-same", DINO, (3200, 5, "C1 C2"), (25_000, 1, "C1 C2")),
-    ("dino-different", DINO_DIFF, (3200, 5, "C1 C2"), (50_000, 1, "C1 C2")),
-    *[(f"same-{n}-images", f"{SAME} {n}", (1600, 10, "C7"), (12_500, 1, "C7")) for n in (2, 1)],
-    ("different-1-images", f"{DIFF} 1", (1600, 10, "C7"), (12_500, 1, "C7")),
-    ("different-2-images", f"{DIFF} 2", None, (12_500, 1, "C7")),
-    ("different-4-images", f"{DIFF} 4", (1600, 10, "C7"), None),
-    ("different-4", f"{DIFF} 4", None, (12_500, 1, "C7")),
-    *[(f"heads-{n}", f"{DIFF} 1 --heads {n}", (3200, 5, "Q2"), None) for n in (1, 2, 6, 12)],
-    *[(f"size-{n}", f"{DIFF} 1 --image-size {n}", (3200, 5, "C8"), None) for n in (28, 84)],
-    ("size-112", f"{DIFF} 1 --image-size 112", None, (50_000, 1, "C8")),
-    ("size-448", f"{DIFF} 1 --image-size 448 --micro-batch 8", None, (50_000, 1, "C8")),
-    ("same-long", f"{SAME} 2", (12_800, 1, ""), None),  # for the small checkpoint
-    ("stl10-nce", "--dataset stl10 --loss nce", None, (100_000, 10, "C1 C2")),
-    ("stl10-dino", "--dataset stl10 --loss dino", None, (100_000, 10, "C1 C2")),
-    ("random-weights", f"{DIFF} 1 --weights none", None, (50_000, 1, "Q3")),
-    ("vit-small-16", f"{DIFF} 1 --weights dino_vits16", None, (50_000, 1, "Q3")),
-    # What does not hold as it is: would it with another learning rate, temperature or length?
-    ("look-texture-lr", f"{TEXTURE} --lr 0.003", (3200, 1, "C4"), None),
-    ("look-texture-temperature", f"{TEXTURE} --temperature 0.1", (3200, 1, "C4"), None),
-    ("look-texture-long", TEXTURE, (12_800, 1, "C4"), None),
-    ("look-texture-crops", f"{SAME} 4 --background texture", (1600, 1, "C4"), None),  # the paper's
-    ("look-dino-lr", f"{DINO} --lr 0.003", (3200, 1, "C1 C2"), None),
-    ("look-dino-long", DINO, (12_800, 1, "C1 C2"), None),
-    ("look-size-84-long", f"{DIFF} 1 --image-size 84", (6400, 1, "C8"), None),
-    ("look-different-lr", f"{DIFF} 1 --lr 0.003", (3200, 1, "C5"), None),
-]
-OF_HEADS = ["selectivity", "auroc", "digit_density", "clutter_density"]  # what study.json keeps
-OF_HEADS += ["digit_share", "clutter_share", "background_share"]
-OF_MAPS = ["selectivity", "auroc", "pointing", "jaccard60", "digit_density"]
+SAME, DIFFERENT = "--loss nce --views same", "--loss nce --views different"
+FRESH, FIVE = verdicts.FRESH, verdicts.FRESH[:5]
+PRETRAINING = "{runs}/{preset}/pretraining/seed-0/ckpt.pth"
+# Rows in the order in which they run: flags beside the preset's, seeds, claims. Claims in capitals
+# are tested on a GPU too, with seed 10 alone. In same and different views the student is fed two
+# crops an image, so that none learns from more.
+GRID = {
+    "different": (DIFFERENT, FRESH, "F1 F2 F3 F4 C5 C8 C9 Q2"),
+    "same": (SAME, FRESH, "F2 C1 C2 C3 C5 Q3"),
+    "supervised": ("--loss supervised --views different", FRESH, "C9"),
+    "dino-same": ("--loss dino --views same", FRESH, "C1 C2"),
+    "texture": (f"{SAME} --background texture", FRESH, "C4"),
+    "same-4": (f"{SAME} --crops 4", FRESH, "C7"),
+    "same-1": (f"{SAME} --crops 1", FRESH, "C7"),
+    "different-registers-0": (f"{DIFFERENT} --registers 0", FRESH, "F4"),
+    "heads-6": (f"{DIFFERENT} --heads 6", FRESH, "Q2"),
+    "size-28": (f"{DIFFERENT} --image-size 28", FRESH, "C8"),
+    "pretraining": ("--loss supervised --views same --digits sklearn", [0], "Q3"),
+    "pretrained": (f"{SAME} --weights {PRETRAINING}", FRESH, "Q3"),
+    "different-long": (f"{DIFFERENT} --epochs 40", FIVE, "C6"),
+    "same-registers-0": (f"{SAME} --registers 0", FIVE, ""),
+    "supervised-same": ("--loss supervised --views same", FIVE, ""),
+    "dino-different": ("--loss dino --views different", FIVE, ""),
+    "depth-4": (f"{DIFFERENT} --depth 4", FIVE, ""),
+    "depth-6": (f"{DIFFERENT} --depth 6", FIVE, ""),
+}
+# one GPU, ViT-S/8 from DINO's weights, seed 10 alone: in order of value
+PAPER = {name: GRID[name][0] for name in ("different", "same", "supervised")}
+PAPER |= {"size-112": f"{DIFFERENT} --image-size 112"}
+PAPER |= {f"batch-{n}": f"{DIFFERENT} --batch-size {n} --micro-batch 32" for n in (32, 256)}
 
 
-def grid(preset):
-    """The rows in the order in which they run: {name: {"flags", "seeds", "claims"}}."""
-    paper, found = preset == "paper", {}
-    rows = [(name, flags, *scales[paper]) for name, flags, *scales in GRID if scales[paper]]
-    base_lr, images = (0.0005, 49_152) if paper else (0.001, 6144)
-    for batch in verdicts.BATCHES:
-        for rate in verdicts.RATES:
-            lr = rate * base_lr / 64 * min(batch, 256) * max(1, batch / 256) ** 0.5
-            pieces = " --micro-batch 32" if paper and batch > 32 else ""
-            flags = f"{DIFF} 1 --batch-size {batch} --lr {lr:.6g}{pieces}"
-            rows.append((f"batch-{batch}-lr-{rate}", flags, images, 1, "Q1"))
-    for name, flags, images, count, claims in rows:
-        epochs, seeds = (count, 1) if paper else (10, count)
-        flags = f"{flags} --epochs {epochs} --images-per-epoch {images}"
-        found[name] = {"flags": flags, "seeds": range(seeds), "claims": claims.split()}
-    return found
+def grid(preset, runs):
+    """{row: (flags, seeds, claims)}, with those of the searches that `runs` ask for."""
+    if preset == "paper":
+        return {name: (flags, [10], "") for name, flags in PAPER.items()}
+    rows = dict(GRID)
+    for base in verdicts.SEARCHED:
+        claim = "Q1" if base in verdicts.BATCHES else "C2"
+        batch = verdicts.BATCHES.get(base, 64)
+        flags = f"{DIFFERENT} --batch-size {batch}" if base in verdicts.BATCHES else GRID[base][0]
+        factors, best = {0.5, 1, 2}, verdicts.best_row(runs, base)
+        found = verdicts.rates(runs, base)
+        if factors <= found.keys() and not best:  # the best is at an edge: go on there
+            edge = max(found, key=found.get)
+            factors.add(edge * 2 if edge == max(found) else edge / 2)
+        for factor in sorted(factors | found.keys()):
+            name, lr = verdicts.rate_row(base, factor), factor * 0.001 * batch / 64
+            at = "" if name in GRID else f" --lr {lr:.6g}"
+            seeds = {0, *(FRESH if name == best or name in GRID else ())}
+            claims = f"{claim} {GRID[name][2]}" if name in GRID else claim
+            rows[name] = (flags + at, sorted(seeds), claims)
+    return rows
 
 
 def read_study():
@@ -113,23 +104,21 @@ def write_study(study):
     part.replace(STUDY)
 
 
-def command(args, row, seed):
-    """What a person would type for a run, the part of it that says what is trained, its folder."""
-    flags = grid(args.preset)[row]["flags"]
-    if args.weights and "--weights" not in flags:
-        flags += f" --weights {shlex.quote(args.weights)}"
-    flags += f" --seed {seed} --device"
+def command(args, flags, row, seed):
+    """What a person would type for a run, and its folder."""
     folder = f"{args.runs}/{args.preset}/{row}/seed-{seed}"
+    flags = flags.format(runs=args.runs, preset=args.preset)
     threads = "OMP_NUM_THREADS=1 " if args.device == "cpu" else ""  # sums depend on how many
-    digits = "" if "stl10" in flags else f" --digits {DIGITS}"
+    digits = "" if "--digits" in flags else "--digits mnist "
+    weights = "" if not args.weights else f" --weights {shlex.quote(args.weights)}"
     where = "" if args.data_root == "data" else f" --data-root {shlex.quote(args.data_root)}"
-    text = f"{threads}python train.py --preset {args.preset}{digits} {flags} {args.device}{where}"
-    return f"{text} --output {shlex.quote(folder)}", flags, folder
+    text = f"{threads}python train.py --preset {args.preset} {digits}{flags}{weights} --seed {seed}"
+    return f"{text} --device {args.device}{where} --output {shlex.quote(folder)}", folder
 
 
-def run(args, row, seed, anew=False):
+def run(args, flags, row, seed, anew=False):
     """Train and measure a row with a seed: its line of study.json, or None if that failed."""
-    text, _, folder = command(args, row, seed)
+    text, folder = command(args, flags, row, seed)
     started, path, log = time.time(), ROOT / folder, ROOT / f"{folder}.txt"
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,18 +138,22 @@ def run(args, row, seed, anew=False):
     seconds = round(time.time() - started)
     end = f"ended with status {status}; {folder}.txt says why" if status else f"{seconds} s"
     print(f"{row}, seed {seed}: {end}", flush=True)
-    if status:
-        return None
+    return None if status else line_of(args, text, row, seed, seconds, path)
+
+
+def line_of(args, text, row, seed, seconds, folder):
+    """The line of study.json of a finished run: where it ran, and what it measured."""
     cpu = Path("/proc/cpuinfo")  # the last bits of the numbers depend on its model
     model = cpu.read_text().partition("model name\t: ")[2] if cpu.exists() else ""
     device = f"cpu, {[*model.splitlines(), os.uname().machine][0]}"
     if args.device != "cpu":
         device = torch.cuda.get_device_name(args.device)
+    precision = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy")}
     line = {"preset": args.preset, "row": row, "seed": seed, "command": text, "device": device}
-    line |= {"date": time.strftime("%Y-%m-%d"), "seconds": seconds}
+    line |= {"precision": precision, "date": time.strftime("%Y-%m-%d"), "seconds": seconds}
     line["versions"] = {"python": sys.version.split()[0]} | versions
-    return line | measured(path)
+    return line | measured(folder)
 
 
 def measured(folder):
@@ -168,29 +161,23 @@ def measured(folder):
     # six digits are enough for any table, and to tell one run from another
     rounded = {"parse_float": lambda number: float(f"{float(number):.6g}")}
     metrics = json.loads((folder / "metrics.json").read_text(), **rounded)
-    attention = metrics.get("matched") or {"mean": {}}  # photographs have no masks to measure by
-    matched, curve = {}, []
-    for name, cells in attention.items():
-        kept = cells if name == "mean" else OF_HEADS if name.startswith("head_") else OF_MAPS
-        if name != "uniform":
-            matched[name] = {key: cells[key]["value"] for key in cells if key in kept}
+    value = lambda cells: {key: cell["value"] for key, cell in cells.items()}
+    line = {"matched": {row: value(cells) for row, cells in metrics["matched"].items()}}
+    line["interval"] = {k: [c["low"], c["high"]] for k, c in metrics["matched"]["mean"].items()}
+    line |= {"best_head": metrics["best_head"], "mean_cosine": metrics["mean_cosine"]}
+    line["causal_selectivity"] = metrics["causal_selectivity"]["value"]
+    matters = metrics["attention_matters"]
+    line["attention_matters"] = {k: value(matters[k]) for k in ("features", "even", "swapped")}
+    line["attention_matters"]["two_canvases"] = matters["two_canvases"]
+    line |= {name: value(metrics[name]) for name in ("features", "untrained_features")}
+    line["curve"] = []
     for text in (folder / "log.jsonl").read_text().splitlines():
-        line = json.loads(text, **rounded)
-        maps = line["validation"]
-        point = {"step": line["step"]} | ({"loss": line["loss"]} if "loss" in line else {})
-        point |= {"validation_loss": maps["loss"], "knn": maps["knn"]}
-        for name, cells in maps.items():
-            if name in ("mean", "brightness", "shuffled"):
-                point[name] = {key: cells[key] for key in cells if key != "entropy"}
-            elif name.startswith("head_"):
-                point[name] = {key: cells[key] for key in cells if key == "selectivity"}
-        curve.append(point)
-    interval = {key: [cell["low"], cell["high"]] for key, cell in attention["mean"].items()}
-    line = {"matched": matched, "interval": interval, "best_head": metrics.get("best_head")}
-    for name in ("features", "untrained_features"):
-        line[name] = {key: cell["value"] for key, cell in metrics[name].items()}
+        epoch = json.loads(text, **rounded)
+        said = epoch["validation"]
+        point = {"epoch": epoch["epoch"], "loss": epoch.get("loss"), "knn": said["knn"]}
+        line["curve"].append(point | {"validation_loss": said["loss"], "mean": said["mean"]})
     teacher = vit.read_checkpoint(str(folder / "ckpt.pth"))["teacher"]
-    return line | {"curve": curve, "weights": weights_digest(teacher)}
+    return line | {"weights": weights_digest(teacher)}
 
 
 def weights_digest(state_dict):
@@ -203,79 +190,77 @@ def weights_digest(state_dict):
 
 
 def wanted(args, runs):
-    """All runs that the flags ask for, the most telling first: [(row, seed)]."""
+    """The runs that are still to do, the most telling first: [(row, seed)]."""
     jobs = []
-    for name, row in grid(args.preset).items():
-        if not args.only or set(args.only) & set(row["claims"]):
-            jobs += [(name, seed) for seed in row["seeds"]]
-    if args.preset == "laptop" and (not args.only or "Q1" in args.only):
-        best = verdicts.best_rates(runs).values()
-        jobs += [(name, seed) for name in best for seed in range(1, 5)]
+    for name, (flags, seeds, claims) in grid(args.preset, runs).items():
+        if not args.only or set(args.only) & set(claims.split()):
+            jobs += [(name, seed) for seed in seeds if not is_done(args, runs, flags, name, seed)]
     return jobs
 
 
-def is_done(args, runs, job):
+def is_done(args, runs, flags, row, seed):
     """Whether study.json has the run, with the flags that the grid has now; on any device."""
-    return f" {command(args, *job)[1]} " in runs.get(job, {}).get("command", "")
+    text = command(args, flags, row, seed)[0].partition(" --preset ")[2].partition(" --device")[0]
+    return f" {text} " in runs.get((row, seed), {}).get("command", "")
 
 
 def run_all(args):
     """Everything that is still to do, some runs at a time; True if none failed."""
     study, tried, failed = read_study(), set(), False
     runs = study[args.preset]
-    fresh = wanted(args, runs) if args.fresh else []  # their lines stay until there are new ones
-    while True:  # again after the first round, which tells the rates that get more seeds
-        jobs = [job for job in wanted(args, runs) if job not in tried]
-        jobs = [job for job in jobs if job in fresh or not is_done(args, runs, job)]
-        if not jobs:
-            return not failed
+    while jobs := [job for job in wanted(args, runs) if job not in tried]:
+        rows = grid(args.preset, runs)  # anew after each round, for what the searches found
         tried.update(jobs)
-        data.load_digits(DIGITS, str(ROOT / args.data_root))  # fetched once, not by several runs
+        data.load_digits("mnist", str(ROOT / args.data_root))  # fetched once, not by several runs
         print(f"{len(jobs)} runs to do, {args.jobs} at a time", flush=True)
         with ThreadPool(args.jobs) as pool:
-            results = pool.imap_unordered(lambda job: (job, run(args, *job, job in fresh)), jobs)
+            todo = [(args, rows[row][0], row, seed) for row, seed in jobs]
+            results = pool.imap_unordered(lambda each: (each[2:], run(*each)), todo)
             for job, line in results:
                 failed = failed or line is None
                 if line:
                     runs[job] = line
                     write_study(study)
+    return not failed
 
 
 def again(args, row, seed):
     """Run a line of study.json once more, elsewhere, and compare; True if nothing is different."""
-    old = read_study()[args.preset].get((row, seed))
-    if row not in grid(args.preset) or not is_done(args, {(row, seed): old or {}}, (row, seed)):
+    runs = read_study()[args.preset]
+    flags, *_ = grid(args.preset, runs).get(row, ("",))
+    if not flags or not is_done(args, runs, flags, row, seed):
         raise ValueError(f"--again {row} {seed}: study.json has no such run of today's grid")
-    args.runs += "-again"
-    new = run(args, row, seed, anew=True)
+    if "{" not in flags:  # else it starts from another run's weights, in that folder
+        args.runs += "-again"
+    new, old = run(args, flags, row, seed, anew=True), runs[row, seed]
     if new is None:
         return False
-    changing = ("command", "date", "seconds")
-    other = [name for name in new if name not in changing and new[name] != old[name]]
+    other = [k for k in new if k not in ("command", "date", "seconds") and new[k] != old[k]]
     found = f"other {', '.join(other)}" if other else "the same, bit for bit"
     print(f"{row}, seed {seed}, run again: {found}", flush=True)
     return not other
 
 
-def save_small_checkpoints(args):
-    """Teachers of the long runs of seed 0 in float16, for a reader to look at."""
+def save_small_checkpoints(args, runs):
+    """Teachers of the median runs, by selectivity, of the first five seeds, in float16."""
     for name in ("same", "different"):
-        path = ROOT / f"{args.runs}/laptop/{name}-long/seed-0/ckpt.pth"
+        found = verdicts.sample(runs, name, verdicts.SELECTIVITY, FIVE)
+        seed = sorted(found, key=found.get)[len(found) // 2] if found else None
+        path = ROOT / f"{args.runs}/laptop/{name}/seed-{seed}/ckpt.pth"
         if path.exists():
             content = vit.read_checkpoint(str(path))
             content["config"] |= {"digits": "auto", "data_root": "data"}
             content["teacher"] = {key: value.half() for key, value in content["teacher"].items()}
             small = {key: content[key] for key in ("config", "epoch", "teacher", "metrics")}
-            torch.save(small, CHECKPOINTS / f"{name}.pth")
+            torch.save(small, HERE / "checkpoints" / f"{name}.pth")
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="results/study.py", description="Try the paper's claims.")
     device, add = "cuda" if torch.cuda.is_available() else "cpu", parser.add_argument
     add("--preset", choices=["laptop", "paper"], default="laptop", help="paper: a GPU [laptop]")
-    add("--only", nargs="+", metavar="CLAIM", choices=list(verdicts.CLAIMS), help="C1 to Q3 [all]")
-    add("--tables", action="store_true", help="run nothing: tables and figures from study.json")
-    add("--fresh", action="store_true", help="do the runs again that study.json has already")
+    add("--only", nargs="+", metavar="CLAIM", choices=list(verdicts.CLAIMS), help="F1 to Q3 [all]")
+    add("--tables", action="store_true", help="run nothing: pages and figures from study.json")
     add("--again", nargs=2, metavar=("ROW", "SEED"), help="run a line again and compare")
     add("--jobs", type=int, help="runs at a time [cpu: one a core, of one thread; else 1]")
     add("--device", default=device, help="where to train [cuda if there, else cpu]")
@@ -294,18 +279,18 @@ def main(argv=None):
             return 0 if again(args, args.again[0], int(args.again[1])) else 1
         complete = args.tables or run_all(args)
         study = read_study()
-        for folder, to_figures in ((HERE, "figures/"), (ROOT, "results/figures/")):
-            page, blocks = folder / "README.md", verdicts.blocks(study, to_figures)
-            page.write_text(verdicts.fill(page.read_text(), blocks))
+        for page in (HERE / "README.md", HERE / "tables.md", ROOT / "README.md"):
+            figures_at = "results/figures/" if page.parent == ROOT else "figures/"
+            page.write_text(verdicts.fill(page.read_text(), verdicts.blocks(study, figures_at)))
         figures.draw(study["laptop"], HERE / "figures")
         if not args.tables and args.preset == "laptop":
-            save_small_checkpoints(args)
+            save_small_checkpoints(args, study["laptop"])
         return 0 if complete else 1
     except (ValueError, OSError) as error:
         print(f"results/study.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command, without --fresh, goes on")
+        print("stopped; the same command goes on")
         return 130
 
 

@@ -1,365 +1,345 @@
-"""What the lines of study.json come to: a table and a verdict for every claim.
+"""What the lines of study.json come to: one primary test and one word for every claim.
 
-Numbers are means over seeds, each over the same 1,000 test canvases, with 95% intervals of
-Student's t. Rows are compared by the ratios of their numbers with the same seed: mean, interval and
-t-test are those of the logarithm. That a ratio is alike, within 10% of 1, has to be shown as well,
-by two one-sided t-tests. All tests of the page together are corrected by Holm.
+The plan, plan.md, was written before the first run. A primary quantity is a log ratio, or a
+difference, of two numbers of runs with the same seed; its mean over seeds has a 95% interval of
+Student's t, and the interval gives the word. Everything else on the pages describes.
 """
+
+import itertools
+import math
 
 import numpy as np
 from scipy import stats
 
-MARGIN = (0.9, 1.1)  # ratios that count as alike
-LEVEL = 0.05  # of p, after the correction
-BATCHES, RATES = (32, 96, 256, 1024), (0.5, 1, 2)  # rates: times the batch's default
-CLAIMS = {  # what the paper says or asks, and which of its tests stands for it
-    "C1": ("NCE and cross-entropy both classify well (figures 2, 3)", 0),
-    "C2": ("NCE gives attention that people can read better than cross-entropy", 0),
-    "C3": ("same views: all white pixels are attended, digit and distractors alike (figure 4)", 3),
-    "C4": ("same views: a textured background is ignored (figure 5)", 0),
-    "C5": ("different views: the digit is found and distractors ignored, early on (figure 6)", 0),
-    "C6": ("after 10 epochs the loss still falls but heads part, some to distractors", 1),
-    "C7": ("4, 2 or 1 crops make no significant difference", 0),
-    "C8": ("higher resolution gives better maps", 0),
-    "Q1": ("a larger batch helps (asked)", 2),
-    "Q2": ("more heads help (asked)", 3),
-    "Q3": ("other pre-training helps (asked)", 0),
+FRESH = range(10, 20)  # seeds that nobody had seen
+LEAST = 5  # seeds that a word needs
+BATCHES = {"batch-32": 32, "batch-256": 256}
+SEARCHED = {"same": "auroc", "dino-same": "auroc"} | dict.fromkeys(BATCHES, "selectivity")
+AUROC, SELECTIVITY = "matched/mean/auroc", "matched/mean/selectivity"
+FAITHFUL = "matched/mean/patch_faithfulness"
+BRIGHTNESS, ROLLOUT = FAITHFUL.replace("mean", "brightness"), FAITHFUL.replace("mean", "rollout")
+PROBE = "features/linear_probe"
+# What is claimed; the primary quantity; its two numbers, (row, number), None for 1; whether they
+# are subtracted, not divided; what is claimed of it, and with which margin. "best" rows are those
+# of the learning rate that the search on seed 0 chose; "weaker", of two rows, has the lower mean.
+CLAIMS = {
+    "F1": (
+        "attention points to what the feature depends on, better than brightness does",
+        "patch faithfulness, attention − brightness, different views",
+        *(("different", FAITHFUL), ("different", BRIGHTNESS), "difference", ">", 0.02),
+    ),
+    "F2": (
+        "with different views it does so better than with same views",
+        "patch faithfulness of attention, different − same views",
+        *(("different", FAITHFUL), ("same", FAITHFUL), "difference", ">", 0.02),
+    ),
+    "F3": (
+        "attention rollout does so at least as well",
+        "patch faithfulness, rollout − attention, different views",
+        *(("different", ROLLOUT), ("different", FAITHFUL), "difference", "> −margin", 0.02),
+    ),
+    "F4": (
+        "registers mend heads that look past the ink",
+        "share of such heads, 4 registers − none, different views",
+        *(("different", "past"), ("different-registers-0", "past"), "difference", "<", None),
+    ),
+    "C1": (
+        "both losses classify (figures 2, 3)",
+        "linear probe ÷ that of the untrained network, the weaker loss",
+        *(("weaker same dino-same", PROBE), ("", f"untrained_{PROBE}"), "ratio", ">", None),
+    ),
+    "C2": (
+        "NCE's maps read better than cross-entropy's",
+        "auroc, NCE ÷ DINO's loss, same views, each at its best learning rate",
+        *(("best same", AUROC), ("best dino-same", AUROC), "ratio", ">", 0.05),
+    ),
+    "C3": (
+        "same views: all ink is attended alike (figure 4)",
+        "selectivity, same views ÷ brightness",
+        *(("same", SELECTIVITY), ("same", "matched/brightness/selectivity"), "ratio", "=", 0.1),
+    ),
+    "C4": (
+        "same views: a textured background is ignored (figure 5)",
+        "density of attention on far background, a texture a canvas",
+        *(("texture", "matched/mean/far_background_density"), None, "ratio", "<", None),
+    ),
+    "C5": (
+        "different views find the digit (figure 6)",
+        "selectivity, different ÷ same views",
+        *(("different", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
+    ),
+    "C6": (
+        "heads part with time (section III.B)",
+        "diversity of the heads, bits, epoch 40 − epoch 1, different views",
+        *(
+            ("different-long", "diversity at the end"),
+            ("different-long", "diversity after epoch 1"),
+        ),
+        *("difference", ">", 0.05),
+    ),
+    "C7": (
+        "4, 2 or 1 crops make no difference (section III.C)",
+        "selectivity, 4 ÷ 1 crop, same views, as many canvases",
+        *(("same-4", SELECTIVITY), ("same-1", SELECTIVITY), "ratio", "=", 0.2),
+    ),
+    "C8": (
+        "a higher resolution gives better maps (section III)",
+        "auroc, 56 ÷ 28 px, different views",
+        *(("different", AUROC), ("size-28", AUROC), "ratio", ">", 0.05),
+    ),
+    "C9": (
+        "self-supervised maps beat supervised ones (section I)",
+        "selectivity, different views ÷ supervised",
+        *(("different", SELECTIVITY), ("supervised", SELECTIVITY), "ratio", ">", 0.1),
+    ),
+    "Q1": (
+        "a larger batch helps (asked in section IV)",
+        "selectivity, batch 256 ÷ 32, each at its best learning rate",
+        *(("best batch-256", SELECTIVITY), ("best batch-32", SELECTIVITY), "ratio", ">", 0.1),
+    ),
+    "Q2": (
+        "more heads help (asked in section IV)",
+        "selectivity of the best head, 6 ÷ 3 heads",
+        *(("heads-6", "best head"), ("different", "best head"), "ratio", ">", 0.1),
+    ),
+    "Q3": (
+        "other pre-training helps (asked in section IV)",
+        "selectivity, same views from supervised weights ÷ from random ones",
+        *(("pretrained", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
+    ),
 }
-
-# Rows of the grid by their titles in tables and figures
-LOSSES = {"NCE, same": "same-2", "cross-entropy, same": "dino-same"}
-LOSSES |= {"NCE, different": "different-1", "cross-entropy, different": "dino-different"}
-VIEWS = {"same, 1 crop": "same-1", "same, 2 crops": "same-2", "same, 4 crops": "same-4"}
-VIEWS |= {"different, 1 crop": "different-1", "different, 2 crops": "different-2"}
-TEXTURES = {"a texture a canvas": "texture", "ten textures in all": "texture-pool"}
-CROPS = {"same, 1": "same-1-images", "same, 2": "same-2-images", "same, 4": "same-4"}
-CROPS |= {"different, 1": "different-1-images", "different, 2": "different-2"}
-CROPS |= {"different, 4": "different-4-images"}  # all of the same number of canvases
-SIZES = {"28 px": "size-28", "56 px": "different-1", "84 px": "size-84"}
-HEADS = {"1": "heads-1", "2": "heads-2", "3": "different-1", "6": "heads-6", "12": "heads-12"}
-LENGTHS = {"C5: 500 steps": "different-1", "C5: 2,000 steps": "different-long"}
-LOOKS = {"C5: different views": "different-1", "C5: learning rate × 3": "look-different-lr"}
-LOOKS |= {"C5: four times as long": "different-long"}
-LOOKS |= {"C4: a texture a canvas": "texture", "C4: learning rate × 3": "look-texture-lr"}
-LOOKS |= {"C4: temperature 0.1": "look-texture-temperature"}
-LOOKS |= {"C4: four times as long": "look-texture-long"}
-LOOKS |= {"C4: 4 crops, as the paper's": "look-texture-crops"}
-LOOKS |= {"C8: 84 px": "size-84", "C8: twice as long": "look-size-84-long"}
-LOOKS |= {"C1, C2: cross-entropy": "dino-same", "C1, C2: learning rate × 3": "look-dino-lr"}
-LOOKS |= {"C1, C2: four times as long": "look-dino-long"}
-LOOKS |= {"C1, C2: NCE four times as long": "same-long"}
-REFERENCES, STAGES = {}, {}
-for name in ("brightness", "shuffled", "ink", "untrained"):  # what a network has to beat
-    REFERENCES[f"reference: {name}"] = f"same-2 of {name}"
-NETWORK = {"network": "", "its maps shuffled": " of shuffled", "brightness": " of brightness"}
-for steps, epoch in ((50, 1), (250, 5), (500, 10)):
-    for name, of in NETWORK.items():
-        STAGES[f"after {steps} steps: {name}"] = f"different-1{of} at epoch {epoch}"
-EPOCHS = {str(epoch): f"different-long at epoch {epoch}" for epoch in (1, 2, 5, 10)}
-
-# Numbers, as of `number`, by the titles that they have in tables and tests
-TITLES = {"untrained": "k-NN of untrained", "jaccard60 ÷ best": "jaccard60 ÷ best_jaccard"}
-TITLES |= {"clutter density": "clutter_density", "far from ink": "far_background_density"}
-TITLES |= {"training loss": "loss", "mean map": "selectivity", "auroc of the mean map": "auroc"}
-TITLES |= {"diversity, bits": "diversity", "diversity of the heads": "diversity"}
-for name in ("digit", "clutter", "far_background"):
-    for title in ("", "density on "):
-        TITLES[f"{title}{name.replace('_', ' ')}"] = f"{name}_density"
-for head in ("most selective head", "least selective head", "best head"):
-    TITLES[head] = f"selectivity of the {head}"
-SHARES = {}
-for title, head in (("most selective head", "most"), ("least", "least")):
-    for region in ("digit", "clutter", "background"):
-        SHARES[f"{title}, on {region}"] = f"{region}_share of the {head} selective head"
-TITLES |= SHARES
-PERCENT = ["k-NN", "untrained", "linear probe", *SHARES, "heads past the ink"]
-MAPS = ["selectivity", "auroc", "pointing"]
-COURSE = ["training loss", "diversity, bits", "most selective head", "least selective head"]
-TABLES = {  # of each claim: rows, columns
-    "C1": (LOSSES, ["k-NN", "untrained", "linear probe"]),
-    "C2": (LOSSES, ["selectivity", "auroc", "jaccard60 ÷ best"]),
-    "C3": (VIEWS | REFERENCES, MAPS),
-    "C4": ({"black": "same-2"} | TEXTURES, ["digit", "clutter", "far background", "selectivity"]),
-    "C5": (STAGES, MAPS, "validation canvases"),
-    "C6": (EPOCHS, COURSE, "after epoch"),
-    "C7": (CROPS, MAPS),
-    "C8": (SIZES, ["jaccard60 ÷ best", "jaccard60", "best_jaccard", "auroc", "selectivity"]),
-    "Q2": (HEADS, ["best head", "mean map", "auroc of the mean map", "diversity, bits", "k-NN"]),
-}
-
-# The tests that decide: claim, number, case, what is claimed of the ratio, over ÷ under. A claim
-# holds if all of its tests come out as claimed, in part if some do.
-OTHERS = {"of brightness": "that of brightness", "of shuffled": "that of its maps shuffled"}
-OTHERS |= {"of untrained": "that of the untrained network", "of an even map": "an even map's"}
-OTHERS |= {"of one half": "50%", "same-2": "that of same views (2 crops)"}
-EVEN = "different-long of an even map"
-EARLY, LATE = "different-1 at epoch 1", "different-long at epoch 10"
-TESTS = [
-    ("C3", "clutter density", "same views, 2 crops", ">", "same-2", "of an even map"),
-    ("C3", "clutter density", "same views, 4 crops", ">", "same-4", "of an even map"),
-    ("C3", "selectivity", "same views, 1 crop", "≈", "same-1", "of brightness"),
-    ("C3", "selectivity", "same views, 2 crops", "≈", "same-2", "of brightness"),
-    ("C3", "selectivity", "same views, 4 crops", "≈", "same-4", "of brightness"),
-    ("C3", "selectivity", "different ÷ same views: 1 crop", ">", "different-1", "same-1"),
-    ("C3", "selectivity", "different ÷ same views: 2 crops", ">", "different-2", "same-2"),
-    *[("C5", name, "at the end", ">", "different-1", "of brightness") for name in MAPS],
-    *[("C5", name, "after the first 50 steps", ">", EARLY, "of brightness") for name in MAPS],
-    ("C5", "selectivity", "at the end", ">", "different-1", "same-2"),
-    ("C5", "selectivity", "at the end", ">", "different-1", "of shuffled"),
-    ("C5", "clutter density", "at the end", "<", "different-1", "of an even map"),
-    ("C6", "training loss", "tenth ÷ ninth epoch", "<", LATE, "different-long at epoch 9"),
-    ("C6", "diversity of the heads", "tenth ÷ first epoch", ">", LATE, "different-long at epoch 1"),
-    ("C6", "selectivity of the least selective head", "at the end", "<", "different-long", EVEN),
-    ("C8", "jaccard60 ÷ best_jaccard", "56 ÷ 28 px", ">", "different-1", "size-28"),
-    ("C8", "jaccard60 ÷ best_jaccard", "84 ÷ 56 px", ">", "size-84", "different-1"),
-    ("C8", "auroc", "56 ÷ 28 px", ">", "different-1", "size-28"),
-    ("C8", "auroc", "84 ÷ 56 px", ">", "size-84", "different-1"),
-    ("Q2", "selectivity of the best head", "2 ÷ 1 head", ">", "heads-2", "heads-1"),
-    ("Q2", "selectivity of the best head", "3 ÷ 2 heads", ">", "different-1", "heads-2"),
-    ("Q2", "selectivity of the best head", "6 ÷ 3 heads", ">", "heads-6", "different-1"),
-    ("Q2", "selectivity of the best head", "12 ÷ 6 heads", ">", "heads-12", "heads-6"),
-]
-for less, more in (("32", "96"), ("96", "256"), ("256", "1024")):
-    case = f"batch {more} ÷ {less}, each at its best rate"
-    TESTS.append(("Q1", "selectivity", case, ">", f"batch-{more}", f"batch-{less}"))
-for name, other in (("k-NN", "of untrained"), ("linear probe", "of one half")):
-    for title in sorted(LOSSES, key=lambda title: title.split(",")[0]):  # NCE first
-        TESTS.append(("C1", name, title, ">", LOSSES[title], other))
-for views in ("same", "different"):
-    rows = LOSSES[f"NCE, {views}"], LOSSES[f"cross-entropy, {views}"]
-    for name in ("selectivity", "auroc", "jaccard60 ÷ best_jaccard"):
-        TESTS.append(("C2", name, f"NCE ÷ cross-entropy: {views} views", ">", *rows))
-    for more, fewer in (("4", "2 crops"), ("4", "1 crop"), ("2", "1 crop")):
-        rows = CROPS[f"{views}, {more}"], CROPS[f"{views}, {fewer[0]}"]
-        TESTS.append(("C7", "selectivity", f"{more} ÷ {fewer}: {views} views", "≈", *rows))
-for title, row in TEXTURES.items():
-    for region, wanted in (("far background", "<"), ("digit", ">"), ("clutter", ">")):
-        TESTS.append(("C4", f"density on {region}", title, wanted, row, "of an even map"))
-
-
-def all_heads(maps):
-    """Of the maps of a run, those of its heads, the most selective one first."""
-    heads = [cells for name, cells in maps.items() if name.startswith("head_") and cells]
-    return sorted(heads, key=lambda cells: -cells["selectivity"])
 
 
 def number(line, name):
-    """A number of a run, a line of study.json: "auroc" is of the mean map on test canvases,
-    "auroc of brightness at epoch 1" of another on validation canvases; nan if there is none.
-    """
-    metric, _, epoch = name.partition(" at epoch ")
-    metric, _, which = metric.partition(" of ")
-    maps = line["curve"][int(epoch)] if epoch else line["matched"]
-    heads = all_heads(maps) or [{}]
-    if which.endswith("an even map") or which == "one half":
-        return 0.5 if which == "one half" else 1
-    if metric in ("k-NN", "linear probe"):
-        features = line["untrained_features" if which else "features"]
-        return features["knn" if metric == "k-NN" else "linear_probe"]
-    if metric == "heads past the ink":
-        return np.mean([head["digit_density"] < 1 for head in heads])
-    if metric == "jaccard60 ÷ best_jaccard":
-        return number(line, "jaccard60") / number(line, "best_jaccard")
-    if metric in maps:  # a loss, which is of no map
-        return maps[metric]
-    maps = maps | {"": maps["mean"], "the best head": maps.get(line["best_head"], {})}
-    maps |= {"the most selective head": heads[0], "the least selective head": heads[-1]}
-    return maps.get(which, {}).get(metric, np.nan)
+    """A number of a line of study.json, by its path or by one of these names."""
+    matched = line["matched"]
+    if name == "best head":  # on validation canvases
+        return matched[line["best_head"]]["selectivity"]
+    if name == "past":
+        heads = [cells for row, cells in matched.items() if row.startswith("head_")]
+        return np.mean([cells["far_background_density"] > 1 for cells in heads])
+    if name.startswith("diversity "):
+        return line["curve"][1 if name.endswith("1") else -1]["mean"]["diversity"]
+    for key in name.split("/"):
+        line = line[key]
+    return line
 
 
-def best_rates(runs):
-    """{title: row} of each batch with all rates tried: the most selective of its rows."""
-    best = {}
-    for batch in BATCHES:
-        lines = [runs.get((f"batch-{batch}-lr-{rate}", 0)) for rate in RATES]
-        if all(lines):  # by validation canvases, so that those of the test have no part in it
-            row = max(lines, key=lambda line: line["curve"][-1]["mean"]["selectivity"])["row"]
-            best[f"batch {batch}, rate × {row.split('-')[-1]}"] = row
-    return best
+def sample(runs, row, name, seeds=FRESH):
+    """{seed: number} of a row's runs that there are."""
+    return {seed: number(runs[row, seed], name) for seed in seeds if (row, seed) in runs}
 
 
-def sample(runs, row, name):
-    """{seed: number} of a row: "same-2", "same-2 of brightness", or "batch-32" at its best rate."""
-    row, _, rest = row.partition(" ")
-    best = {row.partition("-lr")[0]: row for row in best_rates(runs).values()}
-    row, name = best.get(row, row), f"{TITLES.get(name, name)} {rest}".strip()
-    return {seed: number(line, name) for (each, seed), line in sorted(runs.items()) if each == row}
+def rates(runs, row):
+    """The search of a row's learning rate, on seed 0: {factor: number on validation canvases}."""
+    found = {}
+    for name, seed in runs:
+        base, _, factor = name.partition("-lr-")
+        if base == row and seed == 0:
+            last = runs[name, 0]["curve"][-1]["mean"]
+            found[float(factor or 1)] = last[SEARCHED[row]]
+    return dict(sorted(found.items()))
 
 
-def mean_and_interval(sample, log=False):
-    """Mean and 95% interval by Student's t, with `log` of logarithms; nan if there are too few."""
-    if not sample:
-        return np.nan, np.nan, np.nan
-    x = np.array(list(sample.values()), dtype=float)
-    x = np.log(x) if log else x
-    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else np.nan
-    found = x.mean() + np.array([0, -half, half])
-    return tuple((np.exp(found) if log else np.maximum(found, 0)).tolist())
+def rate_row(row, factor):
+    return row if factor == 1 else f"{row}-lr-{factor:g}"
 
 
-def paired_ratio_test(wanted, over, under):
-    """Is the ratio of two samples {seed: number} above 1 ">", below 1 "<", or in MARGIN "≈"?
-
-    p, of the worse of two one-sided tests for "≈", is None with fewer than three pairs, or where
-    there is no t-test, since a ratio is 0 or all are the same.
-    """
-    ratios = {seed: over[seed] / under[seed] for seed in over if seed in under}
-    sides = [("greater", MARGIN[0]), ("less", MARGIN[1])] if wanted == "≈" else [("two-sided", 1)]
-    p = np.nan
-    if len(ratios) >= 3:
-        x = np.log(list(ratios.values()))
-        p = max(stats.ttest_1samp(x, np.log(at), alternative=side).pvalue for side, at in sides)
-    test = {"wanted": wanted, "ratio": mean_and_interval(ratios, log=True), "seeds": len(ratios)}
-    return test | {"p": float(p) if np.isfinite(p) else None}
+def best_row(runs, row):
+    """The row with the best rate, if it is between others that are worse; else None."""
+    found = rates(runs, row)
+    best = max(found, key=found.get, default=None)
+    return rate_row(row, best) if found and min(found) < best < max(found) else None
 
 
-def holm_correction(ps):
-    """p values corrected for how many they are (Holm 1979)."""
-    order = np.argsort(ps)
-    steps = np.array(ps)[order] * np.arange(len(ps), 0, -1)
-    corrected = np.minimum(1, np.maximum.accumulate(steps))  # a larger p stays the larger one
-    return corrected[np.argsort(order)].tolist()
+def primary(runs, claim):
+    """{seed: log ratio or difference} of a claim."""
+    _, _, (row, name), base, kind, *_ = CLAIMS[claim]
+    if row.startswith("weaker"):
+        found = [primary_of(runs, (each, name), (each, base[1]), kind) for each in row.split()[1:]]
+        return min(found, key=lambda each: np.mean([*each.values()]) if each else -math.inf)
+    return primary_of(runs, (row, name), base, kind)
 
 
-def outcome(test):
-    """What a corrected test says of what was claimed: "yes", "no", "the contrary" or "open"."""
-    if test["p"] is None or test["corrected"] >= LEVEL:
-        return "open" if test["p"] is None else "no"
-    as_claimed = test["wanted"] == "≈" or (test["ratio"][0] > 1) == (test["wanted"] == ">")
-    return "yes" if as_claimed else "the contrary"
+def primary_of(runs, over, under, kind):
+    sides = []
+    for row, name in (over, under or over):
+        row = best_row(runs, row.removeprefix("best ")) if row.startswith("best ") else row
+        sides.append(sample(runs, row, name))
+    over, base = sides
+    seeds = sorted(over.keys() & base.keys())
+    if kind == "difference":
+        return {seed: over[seed] - base[seed] for seed in seeds}
+    return {seed: math.log(over[seed] / (base[seed] if under else 1)) for seed in seeds}
 
 
-def verdict(tests):
-    outcomes = {outcome(test) for test in tests}
-    if "open" in outcomes or not outcomes:
-        return "open"
-    if outcomes == {"yes"}:
-        return "holds"
-    return "holds in part" if "yes" in outcomes else "does not hold"
+def interval(values):
+    """Mean and 95% interval of Student's t."""
+    values = np.array([*values])
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def bounds(claim):
+    """Null, and margin either side of no effect (None without one), on the scale of `primary`."""
+    *_, kind, claimed, margin = CLAIMS[claim]
+    margin = math.log(1 + margin) if margin and kind == "ratio" else margin
+    return -margin if claimed == "> −margin" else 0, margin
+
+
+def word(claim, low, high):
+    """What an interval says of a claim."""
+    claimed, (null, margin) = CLAIMS[claim][5], bounds(claim)
+    if claimed == "=":
+        inside, outside = -margin < low and high < margin, low > margin or high < -margin
+        return "holds" if inside else "the contrary holds" if outside else "undecided"
+    if low > null or high < null:
+        return "holds" if (low > null) == (claimed[0] == ">") else "the contrary holds"
+    return "no relevant effect" if margin and -margin < low and high < margin else "undecided"
+
+
+def seeds_needed(claim, values):
+    """How many seeds would give another word, if mean and scatter stayed; None above 1,000."""
+    mean, std = np.mean(values), np.std(values, ddof=1)
+    for n in range(len(values), 1001):
+        half = stats.t.ppf(0.975, n - 1) * std / n**0.5
+        if word(claim, mean - half, mean + half) != "undecided":
+            return n
+    return None
+
+
+def flips(values):
+    """Exact p, one-sided, that the mean is above 0: the share of all signs that do as well."""
+    signs = np.array([*itertools.product((1, -1), repeat=len(values))])
+    return (signs @ values >= np.sum(values) - 1e-12).mean()
+
+
+def p_values(claim, values):
+    """p of the word "holds", one-sided and doubled: by t, and by flipping all signs."""
+    claimed, (null, margin), values = CLAIMS[claim][5], bounds(claim), np.array(values)
+    shifted = [values - null] if claimed[0] == ">" else [null - values]
+    if claimed == "=":  # both sides have to be shown
+        shifted = [values + margin, margin - values]
+    t = [stats.ttest_1samp(x, 0, alternative="greater").pvalue for x in shifted]
+    return [min(1, 2 * max(p)) for p in (t, [flips(x) for x in shifted])]
 
 
 def judge(runs):
-    """{claim: its tests}, all of them corrected together."""
-    judged = {claim: [] for claim in CLAIMS}
-    for claim, name, case, wanted, over, under in TESTS:
-        text = f"{name}, {case}"
-        if under in OTHERS and "÷" not in case:
-            text = f"{name} ÷ {OTHERS[under]}: {case}"
-        if under.startswith("of "):  # of over's own row
-            row, _, stage = over.partition(" ")
-            under = f"{row} {under} {stage}".strip()
-        test = paired_ratio_test(wanted, sample(runs, over, name), sample(runs, under, name))
-        judged[claim].append({"text": text} | test)
-    tests = [test for each in judged.values() for test in each if test["p"] is not None]
-    for test, p in zip(tests, holm_correction([test["p"] for test in tests])):
-        test["corrected"] = p
-    return judged
+    """{claim: its values, mean, interval, word, p by t (Holm over all claims) and by flips}."""
+    found = {}
+    for claim in CLAIMS:
+        values = [*primary(runs, claim).values()]
+        found[claim] = {"seeds": len(values), "word": "open"}
+        if len(values) >= LEAST:
+            mean, low, high = interval(values)
+            found[claim] |= {"mean": mean, "low": low, "high": high, "word": word(claim, low, high)}
+            found[claim]["p"], found[claim]["exact"] = p_values(claim, values)
+            if found[claim]["word"] == "undecided":
+                found[claim]["needed"] = seeds_needed(claim, values)
+    ranked, least = sorted((c for c in found if "p" in found[c]), key=lambda c: found[c]["p"]), 0
+    for rank, claim in enumerate(ranked):
+        least = max(least, min(1, found[claim]["p"] * (len(ranked) - rank)))
+        found[claim]["holm"] = least
+    return found
 
 
-def cell(found, percent=False):
-    """A mean with its interval as text."""
-    mean, low, high = (min(100 * x, 100) for x in found) if percent else found
-    places, unit = (1, "%") if percent else (2, "")
-    if np.isnan(mean):
-        return "–"
-    interval = "" if np.isnan(low) else f" [{low:.{places}f}, {high:.{places}f}]"
-    return f"{mean:.{places}f}{unit}{interval}"
+def shown(claim, x):
+    """A value of `primary` as a page shows it: ratios as ratios."""
+    return f"{math.exp(x):.2f}" if CLAIMS[claim][4] == "ratio" else f"{x:+.3f}"
 
 
-def markdown(header, *rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def verdict_table(runs, figures):
+    """The table of both READMEs: a line a claim."""
+    lines = ["| | claim | | primary quantity | mean [95%] | seeds | p (Holm), exact | |"]
+    lines.append("|" + "---|" * 8)
+    for claim, r in judge(runs).items():
+        says, what, *_ = CLAIMS[claim]
+        cells = [claim, says, f"**{r['word']}**", what, "–", str(r["seeds"]), "–", "–"]
+        if "mean" in r:
+            mean, low, high = (shown(claim, r[key]) for key in ("mean", "low", "high"))
+            cells[4], cells[6] = f"{mean} [{low}, {high}]", f"{r['holm']:.3f}, {r['exact']:.3f}"
+            cells[7] = f"[figure]({figures}{claim}.png)"
+        if r["word"] == "undecided":
+            cells[2] += f" ({r['needed'] or 'over 1,000'} seeds would do)"
+        agree = (r.get("holm", 1) < 0.05) == (r.get("exact", 1) < 0.05) == (r["word"] == "holds")
+        if "mean" in r and not agree:
+            cells[2] += " ¹"
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "¹ word, corrected p and exact p do not agree at 5%."]
+    return "\n".join(lines)
 
 
-def table(runs, rows, columns, corner=""):
-    """Means over seeds: a line for each of the rows, a column for each of the numbers."""
-    lines = [[corner, "row", *columns, "seeds"]]
-    for title, row in rows.items():
-        samples = [sample(runs, row, column) for column in columns]
-        cells = [cell(mean_and_interval(s), c in PERCENT) for s, c in zip(samples, columns)]
-        lines.append([title, f"`{row.split()[0]}`", *cells, str(len(samples[0]))])
-    if corner == "after epoch":  # all lines are of one row
-        lines = [[first, *rest] for first, _, *rest in lines]
-    return markdown(*lines)
+# The descriptions: numbers of every row, as means with intervals.
+COLUMNS = {
+    "selectivity": SELECTIVITY,
+    "of the oracle": "matched/mean/of_oracle",
+    "auroc": AUROC,
+    "pointing": "matched/mean/pointing",
+    "best head": "best head",
+    "past the ink": "past",
+    "k-NN": "features/knn",
+    "probe": PROBE,
+}
+FAITHFULNESS = {
+    "attention": FAITHFUL,
+    "brightness": BRIGHTNESS,
+    "rollout": ROLLOUT,
+    "untrained": FAITHFUL.replace("mean", "untrained"),
+    "attention, objects": "matched/mean/object_faithfulness",
+    "size, objects": "matched/ink/object_faithfulness",
+    "causal selectivity": "causal_selectivity",
+    "even: cosine": "attention_matters/even/cosine",
+    "even: k-NN": "attention_matters/even/knn",
+}
 
 
-def claim_tables(judged, folder):
-    """The verdicts, the first thing that a reader sees, and all tests; `folder`: of the figures."""
-    header = ["", "the paper says, or asks", "at laptop scale", "tests passed", "one of them", ""]
-    rows = [["", "ratio", "claimed", "found, p corrected", "p before", "as claimed"]]
-    claimed, verdicts = {"≈": "within 10% of 1", ">": "above 1", "<": "below 1"}, []
-    for claim, tests in judged.items():
-        results, outcomes = [], [outcome(test) for test in tests]
-        for test in tests:
-            result, before = "open", "–"
-            if test["p"] is not None:
-                p = "< 0.001" if test["corrected"] < 0.001 else f"= {test['corrected']:.3f}"
-                result = f"{cell(test['ratio'])}, {test['seeds']} seeds, p {p}"
-                before = f"{test['p']:.2g}"
-            results.append(f"{test['text']}: {result}")
-            words = [test["text"], claimed[test["wanted"]], result, before, outcome(test)]
-            rows.append([claim, *words])
-        (text, shown), how, rest = CLAIMS[claim], "", ["–", "–", "–"]
-        if verdict(tests) == "does not hold":
-            contrary = outcomes.count("the contrary")
-            how = f" (the contrary in {contrary})" if contrary else " (not shown)"
-        if tests:
-            passed = f"{outcomes.count('yes')} of {len(tests)}"
-            rest = [passed, results[shown], f"[figure]({folder}{claim}.png)"]
-        verdicts.append([claim, text, f"**{verdict(tests)}**{how}", *rest])
-    return {"verdicts": markdown(header, *verdicts), "tests": markdown(*rows)}
+def row_table(runs, columns):
+    """Means with 95% intervals over fresh seeds, a line a row."""
+    lines = [f"| row | seeds | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
+    for row in dict.fromkeys(name for name, seed in sorted(runs) if seed in FRESH):
+        cells = [f"`{row}`", str(len(sample(runs, row, SELECTIVITY)))]
+        for name in columns.values():
+            values = [*sample(runs, row, name).values()]
+            mean, low, high = interval(values) if len(values) > 1 else (values[0], None, None)
+            cells.append(f"{mean:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def looks_tables(runs):
-    """The rows of LOOKS; and are rows of more and fewer crops alike, or different?"""
-    first = {(row, seed): line for (row, seed), line in runs.items() if seed == 0}
-    names = [*MAPS, "jaccard60 ÷ best", "density on digit", "far from ink", "k-NN", "linear probe"]
-    header = ["C7: selectivity", "ratio", "seeds", "p of alike"]
-    lines = [[*header, "p of different, neither corrected"]]
-    pairs = [rows for claim, _, _, _, *rows in TESTS if claim == "C7"]  # of as many canvases
-    pairs += [("same-2", "same-1"), ("same-4", "same-2"), ("same-4", "same-1")]  # as many crops
-    for over, under in [*pairs, ("different-2", "different-1")]:
-        samples = sample(runs, over, "selectivity"), sample(runs, under, "selectivity")
-        alike, apart = paired_ratio_test("≈", *samples), paired_ratio_test(">", *samples)
-        if alike["p"] is not None:
-            line = [f"`{over}` ÷ `{under}`", cell(alike["ratio"]), str(alike["seeds"])]
-            lines.append([*line, f"{alike['p']:.2g}", f"{apart['p']:.2g}"])
-    tables = [table(runs, LENGTHS, names), "With seed 0 alone:", table(first, LOOKS, names)]
-    return "\n\n".join([*tables, markdown(*lines)])
+def search_table(runs):
+    """The searches over learning rates, on seed 0."""
+    lines = ["| row | by | learning rate × : value | best |", "|---|---|---|---|"]
+    for row, by in SEARCHED.items():
+        found = "; ".join(f"{factor:g}: {value:.3f}" for factor, value in rates(runs, row).items())
+        lines.append(f"| `{row}` | {by} | {found} | {best_row(runs, row) or 'not bracketed yet'} |")
+    return "\n".join(lines)
 
 
-def blocks(study, folder="figures/"):
-    """All that is computed in the two README files: {name of the block: its text}."""
-    runs, paper = study["laptop"], study["paper"]
-    pages = {claim: table(runs, *TABLES[claim]) for claim in TABLES}
-    pages["Q1"] = table(runs, best_rates(runs), [*MAPS, "k-NN"])
-    pages["Q2"] += "\n\n" + table(runs, HEADS, [*SHARES, "heads past the ink"])
-    pages["looks"] = looks_tables(runs)
-    pages["paper"] = "Open: no run at paper scale is in `study.json`."
-    if paper:  # a run a row, so without verdicts
-        columns = [*MAPS, "k-NN", "linear probe"]
-        pages["paper"] = table(paper, {row: row for row, _ in paper}, columns)
-    pages["settings"], lines = "Open: no run is in `study.json`.", list(runs.values())
-    if lines:
-        seconds = np.mean([line["seconds"] for line in lines])
-        rows = [["runs", f"{len(lines)}, of {seconds:.0f} s on average"]]
-        versions = [", ".join(f"{k} {v}" for k, v in line["versions"].items()) for line in lines]
-        rows.append(["device", "; ".join(sorted({line["device"] for line in lines}))])
-        rows.append(["versions", "; ".join(sorted(set(versions)))])
-        rows.append(["days", "; ".join(sorted({line["date"] for line in lines}))])
-        widths = [np.diff(line["interval"]["selectivity"]) for line in lines]
-        widths = [width / 2 / number(line, "selectivity") for width, line in zip(widths, lines)]
-        width = f"± {100 * np.median(widths):.1f}% (median over the runs)"
-        rows.append(["interval of one run's selectivity over canvases", width])
-        pages["settings"] = markdown(["", ""], *rows)
-    return pages | claim_tables(judge(runs), folder)
+def seed_table(runs):
+    """Each run of same and different views: is its attention faithful, and has it a stray head?"""
+    lines = ["| row | seed | selectivity | heads past the ink | attention | brightness | rollout |"]
+    lines.append("|" + "---|" * 7)
+    for row, seed in sorted(runs):
+        if row in ("different", "same", "different-registers-0", "supervised") and seed in FRESH:
+            numbers = [number(runs[row, seed], name) for name in (FAITHFUL, BRIGHTNESS, ROLLOUT)]
+            selectivity, past = (number(runs[row, seed], name) for name in (SELECTIVITY, "past"))
+            cells = [f"`{row}`", str(seed), f"{selectivity:.2f}", f"{past:.2f}"]
+            lines.append(f"| {' | '.join(cells + [f'{x:.3f}' for x in numbers])} |")
+    return "\n".join(lines)
 
 
-def fill(text, blocks):
-    """The text with what lies between marks such as <!-- C3 --> and <!-- end --> written anew."""
-    for name, block in blocks.items():
-        before, mark, after = text.partition(f"<!-- {name} -->\n")
-        if mark:
-            after = after.partition("<!-- end -->")[2]
-            text = f"{before}{mark}{block}\n<!-- end -->{after}"
-    return text
+def blocks(study, figures):
+    """{name: text} for the marked places of the pages."""
+    runs = study["laptop"]
+    tables = {"rows": row_table(runs, COLUMNS), "faithfulness": row_table(runs, FAITHFULNESS)}
+    tables |= {"searches": search_table(runs), "seeds": seed_table(runs)}
+    return tables | {"verdicts": verdict_table(runs, figures)}
+
+
+def fill(page, texts):
+    """A page with the text between <!-- name --> and <!-- end --> made anew."""
+    for name, text in texts.items():
+        start, found, rest = page.partition(f"<!-- {name} -->\n")
+        if found:
+            page = f"{start}{found}{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return page

@@ -1,7 +1,6 @@
 """The study's pages say what study.json says, and study.json what the commands in it give."""
 
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -28,44 +27,97 @@ def committed():
     return study.read_study()
 
 
-@pytest.mark.parametrize("page, folder", [("results", "figures/"), (".", "results/figures/")])
-def test_the_pages_are_what_the_runs_give(committed, page, folder):
-    text = (ROOT / page / "README.md").read_text()
+@pytest.mark.parametrize("page", ["results/README.md", "results/tables.md", "README.md"])
+def test_the_pages_are_what_the_runs_give(committed, page):
+    text = (ROOT / page).read_text()
+    folder = "figures/" if page.startswith("results") else "results/figures/"
     blocks = verdicts.blocks(committed, folder)
-    filled = verdicts.fill(text, blocks)
-    assert "<!-- verdicts -->\n" + blocks["verdicts"] + "\n<!-- end -->" in filled
-    assert text == filled
-    assert page == "." or all(f"<!-- {name} -->" in text for name in blocks)
-    line = next(line for line in text.splitlines() if " [" in line and line.startswith("| C"))
-    assert verdicts.fill(text.replace(line, line.replace(" [", "1 [", 1)), blocks) == text
+    assert text == verdicts.fill(text, blocks)
+    lines = [line for line in text.splitlines() if " [" in line and line.startswith("|")]
+    assert len(lines) >= 5  # a changed number does not stay
+    assert verdicts.fill(text.replace(lines[-1], lines[-1] + "9"), blocks) == text
 
 
-def test_every_run_is_complete_and_can_be_traced(committed):
-    """All of the laptop's grid is there, and each line has the command that the grid gives it."""
-    runs, rows = committed["laptop"], study.grid("laptop")
-    best = verdicts.best_rates(runs).values()
-    assert len(best) == 4
-    for name, row in rows.items():
-        seeds = {seed for other, seed in runs if other == name}
-        assert seeds >= set(range(5) if name in best else row["seeds"])
-        if not name.startswith(("look-", "batch-", "same-long")):
-            assert len(seeds) >= (10 if {"C3", "C5", "C7"} & set(row["claims"]) else 5)
-    for (name, seed), line in runs.items():
-        flags = f" --preset laptop --digits mnist {rows[name]['flags']} --seed {seed} "
-        assert flags in line["command"]
-        assert line["device"] and line["versions"]["torch"] and len(line["weights"]) == 64
-    for line in [*runs.values(), *committed["paper"].values()]:  # nothing of a machine
-        assert not any(word.startswith("/") for word in shlex.split(line["command"]))
+def test_every_run_can_be_traced(committed):
+    """Each line has the command that the grid gives it, and nothing of the machine's folders."""
+    for preset, runs in committed.items():
+        rows, args = study.grid(preset, runs), study.parse_args(["--preset", preset])
+        for (name, seed), line in runs.items():
+            assert study.is_done(args, runs, rows[name][0], name, seed), (name, seed)
+            assert line["device"] and line["precision"] and line["versions"]["torch"]
+            assert len(line["weights"]) == 64 and len(line["curve"]) > 10
+            assert not any(word.startswith("/") for word in shlex.split(line["command"]))
+
+
+def numpy_primaries(lines):
+    """The sixteen primary quantities, by seed, straight from the lines of study.json."""
+    at = lambda row, f: {l["seed"]: f(l) for l in lines if l["row"] == row and 10 <= l["seed"] < 20}
+    of = lambda metric, row="mean": lambda l: l["matched"][row][metric]
+    far = lambda l: np.mean([c["far_background_density"] > 1 for r, c in l["matched"].items()
+                             if r[:5] == "head_"])  # fmt: skip
+    sel, roc, rho = of("selectivity"), of("auroc"), of("patch_faithfulness")
+    log = lambda x, y: {s: np.log(x[s] / y[s]) for s in x.keys() & y.keys()}
+    less = lambda x, y: {s: x[s] - y[s] for s in x.keys() & y.keys()}
+    spread = lambda k: lambda l: l["curve"][k]["mean"]["diversity"]
+    best = lambda l: l["matched"][l["best_head"]]["selectivity"]
+    probes = [log(at(row, lambda l: l["features"]["linear_probe"]),
+                  at(row, lambda l: l["untrained_features"]["linear_probe"]))
+              for row in ("same", "dino-same")]  # fmt: skip
+    tuned = {}
+    for base, name in (("same", "auroc"), ("dino-same", "auroc"), ("batch-32", "selectivity"),
+                       ("batch-256", "selectivity")):  # fmt: skip
+        found = {l["row"]: l["curve"][-1]["mean"][name] for l in lines
+                 if l["seed"] == 0 and l["row"].split("-lr-")[0] == base}  # fmt: skip
+        factor = lambda row: float(row.partition("-lr-")[2] or 1)
+        best_of = max(found, key=found.get, default="none")
+        edges = {min(found, key=factor), max(found, key=factor)} if found else {"none"}
+        tuned[base] = at("none" if best_of in edges else best_of, of(name))
+    different, same = at("different", sel), at("same", sel)
+    return {
+        "F1": less(at("different", rho), at("different", of("patch_faithfulness", "brightness"))),
+        "F2": less(at("different", rho), at("same", rho)),
+        "F3": less(at("different", of("patch_faithfulness", "rollout")), at("different", rho)),
+        "F4": less(at("different", far), at("different-registers-0", far)),
+        "C1": min(probes, key=lambda p: np.mean([*p.values()]) if p else -np.inf),
+        "C2": log(tuned["same"], tuned["dino-same"]),
+        "C3": log(same, at("same", of("selectivity", "brightness"))),
+        "C4": {s: np.log(x) for s, x in at("texture", of("far_background_density")).items()},
+        "C5": log(different, same),
+        "C6": less(at("different-long", spread(-1)), at("different-long", spread(1))),
+        "C7": log(at("same-4", sel), at("same-1", sel)),
+        "C8": log(at("different", roc), at("size-28", roc)),
+        "C9": log(different, at("supervised", sel)),
+        "Q1": log(tuned["batch-256"], tuned["batch-32"]),
+        "Q2": log(at("heads-6", best), at("different", best)),
+        "Q3": log(at("pretrained", sel), same),
+    }
+
+
+def test_the_primaries_recomputed_in_numpy(committed):
+    lines = json.loads(study.STUDY.read_text())
+    expected, judged = numpy_primaries(lines), verdicts.judge(committed["laptop"])
+    assert expected.keys() == judged.keys() == verdicts.CLAIMS.keys()
+    for claim, values in expected.items():
+        found = verdicts.primary(committed["laptop"], claim)
+        assert found == pytest.approx(values, abs=1e-9), claim
+        x, result = np.array([*values.values()]), judged[claim]
+        assert result["seeds"] == len(x)
+        if len(x) >= 5:
+            low, high = stats.t.interval(0.95, len(x) - 1, x.mean(), max(stats.sem(x), 1e-300))
+            assert (result["low"], result["high"]) == pytest.approx((low, high), abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["same", "different"])
 def test_small_checkpoints_attend_as_their_runs_do(name, committed):
-    path = study.CHECKPOINTS / f"{name}.pth"
+    path = ROOT / "results" / "checkpoints" / f"{name}.pth"
     assert path.stat().st_size < 4e6
     checkpoint = vit.read_checkpoint(str(path))
     assert all(value.dtype == torch.float16 for value in checkpoint["teacher"].values())
     last = checkpoint["metrics"][-1]["validation"]["mean"]["selectivity"]
-    line = committed["laptop"][f"{name}-long", 0]
+    found = verdicts.sample(committed["laptop"], name, verdicts.SELECTIVITY, range(10, 15))
+    seed, (assumed, *_) = checkpoint["config"]["seed"], sorted(found, key=found.get)[2:]
+    assert seed == assumed  # the median
+    line = committed["laptop"][name, seed]
     assert checkpoint["epoch"] == 10
     assert last == pytest.approx(line["curve"][-1]["mean"]["selectivity"], rel=1e-5)
     network = vit.build_network(checkpoint["config"])
@@ -77,116 +129,129 @@ def test_small_checkpoints_attend_as_their_runs_do(name, committed):
     assert mean["digit_density"]["value"] > 3 > mean["background_density"]["value"]
 
 
-def settings(preset, name):
+def settings(preset, name, rows):
     """The settings that train.py makes of the command of a row."""
     args = study.parse_args(["--preset", preset, "--device", "cpu"])
-    command = study.command(args, name, 0)[0]
+    command = study.command(args, rows[name][0], name, 0)[0]
     return train.make_config(train.parse_args(shlex.split(command.split("train.py ")[1])))
 
 
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
-def test_rows_train_and_differ_in_what_is_compared_alone(preset):
-    """Views: as many crops through the student; C7: as many canvases; Q1: as many images."""
-    grid = study.grid(preset)
-    configs = {name: settings(preset, name) for name in grid}  # train.py accepts them all
-    assert all(c["preset"] == preset and c["seed"] == 0 for c in configs.values())
-    claims = {claim for row in grid.values() for claim in row["claims"]}
-    assert claims >= set(verdicts.CLAIMS) - ({"Q3"} if preset == "laptop" else set())
+def test_rows_differ_from_the_preset_in_what_is_compared_alone(preset):
+    rows = study.grid(preset, {})
+    configs = {name: settings(preset, name, rows) for name in rows}  # train.py accepts them all
+    default = train.make_config(train.parse_args(["--preset", preset]))
+    may = {"loss", "views", "crops", "background", "registers", "heads", "image_size", "weights"}
+    may |= {
+        "batch_size",
+        "micro_batch",
+        "lr",
+        "epochs",
+        "depth",
+        "digits",
+        "pos_size",
+        "device",
+        "images_per_epoch",
+    }
+    for name, c in configs.items():
+        assert {key for key in c if c[key] != default[key]} <= may, name
+        dino = c["images_per_epoch"] == 12_800 and c["loss"] == "dino"
+        assert dino or c["images_per_epoch"] == default["images_per_epoch"]
     fed = set()
-    for name in ("same-1", "same-2", "same-4", "different-1", "different-2"):
+    for name in ("different", "same", "supervised"):
         c = configs[name]
-        crops = data.crop_plan(c["views"], c["crops"], c["symmetric"])[2]
-        fed.add(c["images_per_epoch"] * len(crops))
-    assert len(fed) == 1
-    crops = [configs[name] for name, row in grid.items() if "C7" in row["claims"]]
-    assert len(crops) == 6 and len({c["images_per_epoch"] for c in crops}) == 1
-    batches = [c for name, c in configs.items() if name.startswith("batch-")]
-    whole = {c["images_per_epoch"] // c["batch_size"] * c["batch_size"] for c in batches}
-    assert len(batches) == 12 and len(whole) == 1
-    default = train.make_config(train.parse_args(["--preset", preset, "--batch-size", "1024"]))
-    assert configs["batch-1024-lr-1"]["lr"] == pytest.approx(default["lr"], rel=1e-5)
+        fed.add(len(data.crop_plan(c["views"], c["crops"], c["symmetric"])[2]))
+    assert len(fed) == (1 if preset == "laptop" else 2)
+    claims = {claim for _, _, claims in rows.values() for claim in claims.split()}
+    assert preset == "paper" or claims == set(verdicts.CLAIMS)
 
 
-def test_a_run_with_other_weights_is_another_run():
-    """Rows take them but those that say their own; random weights are not taken for DINO's."""
-    args = study.parse_args(["--preset", "paper", "--weights", "none", "--device", "cpu"])
-    lines = {name: study.command(args, name, 0)[0] for name in study.grid("paper")}
-    assert all(line.count("--weights") == 1 for line in lines.values())
-    assert "--weights none --seed 0" in lines["same-2"]
-    assert "--weights dino_vits16" in lines["vit-small-16"]
-    runs = {("same-2", 0): {"command": lines["same-2"]}}
-    assert study.is_done(args, runs, ("same-2", 0))
-    args.weights = None
-    assert not study.is_done(args, runs, ("same-2", 0))
+def search_lines(base, found):
+    curve = lambda value: [{"mean": {"selectivity": value, "auroc": value}}]
+    return {(verdicts.rate_row(base, k), 0): {"curve": curve(value)} for k, value in found.items()}
 
 
-def test_a_ratio_is_that_of_pairs():
-    """Rows that move together over seeds: a paired test sees what an unpaired one would not."""
-    under = {seed: seed + 1.0 for seed in range(5)}
-    over = {seed: value * 1.1 * (1 + 0.01 * (-1) ** seed) for seed, value in under.items()}
-    test = verdicts.paired_ratio_test(">", over, under)
-    logs = np.log(list(over.values())), np.log(list(under.values()))
-    assert test["p"] == pytest.approx(stats.ttest_rel(*logs).pvalue) and test["p"] < 0.001
-    mean, error = np.mean(logs[0] - logs[1]), stats.sem(logs[0] - logs[1])
-    expected = np.exp([mean, *stats.t.interval(0.95, 4, mean, error)])
-    assert test["ratio"] == pytest.approx(expected) and test["seeds"] == 5
-    alone = verdicts.paired_ratio_test(">", over | {9: 1.0}, under)  # seed 9 has no partner
-    assert alone == test
+def test_a_search_goes_on_until_the_best_rate_is_not_at_an_edge():
+    assert study.grid("laptop", {})["batch-32"][1] == [0]
+    runs = search_lines("batch-32", {0.5: 1.1, 1: 1.2, 2: 1.3})
+    rows = study.grid("laptop", runs)
+    assert rows["batch-32-lr-4"][1] == [0] and verdicts.best_row(runs, "batch-32") is None
+    assert "--batch-size 32 --lr 0.002" in rows["batch-32-lr-4"][0]
+    runs |= search_lines("batch-32", {4: 1.25})
+    rows = study.grid("laptop", runs)
+    assert verdicts.best_row(runs, "batch-32") == "batch-32-lr-2" and "batch-32-lr-8" not in rows
+    assert rows["batch-32-lr-2"][1] == [0, *range(10, 20)] and rows["batch-32"][1] == [0]
 
 
-def test_alike_has_to_be_shown():
-    """Where no difference is seen in noise, none is ruled out."""
-    ps = []
-    for middle, noise in ((1, 0.01), (1.2, 0.01), (1, 0.5)):
-        over = {seed: middle + noise * (-1) ** seed for seed in range(10)}
-        ps.append(verdicts.paired_ratio_test("≈", over, dict.fromkeys(over, 1.0))["p"])
-    assert ps[0] < 1e-6 and ps[1] > 0.99 and ps[2] > 0.3
-    assert verdicts.paired_ratio_test("≈", {0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0})["p"] is None
+@pytest.mark.parametrize(
+    "claim,low,high,says",
+    [
+        ("C5", 0.01, 0.5, "holds"),
+        ("C5", -0.5, -0.01, "the contrary holds"),
+        ("C5", -0.05, 0.09, "no relevant effect"),  # ln 1.1 is .095
+        ("C5", -0.05, 0.2, "undecided"),
+        ("C3", -0.09, 0.09, "holds"),
+        ("C3", 0.1, 0.2, "the contrary holds"),
+        ("C3", 0.05, 0.2, "undecided"),
+        ("C4", -0.2, -0.1, "holds"),
+        ("C4", 0.1, 0.2, "the contrary holds"),
+        ("F3", -0.01, 0.3, "holds"),
+        ("F3", -0.3, -0.03, "the contrary holds"),
+        ("F3", -0.03, 0.3, "undecided"),
+    ],
+)
+def test_one_interval_gives_one_word(claim, low, high, says):
+    assert verdicts.word(claim, low, high) == says
 
 
-def test_holm_and_that_all_tests_are_corrected_together(committed):
-    corrected = verdicts.holm_correction([0.01, 0.04, 0.03, 0.005])
-    assert corrected == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert verdicts.holm_correction([0.6, 0.9]) == [1.0, 1.0]
-    judged = verdicts.judge(committed["laptop"]).values()
-    tests = [test for tests in judged for test in tests if test["p"] is not None]
-    assert min(test["corrected"] / test["p"] for test in tests) >= 1
-    least = min(tests, key=lambda test: test["p"])
-    assert least["corrected"] == pytest.approx(min(1, least["p"] * len(tests)))
+def test_p_by_t_is_the_word_and_exact_p_counts_signs():
+    noise = np.array([-0.05, 0.03, -0.02, 0.05, 0.01, -0.02])
+    for claim in verdicts.CLAIMS:
+        for mean in np.linspace(-0.3, 0.3, 61):
+            p, _ = verdicts.p_values(claim, mean + noise)
+            assert (p < 0.05) == (
+                verdicts.word(claim, *verdicts.interval(mean + noise)[1:]) == "holds"
+            )
+    assert verdicts.flips([1.0, 2.0, 3.0]) == 1 / 8
+    assert verdicts.flips([1.0, 2.0, -1.5]) == 3 / 8  # 4.5, 2.5 and 1.5 are no less than 1.5
+    p, exact = verdicts.p_values("C5", [0.1, 0.2, 0.3, 0.2, 0.1])
+    expected = stats.ttest_1samp([0.1, 0.2, 0.3, 0.2, 0.1], 0).pvalue
+    assert p == pytest.approx(expected) and exact == 2 / 32
 
 
-def test_verdicts():
-    def test(value, p, wanted=">"):
-        return {"ratio": (value, math.nan, math.nan), "corrected": p, "p": p, "wanted": wanted}
-
-    yes, no, contrary = test(1.5, 0.01), test(1.5, 0.2), test(0.5, 0.01)
-    outcomes = [verdicts.outcome(each) for each in (yes, no, contrary)]
-    assert outcomes == ["yes", "no", "the contrary"]
-    assert verdicts.outcome(test(0.5, 0.01, "<")) == "yes"
-    assert verdicts.outcome(test(1.01, 0.01, "≈")) == "yes"
-    assert verdicts.verdict([yes, yes]) == "holds"
-    assert verdicts.verdict([yes, contrary]) == "holds in part"
-    assert verdicts.verdict([no, contrary]) == "does not hold"
-    assert verdicts.verdict([]) == verdicts.verdict([yes, {"p": None}]) == "open"
+def test_holm_and_the_seeds_that_would_decide(monkeypatch):
+    values = {"F1": [0.1, 0.2, 0.15, 0.12, 0.2], "C5": [0.1, -0.1, 0.12, 0.2, -0.05]}
+    monkeypatch.setattr(
+        verdicts, "primary", lambda runs, claim: dict(enumerate(values.get(claim, [])))
+    )
+    judged = verdicts.judge({})
+    assert judged["F1"]["holm"] == pytest.approx(2 * judged["F1"]["p"])
+    assert judged["C5"]["holm"] == pytest.approx(judged["C5"]["p"]) and judged["C5"]["p"] < 1
+    assert judged["Q1"] == {"seeds": 0, "word": "open"} and judged["C5"]["word"] == "undecided"
+    n, x = judged["C5"]["needed"], np.array(values["C5"])
+    for seeds, decided in ((n, True), (n - 1, False)):
+        half = stats.t.ppf(0.975, seeds - 1) * x.std(ddof=1) / seeds**0.5
+        interval = x.mean() - half, x.mean() + half
+        assert (verdicts.word("C5", *interval) != "undecided") == decided
 
 
 def test_a_row_runs_once_and_again_the_same(tmp_path, monkeypatch, capsys):
     flags = "--loss nce --views same --crops 1 --image-size 28 --batch-size 32 --epochs 1"
-    row = {"flags": f"{flags} --images-per-epoch 64", "seeds": range(1), "claims": ["C3"]}
-    monkeypatch.setattr(study, "DIGITS", "sklearn")
+    row = f"{flags} --images-per-epoch 64 --digits sklearn", range(1), "C3"
     monkeypatch.setattr(study, "STUDY", tmp_path / "study.json")
-    monkeypatch.setattr(study, "grid", lambda preset: {"tiny": row})
+    monkeypatch.setattr(data, "load_digits", lambda *args: None)
+    monkeypatch.setattr(study, "grid", lambda preset, runs: {"tiny": row})
     runs = str(tmp_path / "runs")
     args = study.parse_args(["--device", "cpu", "--runs", runs, "--only", "C3"])
     assert study.run_all(args)
     [line] = json.loads(study.STUDY.read_text())
-    start = "OMP_NUM_THREADS=1 python train.py --preset laptop --digits sklearn"
-    assert f"{start} {row['flags']} --seed 0 --device cpu" in line["command"]
+    start = "OMP_NUM_THREADS=1 python train.py --preset laptop"
+    assert f"{start} {row[0]} --seed 0 --device cpu" in line["command"]
     found = json.loads((tmp_path / "runs/laptop/tiny/seed-0/metrics.json").read_text())
     selectivity = found["matched"]["mean"]["selectivity"]["value"]
     assert line["matched"]["mean"]["selectivity"] == pytest.approx(selectivity, rel=1e-5)
-    assert line["curve"][-1]["step"] == 2
-    assert {"head_1", "brightness"} <= set(line["curve"][-1])
+    assert line["curve"][-1]["epoch"] == 1 and line["curve"][-1]["loss"] > 0
+    assert verdicts.number(line, verdicts.SELECTIVITY) == pytest.approx(selectivity, rel=1e-5)
 
     def never(*job):
         raise AssertionError("a finished run was done again")
@@ -202,12 +267,12 @@ def test_a_row_runs_once_and_again_the_same(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "DIGITS", "sklearn")
     monkeypatch.setattr(study, "STUDY", tmp_path / "study.json")
-    row = {"flags": "--loss nce", "seeds": range(1), "claims": ["C3"]}
-    monkeypatch.setattr(study, "grid", lambda preset: {"bad": row, "good": row})
+    monkeypatch.setattr(data, "load_digits", lambda *args: None)
+    rows = {name: ("--loss nce", range(1), "C3") for name in ("bad", "good")}
+    monkeypatch.setattr(study, "grid", lambda preset, runs: rows)
     command = "python train.py --loss nce --seed 0 --device cpu --output x"
     done = {"preset": "laptop", "row": "good", "seed": 0, "command": command}
-    monkeypatch.setattr(study, "run", lambda args, row, *_: done if row == "good" else None)
+    monkeypatch.setattr(study, "run", lambda args, flags, row, *_: done if row == "good" else None)
     assert not study.run_all(study.parse_args(["--only", "C3"]))
     assert json.loads(study.STUDY.read_text()) == [done]
