@@ -188,7 +188,9 @@ def test_bare_state_dict_of_any_kind(tmp_path, prefix, shape, dtype, old_format)
 def test_a_shipped_checkpoint_still_loads():
     loaded, content = vit.load_backbone(str(SHIPPED))
     shape = {"patch_size": 7, "dim": 96, "depth": 2, "heads": 3, "pos_size": 56}
-    assert shape_of(loaded) == shape | {"mlp_ratio": 4, "registers": 0}
+    assert shape_of(loaded) == shape | {"mlp_ratio": 1, "registers": 4}
+    older = {key: value for key, value in content["config"].items() if key not in vit.OLDER}
+    assert shape_of(vit.build_network(older).backbone) == shape | {"mlp_ratio": 4, "registers": 0}
     teacher = {k: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
     assert {v.dtype for v in teacher.values()} == {torch.float16}
     assert_same_weights(loaded, {k.removeprefix("backbone."): v for k, v in teacher.items()})
