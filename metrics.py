@@ -211,15 +211,16 @@ def observe_effects(backbone, batches):
     patches), 1 − cos with the true feature, of blackening a patch, if it has `ink` (n, patches);
     `moved` (n, K), √(2 − 2 cos), of leaving out a part, the digit's pieces first; a part's ink by
     patch, `own` (n, K, patches), and in all on the canvas, `own_ink` (n, K). Features (n, dim):
-    the true ones, `features`, and when [CLS] attends in the last block to all tokens alike, `even`,
-    or as in another image, `swapped`. `index` and `labels` (n,).
+    the true ones, `features`, and when [CLS] attends in the last block to all patches alike,
+    `even`, or as in another image, `swapped`. `index` and `labels` (n,).
     """
     rows, size = [], backbone.patch_size
     for batch in tqdm(batches, "leaving out", unit="batch", leave=False, disable=None):
         images, row = batch["images"], {key: batch[key] for key in ("index", "labels", "own_ink")}
         x = backbone.before_last_block(data.normalize(images))
         attention = backbone.last_attention(x, queries=1)
-        even = torch.full_like(attention, 1 / attention.shape[-1])
+        even, first = attention.clone(), 1 + backbone.registers
+        even[..., first:] = attention[..., first:].mean(-1, keepdim=True)
         for key, each in (("features", None), ("even", even), ("swapped", attention.roll(1, 0))):
             row[key] = F.normalize(backbone.last_feature(x, each), dim=-1)
         row["ink"] = patch_sums(batch["digit"] | batch["clutter"], size) > 0
