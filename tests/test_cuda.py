@@ -105,11 +105,18 @@ def test_a_folder_of_backgrounds(tmp_path):
 def test_evaluation_stays_on_the_gpu(flags):
     config, _, student, *_ = start(flags)
     photos_or_digits = photos() if config["dataset"] == "stl10" else DIGITS["test"].to(CUDA)
-    batch = next(data.evaluation_batches(config, photos_or_digits, 10))
+    batch = next(data.evaluation_batches(config, photos_or_digits, 10, parts=True))
     images = data.normalize(batch["images"].to(CUDA))
     maps, features = metrics.cls_attention(student.backbone, images)
     assert maps.shape == (10, 3, 64) and features.shape == (10, 96)
-    assert maps.device.type == features.device.type == "cuda"
+    rollout = metrics.without_cls(student.backbone.rollout(images), student.backbone)
+    maps, rng = [maps.mean(1), rollout], torch.Generator().manual_seed(0)
+    effects = metrics.token_effects(student.backbone, images, maps, rng)
+    assert effects.shape == (10, 3) and effects.device.type == features.device.type == "cuda"
+    if "without" in batch:  # patches are blackened by index, which a fake tensor does not have
+        ink = metrics.patch_sums(batch["own"][:, 0], 7)
+        change = metrics.moved(student.backbone, batch["without"][:, 0], features)
+        assert ink.device.type == change.device.type == "cuda"
 
 
 FAULTS = [(lambda x: x + torch.ones(1), RuntimeError)]  # a tensor of the CPU
