@@ -296,7 +296,8 @@ def test_spearman_is_scipys_with_ties_and_absent_entries(entries):
         assert found == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-9)
 
 
-ATTENTION = torch.tensor([0.2, 0.5, 0.1, 0.1, 0.1])  # of [CLS] to itself and to four patches
+# of two canvases' [CLS] to itself and to four patches
+ATTENTION = torch.tensor([[0.3, 0.4, 0.1, 0.1, 0.1], [0.4, 0.1, 0.3, 0.1, 0.1]])
 
 
 class Weighing(torch.nn.Module):
@@ -314,7 +315,7 @@ class Weighing(torch.nn.Module):
         return torch.stack([torch.ones_like(x), x], dim=-1)
 
     before_last_block = lambda self, images: self(images)
-    last_attention = lambda self, x, queries: ATTENTION.expand(len(x), 1, 1, 5)
+    last_attention = lambda self, x, queries: ATTENTION.view(2, 1, 1, 5)
     last_feature = lambda self, x, attention: x if attention is None else x * attention[:, 0, 0, :2]
 
 
@@ -367,10 +368,11 @@ def test_effects_of_a_network_that_weighs_patches():
     pieces = (moved[:, 0] / 49 + moved[:, 1] / 25).sum() / (moved[:, 2:] / 49).sum()
     assert said["causal_selectivity"]["value"] == pytest.approx(pieces.item(), rel=1e-5)
     matters = said["attention_matters"]
-    assert matters["even"]["cosine"]["value"] == pytest.approx(1)  # 0.2 for [CLS], and each patch
-    turned = [math.atan(a * 2.5) - math.atan(a) for a in (8, 7)]
-    cosine = np.mean([math.cos(angle) for angle in turned])
-    assert matters["swapped"]["cosine"]["value"] == pytest.approx(cosine, abs=1e-6)
+    ratios = {"even": (0.175 / 0.3, 0.15 / 0.4), "swapped": (0.1 / 0.4, 0.4 / 0.3)}
+    for name, stretched in ratios.items():  # of (1, a), by the attention to [CLS] and patch 0
+        turned = [math.atan(a * r) - math.atan(a) for a, r in zip((8, 7), stretched)]
+        cosine = np.mean([math.cos(angle) for angle in turned])
+        assert matters[name]["cosine"]["value"] == pytest.approx(cosine, abs=1e-6)
     assert matters["features"]["knn"]["value"] == 1
     assert matters["two_canvases"] == pytest.approx(math.cos(angle(8) - angle(7)), abs=1e-6)
 
