@@ -167,7 +167,7 @@ def test_full_dino_checkpoint_gives_its_teacher(tmp_path):
     model, path = tiny(), str(tmp_path / "full.pth")
     torch.save(full_dino_checkpoint(model), path)
     loaded, content = vit.load_backbone(path)
-    assert shape_of(loaded) == shape_of(model) and loaded.grid == 4
+    assert shape_of(loaded) == shape_of(model) and loaded.grid == (4, 4)
     assert_same_weights(loaded, {k: v + 1 for k, v in model.state_dict().items()})
     assert content["step"] == 7 and content["args"].arch == "vit_small"
 
@@ -188,7 +188,7 @@ def test_bare_state_dict_of_any_kind(tmp_path, prefix, shape, dtype, old_format)
 def test_a_shipped_checkpoint_still_loads():
     loaded, content = vit.load_backbone(str(SHIPPED))
     shape = {"patch_size": 7, "dim": 96, "depth": 2, "heads": 3, "pos_size": 56}
-    assert shape_of(loaded) == shape | {"mlp_ratio": 4, "registers": 0}
+    assert shape_of(loaded) == shape | {"mlp_ratio": 4, "registers": 0, "antialias": False}
     teacher = {k: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
     assert {v.dtype for v in teacher.values()} == {torch.float16}
     assert_same_weights(loaded, {k.removeprefix("backbone."): v for k, v in teacher.items()})
