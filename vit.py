@@ -36,12 +36,11 @@ NAMES = r"""_orig_mod\.= blocks\.\d+\.(\d+)=blocks.\1 reg_token$=register_tokens
     \bencoder.layer.=blocks. \bembeddings.= patch_embeddings.projection=patch_embed.proj
     position_embeddings=pos_embed layernorm_before=norm1 layernorm_after=norm2 layernorm=norm
     attention.output.dense=attn.proj attention.attention=attn intermediate.dense=mlp.fc1
-    output.dense=mlp.fc2 (ls|layer_scale)1.\w+=attn.proj.gamma
-    (ls|layer_scale)2.\w+=mlp.fc2.gamma"""
+    output.dense=mlp.fc2 layer_scale=ls \bls1.\w+=attn.proj.gamma \bls2.\w+=mlp.fc2.gamma"""
 # what a network lies in, as keys of a file or in front of its names; and what attention can miss
 WRAPPERS = r"((teacher|student|momentum|base)_)?(encoder|backbone)|teacher|student|momentum|module"
 WRAPPERS += r"|(state_dict|model)(_ema)?|model_state_dict|net|vit|dinov2(_with_registers)?"
-LEFT_OUT = r"\w*(head|decoder|predictor|projector|classifier)|mask(_token|ed_embed)|fc_norm|pooler"
+LEFT_OUT = r"\w*(head|decoder|predictor|projector|classifier|criterion)|mask|fc_norm|pooler"
 # heads that are not 64 wide, by names and width: MoCo v3's ViT-S; any ViT-H, -g and -G
 HEADS = (("(base|momentum)_encoder", 384, 12), ("", 1280, 16), ("", 1408, 16), ("", 1664, 16))
 CLASSES = 10  # digits, and STL-10's
@@ -405,8 +404,7 @@ def load_backbone(source, heads=None, grid=None):
     content = read_checkpoint(path)
     try:
         weights, layer_scale, *places = find_weights(content, os.path.getsize(path))
-        config = content.get("config", {})
-        known = source in DINO_FILES or "heads" in config
+        known = "heads" in (config := content.get("config", {})) or source in DINO_FILES
         registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
         antialias = config.get("antialias", registers > 0 and layer_scale)
         tokens, dim = weights["pos_embed"].shape[1:]
@@ -419,7 +417,7 @@ def load_backbone(source, heads=None, grid=None):
         family = [n for names, width, n in HEADS if width == dim and re.search(names, places[0])]
         told = config.get("heads") or heads or max(family, default=None)
         heads = told or max(1, dim // 64)
-        mlp_ratio = len(weights.get("blocks.0.mlp.fc1.weight", ())) // dim
+        mlp_ratio = len(weights.get("blocks.0.mlp.fc1.weight", ())) // dim or 4
         surplus = len(weights) - 9 * depth  # a block has 12 tensors; a hostile file, many blocks
         if type(heads) is not int or min(heads, depth, dim, tokens - 1, surplus) < 1:
             raise ValueError(f"{depth} blocks, width {dim}, heads {heads}, {tokens} tokens")
@@ -427,7 +425,9 @@ def load_backbone(source, heads=None, grid=None):
         shape = size, dim, depth, heads, pos_size, mlp_ratio, registers, antialias
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
             backbone = VisionTransformer(*shape)
-        if rows * columns != tokens - 1 and "dist_token" not in weights:
+        if unknown := sorted(weights.keys() - backbone.state_dict().keys()):
+            raise ValueError(f"{', '.join(unknown[:4])} would change the network")
+        if rows * columns != tokens - 1:
             raise ValueError(f"{tokens - 1} positions, no grid {rows}×{columns}; use --grid RxC")
         fresh = nn.LayerNorm(weights["cls_token"].numel()).state_dict(prefix="norm.")
         backbone.load_state_dict(fresh | weights, strict=True, assign=True)
@@ -435,14 +435,13 @@ def load_backbone(source, heads=None, grid=None):
             if not (value.is_floating_point() and value.isfinite().all()):
                 raise ValueError(f"{name} is complex, NaN or infinite")
         about = " rather than ".join(place[:-1] or "weights" for place in places)
-        about += f", {heads} heads" + ("" if told or known else " (assumed; --heads N)")
-        about += f", grid {rows}×{columns}" + ("" if grid or known else " (assumed; --grid RxC)")
-        about += "" if "norm.weight" in weights else ", no last norm: features have a fresh one"
+        about += f", {heads} heads" + ("" if told or known else " (assumed; --heads)")
+        about += f", grid {rows}×{columns}" + ("" if grid or known else " (assumed; --grid)")
+        about += "" if "norm.weight" in weights else ", no last norm: features have a new one"
         backbone.about = about
         return backbone, content
     except Exception as error:  # of many kinds, by what the file holds instead
-        reason = one_line(error)[:300]
-        raise ValueError(f"{path} holds no ViT of the README's list ({reason})") from error
+        raise ValueError(f"{path} is no ViT that can be read ({one_line(error)[:300]})") from error
 
 
 def one_line(error):
