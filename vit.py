@@ -441,7 +441,9 @@ def load_backbone(source, heads=None, grid=None):
         backbone.about = about
         return backbone, content
     except Exception as error:  # of many kinds, by what the file holds instead
-        raise ValueError(f"{path} is no ViT that can be read ({one_line(error)[:300]})") from error
+        raise ValueError(
+            f"{path}: no ViT of the README's list ({one_line(error)[:300]})"
+        ) from error
 
 
 def one_line(error):
