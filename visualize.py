@@ -254,6 +254,17 @@ def plot_tsne(model, points, labels, accuracy, path):
     save_figure(figure, path)
 
 
+@torch.no_grad()
+def expect_half(backbone):
+    """Let weights of pictures normalised as (x − 0.5) / 0.5 take what `data.normalize` gives.
+
+    Both are linear in the pixels, as is the patch embedding, which absorbs the difference.
+    """
+    proj = backbone.patch_embed.proj
+    proj.bias += proj.weight.sum((2, 3)) @ ((data.MEAN.flatten() - 0.5) / 0.5)
+    proj.weight *= data.STD / 0.5
+
+
 def open_model(source, args, like=None):
     """The Model in a file, or of --weights, which are shown what the Model `like` is.
 
@@ -262,7 +273,11 @@ def open_model(source, args, like=None):
     """
     content = {}
     if source != "none":
-        backbone, content = vit.load_backbone(source)
+        backbone, content = vit.load_backbone(source, args.heads, args.grid)
+        half = args.normalise == "half" and "config" not in content
+        if half:
+            expect_half(backbone)
+        print(f"{source}: {backbone.about}, normalised by {'0.5' if half else 'ImageNet'}")
     elif like:
         backbone = vit.build_network(like.config).backbone
     else:
@@ -320,17 +335,30 @@ def example_images(model, n):
     return list(batch["images"].expand(-1, 3, -1, -1).clamp(0, 1)), masks
 
 
+def rows_x_columns(text):
+    """(4, 6) for "4x6"; ValueError, of which argparse makes a message, for anything else."""
+    rows, columns = map(int, text.split("x"))
+    if min(rows, columns) < 1:
+        raise ValueError(text)
+    return rows, columns
+
+
 def parse_args(argv):
     about = "Draw and measure where a trained network looks."
     parser = argparse.ArgumentParser("visualize.py", description=about)
     add, cuda = parser.add_argument, torch.cuda.is_available()
-    add("checkpoints", nargs="*", metavar="CKPT", help="of train.py, or a ViT in DINO's names")
+    add("checkpoints", nargs="*", metavar="CKPT", help="of train.py, or any ViT's weights")
     weights = "also measure weights that were not fine-tuned, on the first checkpoint's canvases, "
     weights += f"else on the paper's: none, random ones, or {', '.join(vit.DINO_FILES)}"
     add("--weights", metavar="{dino,none,FILE}", help=weights)
     images = "draw the attention over these pictures instead"
     add("--images", nargs="+", metavar="FILE", help=images)
     add("--image-size", type=int, help="side of the input in pixels [as trained, else 224]")
+    add("--heads", type=int, help="of weights that do not say it [one for every 64 of the width]")
+    grid = "ROWSxCOLUMNS of the positions, of weights that do not say it [a square]"
+    add("--grid", type=rows_x_columns, metavar="RxC", help=grid)
+    half = "what weights expect: ImageNet's mean and deviation, or 0.5, as Google's and AugReg's"
+    add("--normalise", choices=["imagenet", "half"], default="imagenet", help=half)
     add("--digits", choices=["auto", "mnist", "sklearn"], help="[as trained, else auto]")
     add("--background", metavar="{black,texture,DIR}", help="behind the digits [as trained]")
     add("--data-root", help="folder that holds MNIST/raw/ or stl10_binary/ [as trained, else data]")

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -29,11 +30,24 @@ DINO_FILES = {
     "dino_vitb8": "dino_vitbase8_pretrain",
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
+# What others call the same things: "pattern=DINO's name", put in place one after another. First
+# torch.compile, DINOv2's chunks of blocks and timm, then Hugging Face, then LayerScale of either.
+NAMES = r"""_orig_mod\.= blocks\.\d+\.(\d+)=blocks.\1 reg_token$=register_tokens
+    \bencoder.layer.=blocks. \bembeddings.= patch_embeddings.projection=patch_embed.proj
+    position_embeddings=pos_embed layernorm_before=norm1 layernorm_after=norm2 layernorm=norm
+    attention.output.dense=attn.proj attention.attention=attn intermediate.dense=mlp.fc1
+    output.dense=mlp.fc2 layer_scale=ls \bls1.\w+=attn.proj.gamma \bls2.\w+=mlp.fc2.gamma"""
+# what a network lies in, as keys of a file or in front of its names; and what attention can miss
+WRAPPERS = r"((teacher|student|momentum|base)_)?(encoder|backbone)|teacher|student|momentum|module"
+WRAPPERS += r"|(state_dict|model)(_ema)?|model_state_dict|net|vit|dinov2(_with_registers)?"
+LEFT_OUT = r"\w*(head|decoder|predictor|projector|classifier|criterion)|mask|fc_norm|pooler"
+# heads that are not 64 wide, by names and width: MoCo v3's ViT-S; any ViT-H, -g and -G
+HEADS = (("(base|momentum)_encoder", 384, 12), ("", 1280, 16), ("", 1408, 16), ("", 1664, 16))
 CLASSES = 10  # digits, and STL-10's
-# what older checkpoints lack
 OLDER = {"mlp_ratio": 4, "registers": 0, "centering": "mean", "optimizer": "adamw"}
-# what decides the shapes of a ViT's weights
-SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers")
+OLDER |= {"antialias": False}  # what older checkpoints lack
+# what decides the shapes of a ViT's weights, and how its positions are interpolated
+SHAPE = ("patch_size", "dim", "depth", "heads", "pos_size", "mlp_ratio", "registers", "antialias")
 
 
 class Attention(nn.Module):
@@ -93,11 +107,11 @@ class VisionTransformer(nn.Module):
     """ViT backbone; the defaults are the paper's ViT-S/8 (section III).
 
     `patch_size` and `pos_size` are sides in pixels: `pos_embed` stores the patch grid of an image
-    of pos_size, and is interpolated for any other that the patch size divides. The MLPs are
-    `mlp_ratio` times as wide as the tokens. `registers` are learned tokens behind [CLS] that stand
-    for no patch, where attention can go that needs none (Darcet et al. 2024). `init_std` is that
-    of random linear layers; 0: 1/√(inputs of the layer), since in a narrow network DINO's 0.02 is
-    next to nothing, and learning starts late. ValueError for sizes that do not divide each other.
+    of pos_size, or of (height, width), and is interpolated for others, with `antialias` as DINOv2
+    with registers does. MLPs are `mlp_ratio` times as wide as tokens. `registers` are learned
+    tokens behind [CLS] that stand for no patch, where attention can go that needs none (Darcet et
+    al. 2024). `init_std` is that of random linear layers; 0: 1/√(inputs of the layer), since
+    DINO's 0.02 is next to nothing in a narrow network, and learning starts late.
     """
 
     def __init__(
@@ -109,21 +123,23 @@ class VisionTransformer(nn.Module):
         pos_size=224,
         mlp_ratio=4,
         registers=0,
+        antialias=False,
         init_std=0.02,
     ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"--heads {heads}: use a divisor of the width {dim}")
-        if pos_size % patch_size:
+        height, width = pos_size if isinstance(pos_size, tuple) else (pos_size, pos_size)
+        if height % patch_size or width % patch_size:
             raise ValueError(f"image size {pos_size} is not a multiple of patch size {patch_size}")
-        self.patch_size, self.pos_size = patch_size, pos_size
-        self.dim, self.depth, self.heads = dim, depth, heads
-        self.mlp_ratio, self.registers, self.grid = mlp_ratio, registers, pos_size // patch_size
+        self.patch_size, self.pos_size, self.antialias = patch_size, pos_size, antialias
+        self.dim, self.depth, self.heads, self.mlp_ratio = dim, depth, heads, mlp_ratio
+        self.registers, self.grid = registers, (height // patch_size, width // patch_size)
         self.checkpoint_blocks = False  # True: recompute activations in the backward pass
         proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio * dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -135,21 +151,18 @@ class VisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, rows, columns):
         """`pos_embed` for a grid of rows × columns patches, (1, 1 + rows·columns, dim)."""
-        if rows == columns == self.grid:
+        if (rows, columns) == self.grid:
             return self.pos_embed
-        cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        patch_pos = patch_pos.mT.unflatten(2, (self.grid, self.grid))  # (1, dim, grid, grid)
+        patch_pos = self.pos_embed[:, 1:].mT.unflatten(2, self.grid)  # (1, dim, rows, columns)
         # DINO's weights were trained with bicubic interpolation by the *scale* (n + 0.1)/grid,
         # whose 0.1 guards against rounding; asking for size=(rows, columns) is off by up to 0.03.
-        scale = ((rows + 0.1) / self.grid, (columns + 0.1) / self.grid)
-        patch_pos = F.interpolate(patch_pos, scale_factor=scale, mode="bicubic")
-        return torch.cat([cls_pos, patch_pos.flatten(2).mT], dim=1)
+        scale = ((rows + 0.1) / self.grid[0], (columns + 0.1) / self.grid[1])
+        how = {"size": (rows, columns)} if self.antialias else {"scale_factor": scale}
+        patch_pos = F.interpolate(patch_pos, mode="bicubic", antialias=self.antialias, **how)
+        return torch.cat([self.pos_embed[:, :1], patch_pos.flatten(2).mT], dim=1)
 
     def prepare_tokens(self, images, keep=None):
-        """Images (B, 3, H, W) to tokens (B, N, dim): [CLS], registers, patches row by row.
-
-        `keep` (B, k), numbers of patches: only these become tokens, as if there were no others.
-        """
+        """Images (B, 3, H, W) to tokens (B, N, dim): [CLS], registers, patches row by row."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             patch = f"patch size {self.patch_size}"
@@ -160,7 +173,7 @@ class VisionTransformer(nn.Module):
         tokens += [self.register_tokens] if self.registers else []  # they have no position
         tokens = [token.expand(len(images), -1, -1) for token in tokens]
         patches = patches.flatten(2).mT + pos_embed[:, 1:]  # (B, rows · columns, dim)
-        if keep is not None:
+        if keep is not None:  # (B, k), numbers of patches: as if there were no others
             patches = patches.take_along_dim(keep[..., None], dim=1)
         return torch.cat([*tokens, patches], dim=1)
 
@@ -227,8 +240,7 @@ class ProjectionHead(nn.Module):
     An MLP to a bottleneck, L2-normalized: (B, bottleneck), what the NCE loss compares. With
     `out_dim` = K a weight-normalized layer follows: (B, K), the logits of the DINO loss. `norm`
     puts a LayerNorm after each hidden layer: trained from random weights DINO's head, which has
-    none, hardly leaves the loss of chance. Never a batch norm: with it the gradient of a batch is
-    not the sum of the gradients of its pieces.
+    none, hardly leaves the loss of chance. No batch norm: gradients of pieces would not add up.
     """
 
     def __init__(self, dim, out_dim, hidden_dim, layers, bottleneck, norm=False, init_std=0.02):
@@ -296,24 +308,35 @@ def download_dino(name):
             with contextlib.suppress(OSError):
                 os.remove(path)
             failed = f"--weights {name}: download from {url} failed ({error}); use --weights none"
-            text = f"{failed} for random weights, or --weights FILE with a copy of the file"
-            raise OSError(text) from error
+            raise OSError(f"{failed} or --weights FILE with a copy of the file") from error
     return path
 
 
-def read_checkpoint(path):
-    """The content of a .pth file, read without running any code that it may hold.
+class Unread:
+    """In the place of a path or numpy array, which nothing needs; arrays can be forged to harm."""
 
-    Beside tensors and plain Python values only the names that DINO's full checkpoints need are
-    allowed: `argparse.Namespace` and numpy scalars. Raises OSError or ValueError.
+    __init__ = __setstate__ = lambda self, *state: None
+
+
+def read_checkpoint(path):
+    """The content of a .pth or .safetensors file, read without running any code that it may hold.
+
+    Beside tensors and plain Python values only the names that public checkpoints need are allowed:
+    `argparse.Namespace`, numpy scalars, paths and numpy arrays. Raises OSError or ValueError.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; use a .pth file with a ViT's weights")
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [argparse.Namespace, np.dtype, *(type(np.dtype(t)) for t in ("f4", "f8", "i8"))]
-    # numpy 1 and 2 have the constructor of scalars under different names
-    allowed += [(scalar, f"{core}.multiarray.scalar") for core in ("numpy.core", "numpy._core")]
+    allowed = [argparse.Namespace, np.dtype, *{type(np.dtype(c)) for c in "?bhilqBHILQefdFDSU"}]
+    for core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
+        allowed += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar")]
+        allowed += [(Unread, f"{core}.multiarray._reconstruct"), (Unread, "numpy.ndarray")]
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+        allowed += [(Unread, f"pathlib.{name}"), (Unread, f"pathlib._local.{name}")]  # Python 3.13
     try:
+        if str(path).endswith(".safetensors"):
+            import safetensors.torch  # nothing else needs it
+
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):  # what torch.save has written since 2020
             with zipfile.ZipFile(path) as archive:
                 # torch.save never compresses, so a compressed record is a zip bomb; torch.load
@@ -322,52 +345,105 @@ def read_checkpoint(path):
                     raise ValueError("a record's CRC is wrong, or it is compressed")
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ValueError(f"{path} needs a library to be read: pip install safetensors") from error
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
         reason = str(error).strip().partition("\n")[0][:150] or type(error).__name__
+        if refused := re.search(r"GLOBAL (\S{1,150})", str(error)):
+            reason = f"{refused[1]}, which could run code: save the network's state_dict() alone"
         text = f"{path} is not a PyTorch checkpoint, is damaged, or holds more than tensors and"
         raise ValueError(f"{text} plain values ({reason}); use another copy of it") from error
 
 
-def load_backbone(source):
-    """The ViT whose weights `source` holds, a name of DINO_FILES or a .pth file.
+def find_weights(content, limit):
+    """The weights of the network in a file that is to be looked at, in DINO's names and form.
 
-    Takes a bare state dict in DINO's names, DINO's full checkpoints and ours: of student and
-    teacher the teacher, without heads. The shapes say width, depth and patch size, but not the
-    number of attention heads: our checkpoints hold it, DINO's have one for every 64 of the width.
-    Returns the VisionTransformer, in float32, and all that the file holds. Raises ValueError or
-    OSError for anything but the finite weights of one ViT.
+    Returns them, whether there was LayerScale, where they lie and, after a teacher, where others.
+    """
+    networks, parts = {}, [("", content)]
+    for place, part in parts:  # which grows meanwhile
+        for key, value in part.items():
+            name = f"{place}{key}"
+            if isinstance(value, torch.Tensor):
+                for pair in NAMES.split():
+                    name = re.sub(*pair.split("="), name)
+                where = re.match(rf"(({WRAPPERS})\.)*", name)[0]
+                if not re.match(LEFT_OUT, name := name.removeprefix(where)):
+                    networks.setdefault(where, {})[name] = value
+            elif isinstance(value, dict) and re.fullmatch(WRAPPERS, str(key)) and len(parts) < 9:
+                parts.append((f"{name}.", value))
+    needed = {"cls_token", "pos_embed", "patch_embed.proj.weight"}
+    places = [where for where, weights in networks.items() if needed <= weights.keys()]
+    if not places:
+        keys = ", ".join([str(key) for _, part in parts for key in part][:8])
+        raise ValueError(f"no {', '.join(sorted(needed))} among its keys: {keys}, …")
+    places.sort(key=lambda place: not re.search("teacher|momentum|_ema", place))
+    weights = networks[places[0]]
+    if sum(value.nbytes for value in weights.values()) > limit:
+        raise ValueError("its tensors are larger than the file")
+    for name in [name for name in weights if ".attn.query." in name]:
+        parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        weights[name.replace("query", "qkv")] = torch.cat(parts)
+    scales = {name: weights.pop(name) for name in list(weights) if name.endswith(".gamma")}
+    for name, scale in scales.items():
+        # LayerScale multiplies what a linear layer gives: it can as well be a part of that layer
+        for kind in (name.replace("gamma", "weight"), name.replace("gamma", "bias")):
+            weights[kind] = torch.einsum("i,i...->i...", scale.float(), weights[kind].float())
+    return weights, bool(scales), *places
+
+
+def load_backbone(source, heads=None, grid=None):
+    """The ViT that `source` holds, a name of DINO_FILES or a file, and all that the file holds.
+
+    The names can be DINO's, timm's or Hugging Face's, anywhere in the file: of student and teacher
+    the teacher's. Shapes do not say how many `heads` there are, nor the `grid` (rows, columns) of
+    the positions: unless a file of ours does, they are as given, or else assumed, which `about` of
+    the ViT tells. Raises ValueError or OSError for anything but one ViT's finite weights.
     """
     path = download_dino(source) if source in DINO_FILES else source
     content = read_checkpoint(path)
     try:
-        state = next((content[k] for k in ("teacher", "student") if k in content), content)
-        weights = {}
-        for name, value in state.items():
-            name = name.removeprefix("module.").removeprefix("backbone.")
-            if not name.startswith("head.") and isinstance(value, torch.Tensor):
-                weights[name] = value
-        if sum(value.nbytes for value in weights.values()) > os.path.getsize(path):
-            raise ValueError("its tensors are larger than the file")
-        _, tokens, dim = weights["pos_embed"].shape
-        patch_size = weights["patch_embed.proj.weight"].shape[-1]
-        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        heads = content.get("config", {}).get("heads") or max(1, dim // 64)
-        mlp_ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] // dim
+        weights, layer_scale, *places = find_weights(content, os.path.getsize(path))
+        known = "heads" in (config := content.get("config", {})) or source in DINO_FILES
         registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+        antialias = config.get("antialias", registers > 0 and layer_scale)
+        tokens, dim = weights["pos_embed"].shape[1:]
+        if 1 < tokens == (math.prod(grid) if grid else math.isqrt(tokens) ** 2):
+            # of patches alone, as in timm's DINOv2: that of [CLS] is a part of cls_token
+            weights["pos_embed"], tokens = F.pad(weights["pos_embed"], (0, 0, 1, 0)), tokens + 1
+        rows, columns = grid or [math.isqrt(tokens - 1)] * 2
+        size = weights["patch_embed.proj.weight"].shape[-1]
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        family = [n for names, width, n in HEADS if width == dim and re.search(names, places[0])]
+        told = config.get("heads") or heads or max(family, default=None)
+        heads = told or max(1, dim // 64)
+        mlp_ratio = len(weights.get("blocks.0.mlp.fc1.weight", ())) // dim or 4
         surplus = len(weights) - 9 * depth  # a block has 12 tensors; a hostile file, many blocks
         if type(heads) is not int or min(heads, depth, dim, tokens - 1, surplus) < 1:
             raise ValueError(f"{depth} blocks, width {dim}, heads {heads}, {tokens} tokens")
-        shape = patch_size, dim, depth, heads, math.isqrt(tokens - 1) * patch_size
+        pos_size = rows * size if rows == columns else (rows * size, columns * size)
+        shape = size, dim, depth, heads, pos_size, mlp_ratio, registers, antialias
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            backbone = VisionTransformer(*shape, mlp_ratio, registers)
-        backbone.load_state_dict(weights, strict=True, assign=True)
+            backbone = VisionTransformer(*shape)
+        if unknown := sorted(weights.keys() - backbone.state_dict().keys()):
+            raise ValueError(f"{', '.join(unknown[:4])} would change the network")
+        if rows * columns != tokens - 1:
+            raise ValueError(f"{tokens - 1} positions, no grid {rows}×{columns}; use --grid RxC")
+        fresh = nn.LayerNorm(weights["cls_token"].numel()).state_dict(prefix="norm.")
+        backbone.load_state_dict(fresh | weights, strict=True, assign=True)
         for name, value in backbone.float().state_dict().items():
             if not (value.is_floating_point() and value.isfinite().all()):
                 raise ValueError(f"{name} is complex, NaN or infinite")
+        about = " rather than ".join(place[:-1] or "weights" for place in places)
+        about += f", {heads} heads" + ("" if told or known else " (assumed; --heads)")
+        about += f", grid {rows}×{columns}" + ("" if grid or known else " (assumed; --grid)")
+        about += "" if "norm.weight" in weights else ", no last norm: features have a new one"
+        backbone.about = about
         return backbone, content
     except Exception as error:  # of many kinds, by what the file holds instead
-        text = f"{path} does not hold the weights of a ViT in DINO's names"
-        raise ValueError(f"{text} ({one_line(error)[:200]})") from error
+        raise ValueError(
+            f"{path}: no ViT of the README's list ({one_line(error)[:300]})"
+        ) from error
 
 
 def one_line(error):

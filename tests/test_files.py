@@ -145,7 +145,7 @@ def misshapen_weights(good):
     x = good[name]
     contents = [[1, 2], None, {}, 3, {"teacher": 3}, {"config": 3, "teacher": good}]
     contents += [{f"x.{k}": v for k, v in good.items()}, dict(enumerate(good.values()))]
-    for lost in (name, "blocks", "blocks.0", "norm.", "pos_embed"):
+    for lost in (name, "blocks", "blocks.0", "pos_embed"):
         contents.append({k: v for k, v in good.items() if lost not in k})
     contents.append({k: torch.zeros([n % 64 for n in v.shape]) for k, v in good.items()})
     for heads in (-1, 7, "x", 10**9, 1.0, [1]):
