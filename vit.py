@@ -441,9 +441,7 @@ def load_backbone(source, heads=None, grid=None):
         backbone.about = about
         return backbone, content
     except Exception as error:  # of many kinds, by what the file holds instead
-        raise ValueError(
-            f"{path}: no ViT of the README's list ({one_line(error)[:300]})"
-        ) from error
+        raise ValueError(f"{path}: none of the README's ViTs ({one_line(error)[:300]})") from error
 
 
 def one_line(error):
