@@ -98,34 +98,33 @@ def load_digits(source="auto", data_root="data"):
 
 
 def read_mnist(folder):
-    """MNIST's training and test Split, from its four files in `folder`, unpacked or gzipped.
-
-    What is neither is fetched from the first mirror that has it.
-    """
+    """MNIST's training and test Split, from the four files in `folder`, unpacked or gzipped."""
     arrays = []
     for name, md5 in torchvision.datasets.MNIST.resources:  # images, labels; of training, of test
-        path = os.path.join(folder, name)
-        unpacked = os.path.isfile(path.removesuffix(".gz"))
-        if not unpacked and not os.path.isfile(path):
-            fetch_mnist(folder, name, md5)
-        with open(path.removesuffix(".gz"), "rb") if unpacked else gzip.open(path) as file:
+        path = os.path.join(folder, name.removesuffix(".gz"))
+        unpacked = os.path.isfile(path)
+        with open(path, "rb") if unpacked else gzip.open(fetch_mnist(folder, name, md5)) as file:
             content = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
-        dimensions = content[3]  # then their sizes, four bytes each, the most significant first
-        shape = content[4 : 4 + 4 * dimensions].view(">i4").tolist()
-        arrays.append(torch.from_numpy(content[4 + 4 * dimensions :].reshape(shape)))
+        start = 4 + 4 * content[3]  # so many dimensions, and four bytes, big end first, for each
+        shape = content[4:start].view(">i4").tolist()
+        arrays.append(torch.from_numpy(content[start:].reshape(shape)))
     return [Split(arrays[k], arrays[k + 1].long()) for k in (0, 2)]
 
 
 def fetch_mnist(folder, name, md5):
-    errors = []
-    for mirror in torchvision.datasets.MNIST.mirrors:
+    """The path of a gzipped file of MNIST; fetched, if need be, from the first mirror to have it."""
+    path, reasons = os.path.join(folder, name), []
+    for mirror in [] if os.path.isfile(path) else torchvision.datasets.MNIST.mirrors:
         try:
-            return torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
+            torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
+            return path
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            errors.append(f"{mirror}: {error}")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(folder, name))  # not what was asked for
-    raise OSError("; ".join(errors))
+            reasons.append(f"{mirror}: {error}")
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)  # not what was asked for
+    if reasons:
+        raise OSError("; ".join(reasons))
+    return path
 
 
 def read_sklearn_digits():
