@@ -609,6 +609,8 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
     began = start, time.monotonic()
     if start == per_epoch * len(history):  # also of a run that was stopped while it measured
         end_epoch(folder, c, parts, history, start, total, began, validation, stop)
+        if start:
+            save_run(folder, c, parts, start, history, total)
         if on_any_rank(stop.is_set())[0]:
             return history
     parallel = torch.nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
