@@ -7,11 +7,16 @@ by (seed, split, step). `render_…` turns them into pixels, on any device, with
 slice of a batch can be rendered anywhere and is always the same.
 """
 
+import contextlib
 import functools
+import gzip
 import hashlib
+import http.client
 import math
 import os
+import tarfile
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +29,13 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 MIN_WINDOW_INK = 5  # ink pixels that a distractor must hold
 STL10_COUNTS = {"unlabeled": 100_000, "train": 5000, "test": 8000}
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 # Pillow knows other formats that start other programs (EPS runs Ghostscript)
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
 WAVES = 16  # plane waves that noise and blobs are the sum of
+# On MPS such a copy may read memory that has been freed since (pytorch issue 189690).
+NON_BLOCKING = torch.cuda.is_available()
 # ImageNet's mean and standard deviation, which DINO's weights expect
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
@@ -77,12 +84,10 @@ def load_digits(source="auto", data_root="data"):
     if source == "sklearn":
         return read_sklearn_digits(), source, None
     try:
-        train = torchvision.datasets.MNIST(data_root, train=True, download=True)
-        test = torchvision.datasets.MNIST(data_root, train=False)
-        both, n = Split(train.data, train.targets), len(train) * 5 // 6  # 50,000 of 60,000
-        splits = {"train": both[:n], "validation": both[n:], "test": Split(test.data, test.targets)}
-        return splits, "mnist", None
-    except Exception as error:  # torchvision raises many kinds for damaged files
+        train, test = read_mnist(os.path.join(data_root, "MNIST", "raw"))
+        n = len(train) * 5 // 6  # 50,000 of 60,000
+        return {"train": train[:n], "validation": train[n:], "test": test}, "mnist", None
+    except Exception as error:  # of many kinds, for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = f"{data_root}/MNIST/raw is missing or damaged, and its download failed ({reason})"
         if source == "mnist":
@@ -90,6 +95,36 @@ def load_digits(source="auto", data_root="data"):
             raise OSError(f"{reason}; {ways_out}") from error
     warning = f"scikit-learn's 1,797 digits instead of MNIST: {reason}"
     return read_sklearn_digits(), "sklearn", warning
+
+
+def read_mnist(folder):
+    """MNIST's training and test Split, from the four files in `folder`, unpacked or gzipped."""
+    arrays = []
+    for name, md5 in torchvision.datasets.MNIST.resources:  # images, labels; of training, of test
+        path = os.path.join(folder, name.removesuffix(".gz"))
+        unpacked = os.path.isfile(path)
+        with open(path, "rb") if unpacked else gzip.open(fetch_mnist(folder, name, md5)) as file:
+            content = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
+        start = 4 + 4 * content[3]  # so many dimensions, and four bytes, big end first, for each
+        shape = content[4:start].view(">i4").tolist()
+        arrays.append(torch.from_numpy(content[start:].reshape(shape)))
+    return [Split(arrays[k], arrays[k + 1].long()) for k in (0, 2)]
+
+
+def fetch_mnist(folder, name, md5):
+    """The path of a gzipped file of MNIST; fetched, if need be, from the first mirror to have it."""
+    path, reasons = os.path.join(folder, name), []
+    for mirror in [] if os.path.isfile(path) else torchvision.datasets.MNIST.mirrors:
+        try:
+            torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
+            return path
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reasons.append(f"{mirror}: {error}")
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)  # not what was asked for
+    if reasons:
+        raise OSError("; ".join(reasons))
+    return path
 
 
 def read_sklearn_digits():
@@ -116,7 +151,12 @@ def load_stl10(data_root, split="unlabeled"):
     names = list(dict.fromkeys((split, "train", "test")))
     try:
         if not all(os.path.isfile(f"{folder}/{name}_X.bin") for name in names):
-            torchvision.datasets.STL10(data_root, "train", download=True)
+            stl10 = torchvision.datasets.STL10
+            try:
+                archive = os.path.join(data_root, stl10.filename)
+                torchvision.datasets.utils.extract_archive(archive, data_root)
+            except (OSError, EOFError, tarfile.TarError, zlib.error):  # not there, or cut off
+                stl10(data_root, "train", download=True)
         for name in names:
             images = np.memmap(f"{folder}/{name}_X.bin", dtype=np.uint8, mode="c")
             images = torch.from_numpy(images.reshape(-1, 3, 96, 96)).mT  # stored by columns
@@ -147,7 +187,11 @@ def read_image(path):
                 image = ImageOps.exif_transpose(file)  # a copy
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
                 levels = np.asarray(image).astype(np.int32).clip(0, 65535)
-                image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+                # cameras and scanners put 10 or 12 bits into 16
+                bits = max(8, int(levels.max()).bit_length())
+                white = 2 ** (bits if bits <= 12 else 16) - 1
+                levels = (levels * 255 + white // 2) // white
+                image = Image.fromarray(levels.astype(np.uint8))
             if image.mode == "F":
                 raise ValueError("floating point pixels; use 8 or 16 bits")
             if "A" in image.getbands() or "transparency" in image.info:
@@ -239,7 +283,7 @@ def render_canvases(params, config, images, masks=True):
     0.5; it is the digit's where the digit alone is ink, else clutter's. The rest is background.
     """
     names = ("digit", "position", "source", "window", "corner")
-    drawn = (params[name].to(images.device, non_blocking=True) for name in names)
+    drawn = (params[name].to(images.device, non_blocking=NON_BLOCKING) for name in names)
     digit, position, source, window, corner = drawn
     (B, V, _), S = source.shape, config["canvas_size"]
     # Whole numbers up to 255, whose sums do not depend on the order that a GPU adds them in.
@@ -391,15 +435,23 @@ def sum_of_waves(wave, pixel):
     return torch.cat([y.sin(), y.cos()], 1).mT @ torch.cat([x.cos(), x.sin()], 1)
 
 
+def image_files(folder):
+    """The paths of all images below a folder, but those that macOS writes: ._NAME beside NAME."""
+    return [
+        os.path.join(path, name)
+        for path, _, names in sorted(os.walk(folder))
+        for name in sorted(names)
+        if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith("._")
+    ]
+
+
 @functools.lru_cache(maxsize=1)  # every set of canvases asks for it
 def read_folder(folder, size):
     """All images below a folder, grey, cut square: (N, size, size) uint8. ValueError if none."""
     images = []
-    for path, _, names in sorted(os.walk(folder)):
-        for name in sorted(names):
-            if name.lower().endswith(IMAGE_ENDINGS):
-                image = read_image(os.path.join(path, name)).convert("L")
-                images.append(np.asarray(ImageOps.fit(image, (size, size))))
+    for path in image_files(folder):
+        image = read_image(path).convert("L")
+        images.append(np.asarray(ImageOps.fit(image, (size, size))))
     if not images:
         raise ValueError(f"--background {folder}: no images there; use black, texture or a folder")
     return torch.from_numpy(np.stack(images))
@@ -457,8 +509,8 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
 
     Crop, rotation and resizing are one affine map and so one bilinear resampling. `canvases`
     (B, C, channels, S, S) float32, one for each crop; `crops` from `sample_crops`, with sigmas of
-    at most `max_blur` pixels at 224. Beyond the canvas lies `outside`: "zeros" (black),
-    "reflection" or "border". Returns (B, C, channels, image_size, image_size) in [0, 1].
+    at most `max_blur` pixels at 224. Beyond the canvas lies `outside`: "zeros" (black) or
+    "reflection". Returns (B, C, channels, image_size, image_size) in [0, 1].
     """
     S, x = canvases.shape[-1], canvases.flatten(0, 1)
     crops = {name: crops[name].flatten(0, 1) for name in ("centre", "side", "angle", "sigma")}
@@ -469,7 +521,7 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
     cos, sin = half * crops["angle"].cos(), half * crops["angle"].sin()
     row, column = (2 * crops["centre"] / S - 1).unbind(-1)
-    affine = torch.stack([cos, sin, row, column]).to(x.device, non_blocking=True)
+    affine = torch.stack([cos, sin, row, column]).to(x.device, non_blocking=NON_BLOCKING)
     cos, sin, row, column = affine[..., None, None]  # each (B·C, 1, 1)
     u = (2 * torch.arange(image_size, device=x.device) + 1) / image_size - 1  # pixel centres
     v = u[:, None]
@@ -495,9 +547,9 @@ def gaussian_blur(x, sigma, max_sigma):
     distance = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (distance / sigma[blurred, None]) ** 2)  # (b, 2·radius + 1)
     kernel[kernel < 1e-9] = 0  # numbers below float32's normal range make a CPU ten times slower
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=True)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=NON_BLOCKING)
     kernel = kernel.repeat_interleave(x.shape[1], dim=0)[:, None]
-    blurred = blurred.to(x.device, non_blocking=True)
+    blurred = blurred.to(x.device, non_blocking=NON_BLOCKING)
     # along rows, then along columns; each channel of each image is a group of one convolution
     y = F.pad(x[blurred], (radius,) * 4, mode="reflect").flatten(0, 1)[None]
     y = F.conv2d(y, kernel[:, :, None], groups=len(kernel))
@@ -525,7 +577,10 @@ def color_jitter(photos, params):
     contrast, which keeps the mean, depends on other pixels, so they may come before the crop.
     """
     names = ("brightness", "contrast", "saturation", "hue", "gray", "flip")
-    p = {k: params[k].to(photos.device, non_blocking=True)[..., None, None, None] for k in names}
+    p = {
+        k: params[k].to(photos.device, non_blocking=NON_BLOCKING)[..., None, None, None]
+        for k in names
+    }
     x = (photos * p["brightness"]).clamp(0, 1)
     mean = rgb_to_grayscale(x).mean((-2, -1), keepdim=True)
     x = torch.lerp(mean, x, p["contrast"]).clamp_(0, 1)
@@ -550,7 +605,9 @@ def adjust_hue(x, turn):
 
 def normalize(x):
     """Images (…, 1 or 3, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
-    return (x - MEAN.to(x.device, non_blocking=True)).div_(STD.to(x.device, non_blocking=True))
+    return (x - MEAN.to(x.device, non_blocking=NON_BLOCKING)).div_(
+        STD.to(x.device, non_blocking=NON_BLOCKING)
+    )
 
 
 def denormalize(x):
@@ -609,7 +666,7 @@ class TrainingViews:
 
 def read_photos(split, index, device):
     """STL-10's images of these indices as float32 (B, 3, 96, 96) in [0, 1]."""
-    return split.images[index.to(split.images.device)].to(device, non_blocking=True) / 255
+    return split.images[index.to(split.images.device)].to(device, non_blocking=NON_BLOCKING) / 255
 
 
 def evaluation_batches(
@@ -665,4 +722,8 @@ def resize(images, image_size):
     whole, zero = torch.full((len(images), 1), float(images.shape[-1])), torch.zeros(len(images), 1)
     centre = (whole / 2)[..., None].expand(-1, -1, 2)
     crops = {"centre": centre, "side": whole, "angle": zero, "sigma": zero}
-    return render_crops(images[:, None], crops, image_size, outside="border")[:, 0]
+    # At the rim half a pixel lies outside, in black. Divided by what becomes of white, the image
+    # ends as it would if its last pixels went on: padding_mode="border", which MPS may lack.
+    white = images.new_ones(1, 1, 1, *images.shape[2:])
+    rim = render_crops(white, {name: value[:1] for name, value in crops.items()}, image_size)
+    return (render_crops(images[:, None], crops, image_size) / rim)[:, 0]

@@ -263,9 +263,12 @@ def token_effects(backbone, images, maps, rng, draws=1):
     """
     features, n = F.normalize(backbone(images), dim=-1), maps[0].shape[-1]
     drawn = torch.rand(draws, len(images), n, generator=rng).to(images.device)
-    keep = [map_.argsort(dim=-1)[:, : n - n // 5] for map_ in [*maps, *drawn]]
-    without = torch.stack([F.normalize(backbone(images, each), dim=-1) for each in keep], 1)
-    return 1 - (without * features[:, None]).sum(-1)
+    keep = torch.stack([*maps, *drawn]).argsort(dim=-1)[..., : n - n // 5]  # (maps + draws, n, …)
+    without = []
+    for some in keep.split(max(1, 20 // len(images))):  # of few images several at a time
+        found = backbone(images.repeat(len(some), 1, 1, 1), some.flatten(0, 1))
+        without.append(F.normalize(found, dim=-1).unflatten(0, some.shape[:2]))
+    return 1 - (torch.cat(without) * features).sum(-1).T
 
 
 def faithfulness(maps, effects):
@@ -346,7 +349,12 @@ def knn_classify(bank, bank_labels, queries):
 
 
 def linear_probe(bank, bank_labels, queries):
-    """The class that a linear classifier, fitted to the bank, gives each query: (n,)."""
+    """The class that a linear classifier, fitted to the bank, gives each query: (n,).
+
+    NaN if the bank has one class, which cannot be told from others.
+    """
+    if len(bank_labels.unique()) < 2:
+        return torch.full((len(queries),), torch.nan)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return torch.from_numpy(probe.fit(bank.numpy(), bank_labels.numpy()).predict(queries.numpy()))
 
@@ -354,7 +362,7 @@ def linear_probe(bank, bank_labels, queries):
 def mean_cosine(features):
     """Mean cosine of L2-normalized features (n, dim) of different images; 1: all point one way."""
     n, total = len(features), features.double().sum(0)
-    return ((total @ total).item() - n) / (n * (n - 1))
+    return ((total @ total).item() - n) / max(1, n * (n - 1))
 
 
 def collapse(config, history):
@@ -379,7 +387,8 @@ def measure_features(bank, seen, network):
     """{"knn", "linear_probe"}: accuracy, from `bank` to `seen`, of features that `observe` gave."""
     result, points, queries = {}, bank["features", network], seen["features", network]
     for name, classify in (("knn", knn_classify), ("linear_probe", linear_probe)):
-        correct = (classify(points, bank["labels"], queries) == seen["labels"]).double()
+        found = classify(points, bank["labels"], queries)
+        correct = (found == seen["labels"]).double().where(~found.isnan(), torch.nan)
         result[name] = summary(correct, seen["index"])
     return result
 
@@ -597,9 +606,10 @@ def report(results, path):
             lines += textwrap.wrap(" ".join(text.split()), 100)
         for name in ("features", "untrained_features"):
             if name in result:
-                knn, probe = (100 * cell["value"] for cell in result[name].values())
+                values = [cell["value"] for cell in result[name].values()]
+                knn, probe = ("–" if value is None else f"{value:.1%}" for value in values)
                 what = name.replace("_", " ")
-                lines.append(f"accuracy of {what}: k-NN {knn:.1f}%, linear probe {probe:.1f}%")
+                lines.append(f"accuracy of {what}: k-NN {knn}, linear probe {probe}")
         baselines = ["rollout", "brightness", "other_network"]
         baselines += [] if own else ["ink", "oracle", "shuffled", "untrained"]
         heads = [row for row in table if row.startswith("head_") and (row == best or not own)]

@@ -86,7 +86,7 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("keep_epochs", [], [], "keep the teacher after these epochs too: 1,5,10"),
     ("checkpoint_minutes", 10.0, 10.0, "write the checkpoint so often, beside the end of an epoch"),
     ("seed", 0, 0, "decides the initial weights and every image"),
-    ("device", str, str, "where to train: cuda if it is there, else cpu"),
+    ("device", str, str, "where to train: cuda if it is there, else mps, else cpu"),
     ("data_root", "data", "data", "folder that holds, or will hold, MNIST/raw/ or stl10_binary/"),
 ]
 CHOICES = {
@@ -159,7 +159,7 @@ def make_config(args, shape=None):
         "epochs": 10 if stl10 else 20,
         "images_per_epoch": (12_800 if dino else 6400) if laptop else 100_000 if stl10 else 50_000,
         "lr": (0.001 if laptop else 0.0005) * min(batch, 256) / 64 * max(1, batch / 256) ** 0.5,
-        "device": "cuda" if cuda else "cpu",
+        "device": vit.default_device(),
         # ViT-S/8 stores its positions on the grid of 224 px, as DINO's weights do
         "pos_size": 224 if not laptop and 224 % (c["patch_size"] or 1) == 0 else c["image_size"],
     }
@@ -361,9 +361,9 @@ def training_step(config, parts, parallel, views, params, step, steps):
 
 
 def prefetch(views, steps):
-    """The parameters of each of `steps`; on a GPU sampled ahead by a thread."""
-    if views.device.type == "cpu":
-        yield from map(views.sample, steps)  # its cores have enough to do
+    """The parameters of each of `steps`; with CUDA sampled ahead by a thread."""
+    if views.device.type != "cuda":
+        yield from map(views.sample, steps)  # a CPU's cores have enough to do
         return
 
     def sample(step):
@@ -381,6 +381,8 @@ def init_distributed():
     """Under torchrun: join the other ranks, each with a GPU of its own where there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         cuda = torch.cuda.is_available()
+        if not os.environ.keys() >= {"RANK", "MASTER_ADDR", *["LOCAL_RANK"] * cuda}:
+            raise ValueError("WORLD_SIZE is set; use torchrun, or unset it to train alone")
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -388,6 +390,11 @@ def init_distributed():
 
 def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_any_rank(*flags):
+    """Whether each of these is true on one of the ranks."""
+    return all_reduce(torch.tensor(flags, dtype=torch.int32), largest=True).tolist()
 
 
 def all_reduce(tensor, largest=False):
@@ -438,7 +445,7 @@ def save_run(folder, config, parts, step, history, total):
 
 def read_run(args):
     """The checkpoint that --resume names, its settings with the flags over them, and its folder."""
-    path = os.path.join(args.resume, "ckpt.pth") if os.path.isdir(args.resume) else args.resume
+    path = vit.checkpoint_of(args.resume)
     checkpoint = vit.read_checkpoint(path)
     needed = {"config", "step", "epoch", "metrics", "epoch_loss", "threads", "optimizer"}
     if args.output or not isinstance(checkpoint, dict) or needed - checkpoint.keys():
@@ -449,7 +456,7 @@ def read_run(args):
         if name not in may_change and config[name] != value:
             raise ValueError(f"{flag(name)} {value}: the run has {config[name]}; leave it as it is")
         config[name] = value
-    if config["epochs"] <= checkpoint["epoch"]:
+    if config["epochs"] < len(checkpoint["metrics"]):  # the last epoch is measured
         ended = f"--resume {path}: the run has ended after {checkpoint['epoch']} epochs"
         raise ValueError(f"{ended}; use more --epochs, or python visualize.py {path}")
     return checkpoint, config, os.path.dirname(path) or "."
@@ -505,7 +512,7 @@ class Validation:
     def __call__(self, parts):
         args = self.config, parts["loss"], parts["student"], parts["teacher"], self.views
         n, loss, entropy, mean = len(self.steps), 0.0, 0.0, 0.0
-        for step in self.steps:
+        for step in tqdm(self.steps, "validating", unit="batch", leave=False, disable=None):
             part, _, p = batch_loss(*args, self.views.sample(step))
             loss += part.item() / n
             if self.config["loss"] == "dino":  # p are distributions, (crops, images, K)
@@ -526,6 +533,29 @@ def write_log(folder, history):
     if rank_and_world_size()[0] == 0:
         with atomic_write(os.path.join(folder, "log.jsonl")) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in history)
+
+
+def end_epoch(folder, config, parts, history, step, total, began, validation, stop):
+    """Measure, and add a line to the log; `began`: the epoch's first step, and when it was.
+
+    A signal need not wait for it, since nothing changes meanwhile: the resumed run makes the line.
+    """
+    per_epoch, (first, when) = config["images_per_epoch"] // config["batch_size"], began
+    line, seconds = {"epoch": step // per_epoch, "step": step}, time.monotonic() - when
+    if step:
+        line["loss"] = total.item() / per_epoch
+        line["lr"] = learning_rate(config, (step - 1) / (per_epoch * config["epochs"]))
+        images = (step - first) * config["batch_size"]
+        line |= {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
+    stop.measuring = True
+    with contextlib.suppress(InterruptedError):
+        if not stop.is_set():
+            line["validation"] = validation(parts)
+    stop.measuring = False
+    if "validation" in line:
+        history.append(line)
+        total.zero_()
+        log_epoch(folder, config, parts["teacher"], history)
 
 
 def log_epoch(folder, config, teacher, history):
@@ -557,11 +587,12 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
     """Train parts["student"] on views of the training split; of several ranks each calls this.
 
     With a `checkpoint` the run goes on from there as if it had not stopped: all that chance decides
-    is a function of the seed and the step. `stop` is an Event that ends the run after its step. A
-    line goes to log.jsonl in `folder` after each epoch; ckpt.pth is written before the first step,
-    after each epoch, every `checkpoint_minutes` and at a stop. Returns the lines of the log.
+    is a function of the seed and the step. `stop` is an Event that ends the run after its step, or
+    in mid-validation. A line goes to log.jsonl in `folder` after each epoch; ckpt.pth is written
+    before the first step, after each epoch, every `checkpoint_minutes` and at a stop. Returns the
+    lines of the log.
     """
-    c, batch, student, teacher = config, config["batch_size"], parts["student"], parts["teacher"]
+    c, batch, student = config, config["batch_size"], parts["student"]
     device, (rank, ranks) = student.backbone.cls_token.device, rank_and_world_size()
     views, stop = data.TrainingViews(c, splits["train"], device=device), stop or threading.Event()
     validation = Validation(c, splits, device)
@@ -575,14 +606,18 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
         write_log(folder, history)  # without what came after the checkpoint
     else:
         save_run(folder, c, parts, 0, history, total)
-    if not history:
-        history.append({"epoch": 0, "step": 0, "validation": validation(parts)})
-        log_epoch(folder, c, teacher, history)
+    began = start, time.monotonic()
+    if start == per_epoch * len(history):  # also of a run that was stopped while it measured
+        end_epoch(folder, c, parts, history, start, total, began, validation, stop)
+        if start:
+            save_run(folder, c, parts, start, history, total)
+        if on_any_rank(stop.is_set())[0]:
+            return history
     parallel = torch.nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
     finite = torch.ones((), dtype=torch.bool, device=device)
     quiet = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=steps * batch, initial=start * batch, unit=" images", disable=quiet)
-    saved_at, epoch_at, todo = time.monotonic(), time.monotonic(), range(start, steps)
+    saved_at, began, todo = time.monotonic(), (start, time.monotonic()), range(start, steps)
     for step, params in zip(todo, prefetch(views, todo)):
         loss, norm = training_step(c, parts, parallel, views, params, step, steps)
         total += loss
@@ -590,8 +625,7 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
         finite &= loss.isfinite() & (norm.isfinite() | parts["scaler"].is_enabled())
         bar.update(batch)
         done, late = step + 1, time.monotonic() - saved_at > 60 * c["checkpoint_minutes"]
-        flags = torch.tensor([stop.is_set(), late], dtype=torch.int32)
-        stopping, late = all_reduce(flags, largest=True).tolist()
+        stopping, late = on_any_rank(stop.is_set(), late)
         epoch_ends = done % per_epoch == 0
         if done % 20 == 0 or epoch_ends or stopping or late:  # reading a number waits for the GPU
             if not finite or parts["scaler"].get_scale() < 1:
@@ -599,14 +633,8 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
                 raise FloatingPointError(f"{what} {done} or up to 19 before; use a lower --lr")
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if epoch_ends:
-            seconds = time.monotonic() - epoch_at
-            line = {"epoch": done // per_epoch, "step": done, "loss": total.item() / per_epoch}
-            line |= {"lr": learning_rate(c, step / steps), "seconds": seconds}
-            line |= {"images_per_second": (done - start) * batch / seconds}
-            history.append(line | {"validation": validation(parts)})
-            log_epoch(folder, c, teacher, history)
-            total.zero_()
-            start, epoch_at = done, time.monotonic()
+            end_epoch(folder, c, parts, history, done, total, began, validation, stop)
+            began, (stopping,) = (done, time.monotonic()), on_any_rank(stop.is_set())
         if epoch_ends or stopping or late:
             save_run(folder, c, parts, done, history, total)
             saved_at = time.monotonic()
@@ -631,11 +659,14 @@ def compile_blocks(*networks):
 def stop_on_signal():
     """An Event that SIGINT or SIGTERM sets, to end after a step; a second SIGINT acts at once."""
     stop = threading.Event()
+    stop.measuring = False
 
     def handle(number, frame):
         stop.signal = number
         stop.set()
         signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if stop.measuring:
+            raise InterruptedError
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -708,7 +739,7 @@ def run(args):
         compile_blocks(student, parts["teacher"])
     with stop_on_signal() as stop:
         history = train(c, parts, splits, folder, checkpoint, stop)
-        if history[-1]["epoch"] < c["epochs"]:
+        if len(history) <= c["epochs"]:
             print_rank0(f"stopped; python train.py --resume {folder} goes on")
             return 128 + getattr(stop, "signal", signal.SIGTERM)  # another rank's
     if rank == 0:
@@ -736,4 +767,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what its code page lacks, as Windows' often do τ
     sys.exit(main())

@@ -18,8 +18,10 @@ import socket
 import sys
 import tempfile
 import textwrap
+import warnings
 from dataclasses import dataclass, replace
 
+os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
 import matplotlib
 
 matplotlib.use("Agg")  # draws to files; needs no screen
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.manifold import TSNE
+from tqdm import tqdm
 
 import data
 import metrics
@@ -43,6 +46,7 @@ PAPER_CANVAS |= {"image_size": 224, "data_root": "data"}
 NEEDED = """loss views crops symmetric epochs batch_size seed weights digits image_size canvas_size
     num_distractors distractor_size global_crops_scale local_crops_scale rotation blur init_std
     out_dim head_hidden_dim head_layers bottleneck_dim head_norm"""
+ROWS = 20  # of pictures on a page
 STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck"
 
 
@@ -70,9 +74,17 @@ def caption(models, width):
 
 
 def save_figure(figure, path):
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # one line for each that the font lacks
+        figure.savefig(path, dpi=120)
     plt.close(figure)
-    print(f"wrote {path}")
+    tqdm.write(f"wrote {path}")
+
+
+def place(array, row):
+    """Left, right, bottom, top of an array's pixels in a column of `plot_grid`: at most 1 wide."""
+    height, width = (0.47 * side / max(array.shape[:2]) for side in array.shape[:2])
+    return -width, width, row + height, row - height
 
 
 def plot_grid(columns, path, title, models, row_names=(), outlines=()):
@@ -85,20 +97,24 @@ def plot_grid(columns, path, title, models, row_names=(), outlines=()):
     width = max(6, 1.4 * len(columns))
     # compressed: no gaps between pictures, however wide the title is
     how = {"squeeze": False, "figsize": (width, 1.45 * rows + 1), "layout": "compressed"}
-    figure, axes = plt.subplots(rows, len(columns), **how)
-    axes = dict(zip(columns, axes.T))
+    # one axis a column, a unit high for each row: an axis for every picture takes ten times as long
+    figure, axes = plt.subplots(1, len(columns), **how)
+    axes = dict(zip(columns, axes[0]))
     for heading, arrays in columns.items():
-        axes[heading][0].set_title(heading, fontsize=8)
-        for axis, array in zip(axes[heading], arrays):
-            axis.imshow(np.asarray(array), cmap="inferno", vmin=0)
-            axis.axis("off")
+        axes[heading].set_title(heading, fontsize=8)
+        for row, array in enumerate(arrays):
+            array = np.asarray(array)
+            axes[heading].imshow(array, cmap="inferno", vmin=0, extent=place(array, row))
+        axes[heading].set(xlim=(-0.5, 0.5), ylim=(rows - 0.5, -0.5))
+        axes[heading].axis("off")
     for heading, color, masks in outlines:
-        for axis, mask in zip(axes[heading], masks):
+        for row, mask in enumerate(masks):
             if mask.any():
-                axis.contour(np.asarray(mask), levels=[0.5], colors=color, linewidths=0.7)
-    for axis, name in zip(next(iter(axes.values())), row_names):
-        place = {"rotation": 90, "ha": "right", "va": "center", "transform": axis.transAxes}
-        axis.text(-0.06, 0.5, name, fontsize=8, **place)
+                how = {"levels": [0.5], "colors": color, "linewidths": 0.7, "origin": "upper"}
+                axes[heading].contour(np.asarray(mask), extent=place(mask, row), **how)
+    for row, name in enumerate(row_names):
+        how = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8}
+        next(iter(axes.values())).text(-0.56, row, name, **how)
     figure.suptitle(f"{title}\n{caption(models, width)}", fontsize=9)
     save_figure(figure, path)
 
@@ -182,8 +198,26 @@ def print_token_effects(model, path, picture):
     maps = [maps.mean(1), rollout]
     effects = metrics.token_effects(model.backbone, images, maps, rng, draws)[0]
     mean, rollout = (effects[:2] / effects[2:].mean()).tolist()
-    text = "left out, the fifth of the patches with most attention changes the feature"
-    print(f"{path}: {text} {mean:.2f} times as much as a random fifth (rollout: {rollout:.2f})")
+    text = f"{path}: left out, the fifth of the patches with most attention changes the feature"
+    tqdm.write(f"{text} {mean:.2f} times as much as a random fifth (rollout: {rollout:.2f})")
+
+
+def look_at_pictures(models, pictures, folder):
+    """attention-images.png, or pages of it, and a line on each picture.
+
+    `pictures`: {path: a tensor (3, H, W) in [0, 1] for each model}.
+    """
+    paths, bar = [*pictures], tqdm(pictures, "drawing", unit="picture", leave=False, disable=None)
+    for start in range(0, len(paths), ROWS):
+        page = f"-{start // ROWS + 1}" if len(paths) > ROWS else ""
+        here = paths[start : start + ROWS]
+        images = [([*each], []) for each in zip(*(pictures[path] for path in here))]
+        plot_attention(models, images, os.path.join(folder, f"attention-images{page}.png"))
+        for path in here:
+            for model, picture in zip(models, pictures[path]):
+                print_token_effects(model, path, picture)
+        bar.update(len(here))
+    bar.close()
 
 
 def plot_curves(model, path):
@@ -240,6 +274,9 @@ def plot_curves(model, path):
 
 def plot_tsne(model, points, labels, accuracy, path):
     """tsne.png: features (n, dim) in the plane, colored by class (section III.A, perplexity 20)."""
+    if len(points) <= 20:
+        print(f"no tsne.png: perplexity 20 takes more than {len(points)} test images")
+        return
     plane = torch.zeros(len(points), 2).numpy()
     if not (points == points[0]).all():  # collapsed to one point: t-SNE would divide by zero
         plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.numpy())
@@ -304,6 +341,15 @@ def open_model(source, args, like=None):
     return Model(source, config, backbone.eval(), epoch, history)
 
 
+def list_images(names):
+    """The pictures that --images names: files, and all those of a folder."""
+    found = [data.image_files(name) if os.path.isdir(name) else [name] for name in names]
+    for name, paths in zip(names, found):
+        if not paths:
+            raise ValueError(f"--images {name}: no pictures there; use another folder, or files")
+    return [path for paths in found for path in paths]
+
+
 def open_image(path, image_size, patch_size):
     """A picture (3, H, W) in [0, 1], its longer side image_size, both multiples of the patch."""
     picture = data.read_image(path)
@@ -346,12 +392,13 @@ def rows_x_columns(text):
 def parse_args(argv):
     about = "Draw and measure where a trained network looks."
     parser = argparse.ArgumentParser("visualize.py", description=about)
-    add, cuda = parser.add_argument, torch.cuda.is_available()
-    add("checkpoints", nargs="*", metavar="CKPT", help="of train.py, or any ViT's weights")
+    add = parser.add_argument
+    text = "of train.py, or its folder, or any ViT's weights"
+    add("checkpoints", nargs="*", metavar="CKPT", type=vit.checkpoint_of, help=text)
     weights = "also measure weights that were not fine-tuned, on the first checkpoint's canvases, "
     weights += f"else on the paper's: none, random ones, or {', '.join(vit.DINO_FILES)}"
     add("--weights", metavar="{dino,none,FILE}", help=weights)
-    images = "draw the attention over these pictures instead"
+    images = "draw the attention over these pictures, or all of a folder, instead"
     add("--images", nargs="+", metavar="FILE", help=images)
     add("--image-size", type=int, help="side of the input in pixels [as trained, else 224]")
     add("--heads", type=int, help="of weights that do not say it [one for every 64 of the width]")
@@ -362,7 +409,7 @@ def parse_args(argv):
     add("--digits", choices=["auto", "mnist", "sklearn"], help="[as trained, else auto]")
     add("--background", metavar="{black,texture,DIR}", help="behind the digits [as trained]")
     add("--data-root", help="folder that holds MNIST/raw/ or stl10_binary/ [as trained, else data]")
-    add("--device", default="cuda" if cuda else "cpu", help="[%(default)s]")
+    add("--device", default=vit.default_device(), help="[%(default)s]")
     add("--output", help="folder for what is written [the first checkpoint's, or runs/weights-…]")
     return parser.parse_args(argv)
 
@@ -391,23 +438,20 @@ def visualize(args):
         measured.append(models[-1])
     if not models:
         raise ValueError("nothing to look at; use a ckpt.pth, or --weights dino, none or a file")
-    device, images = vit.find_device(args.device), []
+    device, paths = vit.find_device(args.device), args.images and list_images(args.images)
+    sizes = [(model.config["image_size"], model.backbone.patch_size) for model in models]
+    bar = tqdm(paths or [], "reading", unit="picture", leave=False, disable=None)
+    pictures = {path: [open_image(path, *size) for size in sizes] for path in bar}
     for model in models:
         model.backbone.to(device)
-        if args.images:
-            sizes = model.config["image_size"], model.backbone.patch_size
-            images.append(([open_image(path, *sizes) for path in args.images], []))
-        else:
+        if not pictures:
             model.splits, warning = data.load_dataset(model.config, device)
             if warning and warning not in model.config["fallbacks"]:
                 print(f"warning: {warning}", file=sys.stderr)
                 model.config["fallbacks"] = [*model.config["fallbacks"], warning]
     folder = make_folder(args)
-    if args.images:
-        plot_attention(models, images, os.path.join(folder, "attention-images.png"))
-        for model, (pictures, _) in zip(models, images):
-            for path, picture in zip(args.images, pictures):
-                print_token_effects(model, path, picture)
+    if pictures:
+        look_at_pictures(models, pictures, folder)
         return
     several, first = "-compared" * (len(models) > 1), models[0]
     epochs = kept_epochs(first) if first.history and not several else {}
@@ -451,4 +495,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what its code page lacks, as Windows' often do τ
     sys.exit(main())

@@ -454,10 +454,22 @@ def error_line(error):
     """What `main` prints of an error that a user can mend; a bug is raised, with its traceback."""
     if not isinstance(error, (RuntimeError, MemoryError)):
         return one_line(error)
+    if "MPS" in str(error) and "out of memory" not in str(error):  # an operation that it lacks
+        return f"{one_line(error)[:200]}; use PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu"
     known = ("out of memory", "allocate memory", "not enough memory")  # of a GPU, of CPUs
     if isinstance(error, RuntimeError) and not any(text in str(error) for text in known):
         raise error
     return "out of memory; use --image-size, --micro-batch, --checkpoint-blocks to need less"
+
+
+def default_device():
+    there = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    return next((name for name, kind in there.items() if kind.is_available()), "cpu")
+
+
+def checkpoint_of(path):
+    """The checkpoint in the folder of a run; else the path itself, that of a file."""
+    return os.path.join(path, "ckpt.pth") if os.path.isdir(path) else path
 
 
 def find_device(name):

@@ -303,7 +303,7 @@ BAD_INPUT = [
     ("", "nothing to look at; use a ckpt.pth"),
     ("missing.pth", "missing.pth: no such file"),
     ("CKPT missing.pth", "missing.pth: no such file"),
-    (".", ".: no such file"),
+    (".", "./ckpt.pth: no such file"),
     ("text.pth", "text.pth is not a PyTorch checkpoint"),
     ("CKPT --images text.pth", "text.pth cannot be read as a picture"),
     ("CKPT --images missing.png", "missing.png cannot be read as a picture (no such file)"),
