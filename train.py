@@ -160,6 +160,7 @@ def make_config(args, shape=None):
         "images_per_epoch": (12_800 if dino else 6400) if laptop else 100_000 if stl10 else 50_000,
         "lr": (0.001 if laptop else 0.0005) * min(batch, 256) / 64 * max(1, batch / 256) ** 0.5,
         "device": vit.default_device(),
+        "antialias": False,  # but with the weights of DINOv2 with registers
         # ViT-S/8 stores its positions on the grid of 224 px, as DINO's weights do
         "pos_size": 224 if not laptop and 224 % (c["patch_size"] or 1) == 0 else c["image_size"],
     }
