@@ -27,8 +27,8 @@ VALIDATION_IMAGES = VALIDATION_BANK = 512  # choose the best head, and draw the 
 
 @torch.no_grad()
 def cls_attention(backbone, images):
-    """Of normalized images (B, 3, H, W): maps (B, heads, patches) and unit features (B, dim)."""
-    x = backbone.before_last_block(images)
+    """Where [CLS] attends in the last block, (B, heads, patches), and its unit feature (B, dim)."""
+    x = backbone.before_last_block(images)  # (B, 3, H, W), normalized
     maps = without_cls(backbone.last_attention(x, queries=1)[:, :, 0], backbone)
     return maps, F.normalize(backbone.last_feature(x), dim=-1)
 
@@ -70,7 +70,7 @@ def attention_metrics(maps, digit, clutter, patch_area):
     metrics = {}
     for name, counts in regions.items():
         metrics[f"{name}_density"] = (maps * counts).sum(-1) / counts.mean(-1)
-    # its mean ÷ mean clutter density; images without clutter do not count
+    # selectivity is its mean ÷ that of clutter_density; images without clutter do not count
     metrics["selectivity"] = metrics["digit_density"].where(clutter.sum(-1) > 0, torch.nan)
 
     # of each patch the clutter pixels with less attention, and those with no more
@@ -145,8 +145,7 @@ def with_interval(means, values):
     resampled = means[1:][means[1:].isfinite()]
     low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (math.nan, math.nan)
     cell = {"value": float(means[0]), "low": float(low), "high": float(high)}
-    # None: nothing to average, or to resample
-    cell = {key: x if math.isfinite(x) else None for key, x in cell.items()}
+    cell = {key: x if math.isfinite(x) else None for key, x in cell.items()}  # JSON has no NaN
     return cell | {"images": int((~values.isnan()).sum())}
 
 
@@ -179,7 +178,7 @@ def observe(networks, batches, maps=True, rollout=False):
     seen = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
     if not all(x.isfinite().all() for x in seen.values()):
         raise FloatingPointError("the network's features or attention are NaN or infinite")
-    return seen | {"patch_size": trained.patch_size}
+    return seen | {"patch_area": trained.patch_size**2}
 
 
 @torch.no_grad()
@@ -201,9 +200,8 @@ def observe_effects(backbone, batches):
         for key, each in (("features", None), ("even", even), ("swapped", attention.roll(1, 0))):
             row[key] = F.normalize(backbone.last_feature(x, each), dim=-1)
         row["ink"] = patch_sums(batch["digit"] | batch["clutter"], size) > 0
-        features = row["features"]
-        row["effect"] = blackening_effects(backbone, batch["images"], row["ink"], features)
-        without = [moved(backbone, images, features) for images in batch["without"].unbind(1)]
+        row["effect"] = blackening_effects(backbone, batch["images"], row["ink"], row["features"])
+        without = [moved(backbone, x, row["features"]) for x in batch["without"].unbind(1)]
         row |= {"moved": torch.stack(without, 1), "own": patch_sums(batch["own"], size)}
         rows.append({key: x.cpu() for key, x in row.items()})
     return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
@@ -249,16 +247,16 @@ def measure_attention(seen, effects=None, resamples=1000):
 
     `effects`: what `observe_effects` says of the first of these canvases.
     Returns {row: {metric: {"value", "low", "high", "images"}}}. Rows: `mean` of the heads; `head_1`
-    and so on; `rollout`; `brightness`, summed intensity; `ink`, alike on all patches that hold some;
+    and so on; `rollout`; `brightness`, summed intensity; `ink`, alike on all patches with some;
     `oracle`, the digit's pixels; `shuffled`, the mean map of another image; `uniform`; the mean map
     of each other network. Metrics: entropy; of networks diversity; of canvases those of
-    `attention_metrics` and `faithfulness`, and of_oracle, ln(selectivity) ÷ that of the oracle.
+    `attention_metrics` (selectivity is mean digit density ÷ mean clutter density, of canvases with
+    clutter) and `faithfulness`, and of_oracle, ln(selectivity) ÷ that of the oracle.
     """
     networks = {key[1]: heads for key, heads in seen.items() if key[0] == "maps"}
     networks = {"mean": networks.pop("trained")} | networks  # (n, heads, patches) each
-    heads = enumerate(networks["mean"].unbind(1), 1)
-    mean = networks["mean"].mean(1)
-    rows = {"mean": mean} | {f"head_{number}": map_ for number, map_ in heads}
+    mean, heads = networks["mean"].mean(1), enumerate(networks["mean"].unbind(1), 1)
+    rows = {"mean": mean} | {f"head_{number}": maps for number, maps in heads}
     rows |= {"rollout": seen["rollout"]} if "rollout" in seen else {}
     if "digit" in seen:
         ink = (seen["digit"] + seen["clutter"] > 0).float()
@@ -270,8 +268,7 @@ def measure_attention(seen, effects=None, resamples=1000):
         maps = maps / maps.sum(-1, keepdim=True)
         values = {"entropy": entropy(maps.double())}
         if "digit" in seen:
-            area = seen["patch_size"] ** 2
-            values |= attention_metrics(maps, seen["digit"], seen["clutter"], area)
+            values |= attention_metrics(maps, seen["digit"], seen["clutter"], seen["patch_area"])
         if effects:
             values |= faithfulness(maps[: len(effects["index"])], effects)
         if row in networks:
@@ -361,8 +358,7 @@ def evaluate(name, config, history, backbone, splits, other=None):
         result |= {"epoch": history[-1]["epoch"], "collapse": collapse(config, history)}
         untrained = vit.untrained_backbone(config)
     networks = {"trained": backbone, "untrained": untrained, "other_network": other}
-    device = backbone.cls_token.device
-    networks = {name: network.to(device) for name, network in networks.items() if network}
+    networks = {key: x.to(backbone.cls_token.device) for key, x in networks.items() if x}
     if config["dataset"] != "stl10":
         images, _ = validation_images(config, splits)
         table = measure_attention(observe({"trained": backbone}, images), resamples=0)
@@ -386,10 +382,10 @@ def evaluate(name, config, history, backbone, splits, other=None):
     if effects:
         result |= measure_effects(effects, bank)
     else:
-        tokens = seen["token_effects"]  # of mean, rollout and chance
-        means = weighted_means(tokens, resample(seen["index"])).T
-        cells = [with_interval(each / means[2], tokens[:, 0]) for each in means[:2]]
-        result["token_effect"] = dict(zip(("mean", "rollout"), cells))
+        effects = seen["token_effects"]  # (n, 3): of mean map, rollout and chance
+        means = weighted_means(effects, resample(seen["index"])).T
+        mean, rollout = (with_interval(each / means[2], effects[:, 0]) for each in means[:2])
+        result["token_effect"] = {"mean": mean, "rollout": rollout}
     features = seen["features", "trained"]
     return result | {"mean_cosine": mean_cosine(features)}, (features, seen["labels"])
 
@@ -404,10 +400,9 @@ def effect_images(backbone, image_size):
 
 def validation_images(config, splits):
     """Validation images, the same for every run, and a bank of training images for k-NN."""
-    bank = splits.get("bank", splits["train"])
-    images = splits["validation"], VALIDATION_IMAGES, "matched", "validation"
-    bank = data.evaluation_batches(config, bank, VALIDATION_BANK, "matched", "train")
-    return data.evaluation_batches(config, *images), bank
+    bank, held_out = splits.get("bank", splits["train"]), splits["validation"]
+    images = data.evaluation_batches(config, held_out, VALIDATION_IMAGES, name="validation")
+    return images, data.evaluation_batches(config, bank, VALIDATION_BANK, name="train")
 
 
 def validate(seen, bank, effects=None):
@@ -449,9 +444,7 @@ def verdict(result):
         return f"{question} Cannot be told: no canvas has both digit and clutter."
     above = {row: all(is_above(table, row, r) for r in ("brightness", "shuffled")) for row in table}
     if density["high"] < 1:
-        answer = (
-            f"No, it looks past the ink (the digit gets {density['value']:.2f} times its share)"
-        )
+        answer = f"No, it looks past the ink (on the digit {density['value']:.2f} times uniform)"
     elif above["mean"]:
         answer = "Yes"
     elif mean["high"] < 1:
@@ -462,8 +455,7 @@ def verdict(result):
     text = f"""{question} {answer}: attention is {mean["value"]:.2f} times as dense on the digit as
     on the clutter; brightness alone earns {table["brightness"]["selectivity"]["value"]:.2f}."""
     if answer == "Yes" and not is_above(table, "mean", "brightness", "auroc"):
-        ranks = [format_cell(table[row]["auroc"], False) for row in ("mean", "brightness")]
-        text += f" By auroc, ranks alone, it is not above brightness ({', '.join(ranks)})."
+        text += " By auroc, ranks alone, it is not above brightness."
     if answer != "Yes" and above[best]:
         selectivity = format_cell(table[best]["selectivity"])
         text += f" But {best.replace('_', ' ')}, by itself, does: {selectivity}."
@@ -487,7 +479,7 @@ def explanation(result):
     ({mean["images"]:,} canvases). Left out, an ink pixel of the digit moves the feature
     {format_cell(result["causal_selectivity"])} times as far as one of a distractor. With even
     attention in the last block the feature's cosine with its true self is
-    {format_cell(matters["even"]["cosine"], False)} (two canvases: {matters["two_canvases"]:.2f})."""
+    {matters["even"]["cosine"]["value"]:.2f} (two canvases: {matters["two_canvases"]:.2f})."""
 
 
 def describe(c, epoch=None):
@@ -505,7 +497,7 @@ def describe(c, epoch=None):
 
 
 def report(results, path):
-    """The answers and the rows that matter of results of `evaluate`; all goes to the file `path`."""
+    """The answers and rows that matter of results of `evaluate`; all goes to the file `path`."""
     with open(path, "w") as file:
         json.dump(results if len(results) > 1 else results[0], file, indent=1)
     metrics = ["selectivity", "of_oracle", "auroc", "patch_faithfulness", "object_faithfulness"]
