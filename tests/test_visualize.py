@@ -158,7 +158,7 @@ def test_all_of_a_run(looked):
     names = {"selectivity", "auroc", "pointing", "jaccard60", "best_jaccard", "entropy"}
     names |= {"of_oracle"}
     for region in ("digit", "clutter", "background"):
-        names |= {f"{region}_share", f"{region}_density", "far_background_density"}
+        names |= {f"{region}_density", "far_background_density"}
     for layout in ("paper", "matched"):
         assert set(result[layout]) == {*rows, "untrained"}
         names |= {f"{w}_faithfulness" for w in ("patch", "object") if layout == "matched"}
