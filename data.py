@@ -726,4 +726,5 @@ def resize(images, image_size):
     # ends as it would if its last pixels went on: padding_mode="border", which MPS may lack.
     white = images.new_ones(1, 1, 1, *images.shape[2:])
     rim = render_crops(white, {name: value[:1] for name, value in crops.items()}, image_size)
+    rim[rim > 1 - 1e-5] = 1  # rounding
     return (render_crops(images[:, None], crops, image_size) / rim)[:, 0]
