@@ -29,7 +29,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 MIN_WINDOW_INK = 5  # ink pixels that a distractor must hold
 STL10_COUNTS = {"unlabeled": 100_000, "train": 5000, "test": 8000}
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 # Pillow knows other formats that start other programs (EPS runs Ghostscript)
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
@@ -112,7 +112,7 @@ def read_mnist(folder):
 
 
 def fetch_mnist(folder, name, md5):
-    """The path of a gzipped file of MNIST; fetched, if need be, from the first mirror to have it."""
+    """The path of a gzipped file of MNIST, fetched if need be from the first mirror to have it."""
     path, reasons = os.path.join(folder, name), []
     for mirror in [] if os.path.isfile(path) else torchvision.datasets.MNIST.mirrors:
         try:
@@ -726,4 +726,5 @@ def resize(images, image_size):
     # ends as it would if its last pixels went on: padding_mode="border", which MPS may lack.
     white = images.new_ones(1, 1, 1, *images.shape[2:])
     rim = render_crops(white, {name: value[:1] for name, value in crops.items()}, image_size)
+    rim[rim > 1 - 1e-5] = 1  # rounding
     return (render_crops(images[:, None], crops, image_size) / rim)[:, 0]
