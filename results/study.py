@@ -37,9 +37,8 @@ import vit
 SAME, DIFFERENT = "--loss nce --views same", "--loss nce --views different"
 FRESH, FIVE = verdicts.FRESH, verdicts.FRESH[:5]
 PRETRAINING = "{runs}/{preset}/pretraining/seed-0/ckpt.pth"
-# Rows in the order in which they run: flags beside the preset's, seeds, claims. Claims in capitals
-# are tested on a GPU too, with seed 10 alone. In same and different views the student is fed two
-# crops an image, so that none learns from more.
+# Rows in the order in which they run: flags beside the preset's, seeds, claims. In same and
+# different views the student is fed two crops an image, so that none learns from more.
 GRID = {
     "different": (DIFFERENT, FRESH, "F1 F2 F3 F4 C5 C8 C9 Q2"),
     "same": (SAME, FRESH, "F2 C1 C2 C3 C5 Q3"),
@@ -63,13 +62,13 @@ GRID = {
 # one GPU, ViT-S/8 from DINO's weights, seed 10 alone: in order of value
 PAPER = {name: GRID[name][0] for name in ("different", "same", "supervised")}
 PAPER |= {"size-112": f"{DIFFERENT} --image-size 112"}
-PAPER |= {f"batch-{n}": f"{DIFFERENT} --batch-size {n} --micro-batch 32" for n in (32, 256)}
+PAPER["batch-256"] = f"{DIFFERENT} --batch-size 256 --micro-batch 32"
 
 
 def grid(preset, runs):
     """{row: (flags, seeds, claims)}, with those of the searches that `runs` ask for."""
     if preset == "paper":
-        return {name: (flags, [10], "") for name, flags in PAPER.items()}
+        return {name: (flags, [10], GRID.get(name, ("",) * 3)[2]) for name, flags in PAPER.items()}
     rows = dict(GRID)
     for base in verdicts.SEARCHED:
         claim = "Q1" if base in verdicts.BATCHES else "C2"
@@ -163,7 +162,6 @@ def measured(folder):
     metrics = json.loads((folder / "metrics.json").read_text(), **rounded)
     value = lambda cells: {key: cell["value"] for key, cell in cells.items()}
     line = {"matched": {row: value(cells) for row, cells in metrics["matched"].items()}}
-    line["interval"] = {k: [c["low"], c["high"]] for k, c in metrics["matched"]["mean"].items()}
     line |= {"best_head": metrics["best_head"], "mean_cosine": metrics["mean_cosine"]}
     line["causal_selectivity"] = metrics["causal_selectivity"]["value"]
     matters = metrics["attention_matters"]

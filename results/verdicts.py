@@ -12,7 +12,8 @@ import numpy as np
 from scipy import stats
 
 FRESH = range(10, 20)  # seeds that nobody had seen
-LEAST = 5  # seeds that a word needs
+LEAST = 5  # seeds that a first word needs; it is "so far" until a claim has all of its seeds
+PLANNED = {"C6": 5}  # of the other claims: all fresh seeds
 BATCHES = {"batch-32": 32, "batch-256": 256}
 SEARCHED = {"same": "auroc", "dino-same": "auroc"} | dict.fromkeys(BATCHES, "selectivity")
 AUROC, SELECTIVITY = "matched/mean/auroc", "matched/mean/selectivity"
@@ -54,7 +55,7 @@ CLAIMS = {
         *(("best same", AUROC), ("best dino-same", AUROC), "ratio", ">", 0.05),
     ),
     "C3": (
-        "same views: all ink is attended alike (figure 4)",
+        "same views: all ink is attended alike, but for its brightness (figure 4)",
         "selectivity, same views ÷ brightness",
         *(("same", SELECTIVITY), ("same", "matched/brightness/selectivity"), "ratio", "=", 0.1),
     ),
@@ -115,9 +116,10 @@ def number(line, name):
     matched = line["matched"]
     if name == "best head":  # on validation canvases
         return matched[line["best_head"]]["selectivity"]
-    if name == "past":
+    if name in ("past", "stray"):
         heads = [cells for row, cells in matched.items() if row.startswith("head_")]
-        return np.mean([cells["far_background_density"] > 1 for cells in heads])
+        far = np.array([cells["far_background_density"] for cells in heads])
+        return np.mean(far > 1) if name == "past" else far.max()
     if name.startswith("diversity "):
         return line["curve"][1 if name.endswith("1") else -1]["mean"]["diversity"]
     for key in name.split("/"):
@@ -199,13 +201,13 @@ def word(claim, low, high):
 
 
 def seeds_needed(claim, values):
-    """How many seeds would give another word, if mean and scatter stayed; None above 1,000."""
+    """How many seeds would decide, and to which word, if mean and scatter stayed; or None, None."""
     mean, std = np.mean(values), np.std(values, ddof=1)
     for n in range(len(values), 1001):
         half = stats.t.ppf(0.975, n - 1) * std / n**0.5
-        if word(claim, mean - half, mean + half) != "undecided":
-            return n
-    return None
+        if (found := word(claim, mean - half, mean + half)) != "undecided":
+            return n, found
+    return None, None
 
 
 def flips(values):
@@ -215,13 +217,19 @@ def flips(values):
 
 
 def p_values(claim, values):
-    """p of the word "holds", one-sided and doubled: by t, and by flipping all signs."""
-    claimed, (null, margin), values = CLAIMS[claim][5], bounds(claim), np.array(values)
-    shifted = [values - null] if claimed[0] == ">" else [null - values]
-    if claimed == "=":  # both sides have to be shown
-        shifted = [values + margin, margin - values]
+    """p by t, and by flipping all signs, one-sided and doubled: below .05 where the interval ends.
+
+    That the mean is not the null, on either side; of a claim of no difference, that it is inside
+    the margin, for which both sides have to be shown.
+    """
+    (null, margin), values = bounds(claim), np.array(values)
+    if np.ptp(values) == 0:  # no scatter to hold a mean against
+        return [1.0, 1.0]
+    equal = CLAIMS[claim][5] == "="
+    shifted = [values + margin, margin - values] if equal else [values - null, null - values]
     t = [stats.ttest_1samp(x, 0, alternative="greater").pvalue for x in shifted]
-    return [min(1, 2 * max(p)) for p in (t, [flips(x) for x in shifted])]
+    both = max if equal else min
+    return [min(1.0, 2 * both(p)) for p in (t, [flips(x) for x in shifted])]
 
 
 def judge(runs):
@@ -233,12 +241,12 @@ def judge(runs):
         if len(values) >= LEAST:
             mean, low, high = interval(values)
             found[claim] |= {"mean": mean, "low": low, "high": high, "word": word(claim, low, high)}
-            found[claim]["p"], found[claim]["exact"] = p_values(claim, values)
             if found[claim]["word"] == "undecided":
                 found[claim]["needed"] = seeds_needed(claim, values)
+            found[claim]["p"], found[claim]["exact"] = p_values(claim, values)
     ranked, least = sorted((c for c in found if "p" in found[c]), key=lambda c: found[c]["p"]), 0
     for rank, claim in enumerate(ranked):
-        least = max(least, min(1, found[claim]["p"] * (len(ranked) - rank)))
+        least = max(least, min(1, found[claim]["p"] * (len(CLAIMS) - rank)))
         found[claim]["holm"] = least
     return found
 
@@ -246,6 +254,10 @@ def judge(runs):
 def shown(claim, x):
     """A value of `primary` as a page shows it: ratios as ratios."""
     return f"{math.exp(x):.2f}" if CLAIMS[claim][4] == "ratio" else f"{x:+.3f}"
+
+
+def small(p):
+    return "< .001" if p < 0.001 else f"{p:.3f}"
 
 
 def verdict_table(runs, figures):
@@ -257,15 +269,24 @@ def verdict_table(runs, figures):
         cells = [claim, says, f"**{r['word']}**", what, "–", str(r["seeds"]), "–", "–"]
         if "mean" in r:
             mean, low, high = (shown(claim, r[key]) for key in ("mean", "low", "high"))
-            cells[4], cells[6] = f"{mean} [{low}, {high}]", f"{r['holm']:.3f}, {r['exact']:.3f}"
+            cells[4], cells[6] = (
+                f"{mean} [{low}, {high}]",
+                f"{small(r['holm'])}, {small(r['exact'])}",
+            )
             cells[7] = f"[figure]({figures}{claim}.png)"
+        if "mean" in r and r["seeds"] < PLANNED.get(claim, len(FRESH)):
+            cells[2] += " so far"
         if r["word"] == "undecided":
-            cells[2] += f" ({r['needed'] or 'over 1,000'} seeds would do)"
-        agree = (r.get("holm", 1) < 0.05) == (r.get("exact", 1) < 0.05) == (r["word"] == "holds")
-        if "mean" in r and not agree:
-            cells[2] += " ¹"
+            n, then = r["needed"]
+            cells[2] += f" (as it is, {n} seeds: {then})" if n else " (no number of seeds would do)"
+        if "mean" in r:
+            shown_by = {r["word"] not in ("undecided", "no relevant effect"), r["holm"] < 0.05}
+            cells[2] += " ¹" * (len(shown_by | {r["exact"] < 0.05}) > 1)
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "¹ word, corrected p and exact p do not agree at 5%."]
+    lines += [
+        "",
+        "¹ the word, p corrected by Holm for sixteen claims, and exact p do not agree at 5%.",
+    ]
     return "\n".join(lines)
 
 
@@ -288,7 +309,9 @@ FAITHFULNESS = {
     "attention, objects": "matched/mean/object_faithfulness",
     "size, objects": "matched/ink/object_faithfulness",
     "causal selectivity": "causal_selectivity",
+    "two canvases": "attention_matters/two_canvases",
     "even: cosine": "attention_matters/even/cosine",
+    "swapped: cosine": "attention_matters/swapped/cosine",
     "even: k-NN": "attention_matters/even/knn",
 }
 
@@ -306,6 +329,17 @@ def row_table(runs, columns):
     return "\n".join(lines)
 
 
+def reference_table(runs):
+    """What maps that are no network's attention earn, on the same canvases."""
+    names = ("selectivity", "auroc", "patch_faithfulness")
+    lines = ["| map | selectivity | auroc | patch faithfulness |", "|---|---|---|---|"]
+    for row in ("brightness", "ink", "oracle"):
+        samples = [sample(runs, "different", f"matched/{row}/{name}").values() for name in names]
+        cells = [f"{np.mean([*values]):.2f}" for values in samples]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def search_table(runs):
     """The searches over learning rates, on seed 0."""
     lines = ["| row | by | learning rate × : value | best |", "|---|---|---|---|"]
@@ -317,13 +351,13 @@ def search_table(runs):
 
 def seed_table(runs):
     """Each run of same and different views: is its attention faithful, and has it a stray head?"""
-    lines = ["| row | seed | selectivity | heads past the ink | attention | brightness | rollout |"]
+    lines = ["| row | seed | selectivity | most stray head | attention | brightness | rollout |"]
     lines.append("|" + "---|" * 7)
     for row, seed in sorted(runs):
-        if row in ("different", "same", "different-registers-0", "supervised") and seed in FRESH:
+        if row in ("different", "same", "supervised", "dino-same") and seed in FRESH:
             numbers = [number(runs[row, seed], name) for name in (FAITHFUL, BRIGHTNESS, ROLLOUT)]
-            selectivity, past = (number(runs[row, seed], name) for name in (SELECTIVITY, "past"))
-            cells = [f"`{row}`", str(seed), f"{selectivity:.2f}", f"{past:.2f}"]
+            selectivity, stray = (number(runs[row, seed], name) for name in (SELECTIVITY, "stray"))
+            cells = [f"`{row}`", str(seed), f"{selectivity:.2f}", f"{stray:.2f}"]
             lines.append(f"| {' | '.join(cells + [f'{x:.3f}' for x in numbers])} |")
     return "\n".join(lines)
 
@@ -333,6 +367,7 @@ def blocks(study, figures):
     runs = study["laptop"]
     tables = {"rows": row_table(runs, COLUMNS), "faithfulness": row_table(runs, FAITHFULNESS)}
     tables |= {"searches": search_table(runs), "seeds": seed_table(runs)}
+    tables["references"] = reference_table(runs)
     return tables | {"verdicts": verdict_table(runs, figures)}
 
 

@@ -414,6 +414,11 @@ def test_a_share_of_the_oracle_and_fewer_canvases_for_effects(monkeypatch):
     assert oracle["of_oracle"]["value"] == pytest.approx(1) and oracle["auroc"]["value"] > 0.9
     share = math.log(mean["selectivity"]["value"]) / math.log(oracle["selectivity"]["value"])
     assert mean["of_oracle"]["value"] == pytest.approx(share)
+    less = mean["patch_faithfulness_less_brightness"]
+    rho = [table[row]["patch_faithfulness"]["value"] for row in ("mean", "brightness")]
+    assert less["value"] == pytest.approx(rho[0] - rho[1])
+    # narrower than either's: it is the same canvases that are compared
+    assert table["brightness"]["patch_faithfulness_less_brightness"]["high"] == 0
     assert mean["patch_faithfulness"]["images"] == 10 and mean["selectivity"]["images"] > 90
     large = vit.VisionTransformer(depth=1)
     assert metrics.effect_images(network, 56) == 1000 and metrics.effect_images(large, 224) == 20
@@ -563,6 +568,7 @@ def result_of(mean, best=None, shuffled=(1.0, 0.9, 1.1), heads=2):
             cells[name] = cell(0.25, 0.24, 0.26)
         for name in ("of_oracle", "patch_faithfulness", "object_faithfulness"):
             cells[name] = cell(0.85, 0.84, 0.86)
+        cells["patch_faithfulness_less_brightness"] = cell(0.1, 0.05, 0.15)
         for region in ("digit", "clutter", "background", "far_background"):
             cells[f"{region}_density"] = cell(12.345, 11.345, 13.345)
     accuracies = {name: cell(0.434, 0.4, 0.5) for name in ("knn", "linear_probe")}
@@ -590,6 +596,22 @@ def test_the_verdict_is_in_plain_words():
         result["matched"]["mean"]["digit_density"] = cell(0.3, 0.2, 0.4)
         text = metrics.verdict(result)
         assert "No, it looks past the ink" in text and "0.30 times" in text
+
+
+def test_attention_is_compared_with_brightness_on_the_same_canvases():
+    result, metric = result_of(YES), "patch_faithfulness_less_brightness"
+    for less, says in (
+        (cell(0.1, 0.05, 0.15), "Better than brightness"),
+        (cell(-0.1, -0.15, -0.05), "Less than brightness"),
+        (cell(0.01, -0.05, 0.05), "No better than brightness"),
+        (cell(None, None, None), "No better than brightness"),
+    ):
+        result["matched"]["mean"][metric] = less
+        text = " ".join(metrics.explanation(result).split())
+        assert f"Does it point to what the feature depends on? {says}: within" in text
+        assert "correlation 0.85 [0.84, 0.86], brightness 0.85" in text
+        assert "moves the feature 2.34 [2.20, 2.50] times as far" in text
+        assert "is 0.12 (two canvases: 0.46), and k-NN accuracy 10.0%." in text
 
 
 def test_the_verdict_says_what_does_not_agree():

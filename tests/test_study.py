@@ -209,30 +209,39 @@ def test_p_by_t_is_the_word_and_exact_p_counts_signs():
     for claim in verdicts.CLAIMS:
         for mean in np.linspace(-0.3, 0.3, 61):
             p, _ = verdicts.p_values(claim, mean + noise)
-            assert (p < 0.05) == (
-                verdicts.word(claim, *verdicts.interval(mean + noise)[1:]) == "holds"
-            )
+            said = verdicts.word(claim, *verdicts.interval(mean + noise)[1:])
+            equal = verdicts.CLAIMS[claim][5] == "="  # whose contrary has no p
+            assert (p < 0.05) == (said == "holds" or (said == "the contrary holds" and not equal))
     assert verdicts.flips([1.0, 2.0, 3.0]) == 1 / 8
     assert verdicts.flips([1.0, 2.0, -1.5]) == 3 / 8  # 4.5, 2.5 and 1.5 are no less than 1.5
-    p, exact = verdicts.p_values("C5", [0.1, 0.2, 0.3, 0.2, 0.1])
-    expected = stats.ttest_1samp([0.1, 0.2, 0.3, 0.2, 0.1], 0).pvalue
-    assert p == pytest.approx(expected) and exact == 2 / 32
+    for sign in (1, -1):
+        values = sign * np.array([0.1, 0.2, 0.3, 0.2, 0.1])
+        p, exact = verdicts.p_values("C5", values)
+        assert p == pytest.approx(stats.ttest_1samp(values, 0).pvalue) and exact == 2 / 32
+    assert verdicts.p_values("F4", [0.0] * 5) == [1, 1]
 
 
 def test_holm_and_the_seeds_that_would_decide(monkeypatch):
     values = {"F1": [0.1, 0.2, 0.15, 0.12, 0.2], "C5": [0.1, -0.1, 0.12, 0.2, -0.05]}
-    monkeypatch.setattr(
-        verdicts, "primary", lambda runs, claim: dict(enumerate(values.get(claim, [])))
-    )
+    values |= {"F4": [0.0] * 5, "F2": [-0.1, -0.2, -0.3, -0.2, -0.1, 0.3]}
+    found = lambda runs, claim: dict(enumerate(values.get(claim, [])))
+    monkeypatch.setattr(verdicts, "primary", found)
     judged = verdicts.judge({})
-    assert judged["F1"]["holm"] == pytest.approx(2 * judged["F1"]["p"])
-    assert judged["C5"]["holm"] == pytest.approx(judged["C5"]["p"]) and judged["C5"]["p"] < 1
+    assert judged["F1"]["holm"] == pytest.approx(16 * judged["F1"]["p"])  # of all claims
+    later = min(judged["C5"]["p"], judged["F2"]["p"])
+    assert judged["F1"]["holm"] < min(1, 15 * later) == judged["C5"]["holm"]
     assert judged["Q1"] == {"seeds": 0, "word": "open"} and judged["C5"]["word"] == "undecided"
-    n, x = judged["C5"]["needed"], np.array(values["C5"])
+    (n, then), x = judged["C5"]["needed"], np.array(values["C5"])
+    assert then == "holds" and judged["F2"]["needed"][1] == "the contrary holds"
     for seeds, decided in ((n, True), (n - 1, False)):
         half = stats.t.ppf(0.975, seeds - 1) * x.std(ddof=1) / seeds**0.5
         interval = x.mean() - half, x.mean() + half
         assert (verdicts.word("C5", *interval) != "undecided") == decided
+    table = verdicts.verdict_table({}, "figures/")
+    line = lambda claim: next(row for row in table.splitlines() if row.startswith(f"| {claim} "))
+    assert "no number of seeds would do" in line("F4") and "**open**" in line("Q1")
+    assert "**holds** so far ¹" in line("F1")  # five flips cannot give less than .06
+    assert f"undecided** so far (as it is, {n} seeds: holds)" in line("C5")
 
 
 def test_a_row_runs_once_and_again_the_same(tmp_path, monkeypatch, capsys):

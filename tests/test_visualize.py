@@ -161,7 +161,9 @@ def test_all_of_a_run(looked):
         names |= {f"{region}_density", "far_background_density"}
     for layout in ("paper", "matched"):
         assert set(result[layout]) == {*rows, "untrained"}
-        names |= {f"{w}_faithfulness" for w in ("patch", "object") if layout == "matched"}
+        if layout == "matched":
+            names |= {"patch_faithfulness", "object_faithfulness"}
+            names.add("patch_faithfulness_less_brightness")
         assert set(result[layout]["head_1"]) == names
         assert set(result[layout]["mean"]) == {*names, "diversity"}
         assert result[layout]["mean"]["entropy"]["images"] == 60
