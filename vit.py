@@ -339,7 +339,7 @@ def read_checkpoint(path):
 
 
 def find_weights(content, limit):
-    """A teacher's weights in DINO's names, if there was LayerScale, their place, and a student's."""
+    """The weights, in DINO's names; whether with LayerScale; their place, then that of others."""
     networks, parts = {}, [("", content)]
     for place, part in parts:  # which grows meanwhile
         for key, value in part.items():
