@@ -169,8 +169,7 @@ def look(backbone, picture, masks):
     if masks:
         ink = metrics.patch_sums(torch.stack(masks).any(0)[None], size) > 0
         maps["effect"] = metrics.blackening_effects(backbone, images, ink, features)
-    rollout = backbone.rollout(data.normalize(images))
-    maps["rollout"] = metrics.without_cls(rollout, backbone)
+    maps["rollout"] = metrics.without_cls(backbone.rollout(data.normalize(images)), backbone)
     maps |= {f"head {head}": map_ for head, map_ in enumerate(heads.unbind(1), 1)}
     grid = [side // size for side in images.shape[2:]]
     return {heading: map_[0].unflatten(-1, grid).cpu() for heading, map_ in maps.items()}
@@ -375,7 +374,7 @@ def parse_args(argv):
     weights += f"else on the paper's: none, random ones, or {', '.join(vit.DINO_FILES)}"
     add("--weights", metavar="{dino,none,FILE}", help=weights)
     images = "draw the attention over these pictures, or all of a folder, instead"
-    add("--images", nargs="+", metavar="FILE", help=images)
+    add("--images", nargs="+", default=[], metavar="FILE", help=images)
     add("--image-size", type=int, help="side of the input in pixels [as trained, else 224]")
     add("--heads", type=int, help="of weights that do not say it [one for every 64 of the width]")
     grid = "ROWSxCOLUMNS of the positions, of weights that do not say it [a square]"
@@ -414,9 +413,9 @@ def visualize(args):
         measured.append(models[-1])
     if not models:
         raise ValueError("nothing to look at; use a ckpt.pth, or --weights dino, none or a file")
-    device, paths = vit.find_device(args.device), args.images and list_images(args.images)
+    device, paths = vit.find_device(args.device), list_images(args.images)
     sizes = [(model.config["image_size"], model.backbone.patch_size) for model in models]
-    bar = tqdm(paths or [], "reading", unit="picture", leave=False, disable=None)
+    bar = tqdm(paths, "reading", unit="picture", leave=False, disable=None)
     pictures = {path: [open_image(path, *size) for size in sizes] for path in bar}
     for model in models:
         model.backbone.to(device)

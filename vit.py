@@ -199,7 +199,7 @@ class VisionTransformer(nn.Module):
     def rollout(self, images):
         """Attention of [CLS] through all blocks, (B, N), rows summing to 1 (Abnar & Zuidema 2020).
 
-        A product of matrices: of each block half its heads' mean, half the identity, its skip.
+        A product over blocks: of each, half the mean of its heads and half the identity, its skip.
         """
         x = self.prepare_tokens(images)
         mixed = torch.eye(x.shape[1], device=x.device)[None]  # row i: what token i is made of
