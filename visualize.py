@@ -62,18 +62,16 @@ class Model:
     splits: dict | None = None  # the digits or photographs that it is shown
 
 
-def caption(models, width):
-    """What a figure was made from, wrapped for its width in inches, and what was replaced."""
+def save_figure(figure, path, title, models):
+    """Write a figure, over it the title, what it was made from, and what was replaced there."""
     lines = []
     for number, model in enumerate(models, 1):
         name = f"[{number}] {model.name}: " if len(models) > 1 else ""
         lines.append(name + metrics.describe(model.config, model.epoch))
     lines += dict.fromkeys(line for model in models for line in model.config["fallbacks"])
-    wrap = {"width": int(15 * width), "break_on_hyphens": False}
-    return "\n".join(text for line in lines for text in textwrap.wrap(line[:300], **wrap))
-
-
-def save_figure(figure, path):
+    wrap = {"width": int(15 * figure.get_figwidth()), "break_on_hyphens": False}
+    text = [title] + [part for line in lines for part in textwrap.wrap(line[:300], **wrap)]
+    figure.suptitle("\n".join(text), fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # one line for each that the font lacks
         figure.savefig(path, dpi=120)
@@ -87,36 +85,31 @@ def place(array, row):
     return -width, width, row + height, row - height
 
 
-def plot_grid(columns, path, title, models, row_names=(), outlines=()):
+def plot_grid(columns, path, title, models, row_names=(), outlines=None):
     """Pictures and maps in columns: {heading: a list with an array for each row}.
 
     Arrays are pictures (H, W, 3) in [0, 1], or maps (rows, columns), each colored from 0 (black) to
-    its own maximum. `outlines`: (heading, color, list of masks (H, W)), drawn on that column.
+    its own maximum. `outlines`: {heading: [(color, masks (H, W), one a row)]}, drawn there.
     """
     rows = len(next(iter(columns.values())))
-    width = max(6, 1.4 * len(columns))
-    # compressed: no gaps between pictures, however wide the title is
-    how = {"squeeze": False, "figsize": (width, 1.45 * rows + 1), "layout": "compressed"}
+    size = max(6, 1.4 * len(columns)), 1.45 * rows + 1
     # one axis a column, a unit high for each row: an axis for every picture takes ten times as long
-    figure, axes = plt.subplots(1, len(columns), **how)
-    axes = dict(zip(columns, axes[0]))
-    for heading, arrays in columns.items():
-        axes[heading].set_title(heading, fontsize=8)
-        for row, array in enumerate(arrays):
-            array = np.asarray(array)
-            axes[heading].imshow(array, cmap="inferno", vmin=0, extent=place(array, row))
-        axes[heading].set(xlim=(-0.5, 0.5), ylim=(rows - 0.5, -0.5))
-        axes[heading].axis("off")
-    for heading, color, masks in outlines:
-        for row, mask in enumerate(masks):
-            if mask.any():
-                how = {"levels": [0.5], "colors": color, "linewidths": 0.7, "origin": "upper"}
-                axes[heading].contour(np.asarray(mask), extent=place(mask, row), **how)
+    # compressed: no gaps between pictures, however wide the title is
+    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout="compressed")
+    for axis, (heading, arrays) in zip(axes[0], columns.items()):
+        axis.set_title(heading, fontsize=8)
+        for row, array in enumerate(map(np.asarray, arrays)):
+            axis.imshow(array, cmap="inferno", vmin=0, extent=place(array, row))
+        for color, masks in (outlines or {}).get(heading, ()):
+            for row, mask in enumerate(masks):
+                if mask.any():
+                    how = {"levels": [0.5], "colors": color, "linewidths": 0.7, "origin": "upper"}
+                    axis.contour(mask.cpu().numpy(), extent=place(mask, row), **how)
+        axis.set(xlim=(-0.5, 0.5), ylim=(rows - 0.5, -0.5))
+        axis.axis("off")
     for row, name in enumerate(row_names):
-        how = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 8}
-        next(iter(axes.values())).text(-0.56, row, name, **how)
-    figure.suptitle(f"{title}\n{caption(models, width)}", fontsize=9)
-    save_figure(figure, path)
+        axes[0, 0].text(-0.56, row, name, rotation=90, ha="right", va="center", fontsize=8)
+    save_figure(figure, path, title, models)
 
 
 def plot_views(model, path, images=4):
@@ -140,32 +133,27 @@ def plot_views(model, path, images=4):
 def plot_attention(models, images, path, epochs=None):
     """Where each network looks: the input, the mean of the heads, each head; a row an image.
 
-    `images` has for each model its pictures, a list of (3, H, W) in [0, 1], and its masks of digit
-    and clutter, if any. `epochs`: {name: backbone} of one run, a row each for every image.
+    `images` has for each model pairs: a picture (3, H, W) in [0, 1], and its masks (H, W) of digit
+    and clutter, or (). `epochs`: {name: backbone} of one run, a row each for every image.
     """
-    columns, outlines, seen = {}, [], None
+    columns, outlines, seen = {}, {}, None
     stages = list(epochs.values()) if epochs else [None]
-    for number, (model, (pictures, masks)) in enumerate(zip(models, images), 1):
+    for number, (model, pairs) in enumerate(zip(models, images), 1):
         name = f"[{number}]\n" if len(models) > 1 else ""
-        shown = [picture.movedim(0, -1).cpu() for picture in pictures for _ in stages]
+        rows = [(*pair, stage or model.backbone) for pair in pairs for stage in stages]
+        shown = [picture.movedim(0, -1).cpu() for picture, _, _ in rows]
         if seen is None or not all(map(torch.equal, seen, shown)):  # not the same inputs again
             heading = "input" if number == 1 else f"{name}input"
             columns[heading] = seen = shown
-            for color, each in zip(("lime", "red"), masks):
-                outlines.append((heading, color, [mask.cpu() for mask in each for _ in stages]))
-        truths = list(zip(*masks)) or [()] * len(pictures)
-        maps = [
-            look(stage or model.backbone, picture, truth)
-            for picture, truth in zip(pictures, truths)
-            for stage in stages
-        ]
+            outlines[heading] = list(zip(("lime", "red"), zip(*(masks for _, masks, _ in rows))))
+        maps = [look(backbone, picture, masks) for picture, masks, backbone in rows]
         if not all(map_.isfinite().all() for each in maps for map_ in each.values()):
             raise FloatingPointError(f"{model.name}: the attention is NaN or infinite")
         columns |= {f"{name}{heading}": [each[heading] for each in maps] for heading in maps[0]}
     title = "Where [CLS] of the last block looks, each map from 0 (black) to its own maximum"
-    if outlines:
+    if any(outlines.values()):
         title += "\ndigit outlined green, clutter red; effect: of blackening each patch with ink"
-    row_names = list(epochs) * len(images[0][0]) if len(stages) > 1 else []
+    row_names = list(epochs) * len(images[0]) if len(stages) > 1 else []
     plot_grid(columns, path, title, models, row_names, outlines)
 
 
@@ -173,8 +161,7 @@ def plot_attention(models, images, path, epochs=None):
 def look(backbone, picture, masks):
     """What [CLS] attends to in a picture (3, H, W) in [0, 1]: {heading: (rows, columns)}.
 
-    With `masks`, (H, W) each, of what is ink, also the effect of blackening each patch that has
-    some: what the feature depends on, beside what attention points to.
+    With `masks` (H, W) of ink also what the feature depends on: the effect of blackening patches.
     """
     images, size = picture[None].to(backbone.cls_token.device), backbone.patch_size
     heads, features = metrics.cls_attention(backbone, data.normalize(images))
@@ -182,40 +169,35 @@ def look(backbone, picture, masks):
     if masks:
         ink = metrics.patch_sums(torch.stack(masks).any(0)[None], size) > 0
         maps["effect"] = metrics.blackening_effects(backbone, images, ink, features)
-    rollout = backbone.rollout(data.normalize(images))
-    maps["rollout"] = metrics.without_cls(rollout, backbone)
+    maps["rollout"] = metrics.without_cls(backbone.rollout(data.normalize(images)), backbone)
     maps |= {f"head {head}": map_ for head, map_ in enumerate(heads.unbind(1), 1)}
     grid = [side // size for side in images.shape[2:]]
     return {heading: map_[0].unflatten(-1, grid).cpu() for heading, map_ in maps.items()}
 
 
-def print_token_effects(model, path, picture):
+def print_token_effects(backbone, path, picture):
     """Say whether the patches that attention points to matter more than others (no masks)."""
-    images = data.normalize(picture[None].to(model.backbone.cls_token.device))
-    maps, _ = metrics.cls_attention(model.backbone, images)
-    rollout = metrics.without_cls(model.backbone.rollout(images), model.backbone)
-    rng, draws = torch.Generator().manual_seed(0), 20
-    maps = [maps.mean(1), rollout]
-    effects = metrics.token_effects(model.backbone, images, maps, rng, draws)[0]
+    images = data.normalize(picture[None].to(backbone.cls_token.device))
+    mean = metrics.cls_attention(backbone, images)[0].mean(1)
+    rollout = metrics.without_cls(backbone.rollout(images), backbone)
+    rng = torch.Generator().manual_seed(0)
+    effects = metrics.token_effects(backbone, images, [mean, rollout], rng, draws=20)[0]
     mean, rollout = (effects[:2] / effects[2:].mean()).tolist()
     text = f"{path}: left out, the fifth of the patches with most attention changes the feature"
     tqdm.write(f"{text} {mean:.2f} times as much as a random fifth (rollout: {rollout:.2f})")
 
 
 def look_at_pictures(models, pictures, folder):
-    """attention-images.png, or pages of it, and a line on each picture.
-
-    `pictures`: {path: a tensor (3, H, W) in [0, 1] for each model}.
-    """
+    """attention-images.png, or pages of it, and a line on each of {path: a picture a model}."""
     paths, bar = [*pictures], tqdm(pictures, "drawing", unit="picture", leave=False, disable=None)
     for start in range(0, len(paths), ROWS):
         page = f"-{start // ROWS + 1}" if len(paths) > ROWS else ""
         here = paths[start : start + ROWS]
-        images = [([*each], []) for each in zip(*(pictures[path] for path in here))]
+        images = [[(pictures[path][k], ()) for path in here] for k in range(len(models))]
         plot_attention(models, images, os.path.join(folder, f"attention-images{page}.png"))
         for path in here:
             for model, picture in zip(models, pictures[path]):
-                print_token_effects(model, path, picture)
+                print_token_effects(model.backbone, path, picture)
         bar.update(len(here))
     bar.close()
 
@@ -231,8 +213,8 @@ def plot_curves(model, path):
     panels = ["loss", *names, "k-NN accuracy, %", "legend"]
     panels += ["."] * (len(panels) % 2)  # an empty place
     width = len(panels) // 2
-    how = {"figsize": (3.5 * width, 6.6), "layout": "constrained"}
-    figure, axes = plt.subplot_mosaic([panels[:width], panels[width:]], **how)
+    rows, size = [panels[:width], panels[width:]], (3.5 * width, 6.6)
+    figure, axes = plt.subplot_mosaic(rows, figsize=size, layout="constrained")
     thick, grey = {"color": "black", "linewidth": 2}, {"color": "grey", "linestyle": "--"}
     training = [line["loss"] for line in model.history[1:]]
     axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
@@ -249,9 +231,8 @@ def plot_curves(model, path):
     styles["shuffled"] = {"color": "purple", "linestyle": "--"}
     for name in names:
         for row, style in styles.items():
-            values = [line.get(row, {}).get(name) for line in lines]
             if name != "entropy" or row not in ("brightness", "shuffled"):
-                values = [math.nan if value is None else value for value in values]
+                values = np.array([line.get(row, {}).get(name) for line in lines], float)
                 axes[name].plot(epochs, values, **style, label=row.replace("_", " "))
         if lines[0]["mean"][name] is not None:  # as it is without clutter
             axes[name].axhline(lines[0]["mean"][name], **grey, label="untrained")
@@ -268,8 +249,7 @@ def plot_curves(model, path):
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
     title = f"{lines[0]['images']} validation images, teacher's attention"
-    figure.suptitle(f"{title}\n{caption([model], 3.5 * width)}", fontsize=9)
-    save_figure(figure, path)
+    save_figure(figure, path, title, [model])
 
 
 def plot_tsne(model, points, labels, accuracy, path):
@@ -287,26 +267,21 @@ def plot_tsne(model, points, labels, accuracy, path):
         bar.ax.set_yticklabels(STL10_CLASSES.split())
     axis.set(xticks=[], yticks=[])
     title = f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
-    figure.suptitle(f"{title}\n{caption([model], 6)}", fontsize=9)
-    save_figure(figure, path)
+    save_figure(figure, path, title, [model])
 
 
 @torch.no_grad()
 def expect_half(backbone):
-    """Let weights of pictures normalised as (x − 0.5) / 0.5 take what `data.normalize` gives.
-
-    Both are linear in the pixels, as is the patch embedding, which absorbs the difference.
-    """
+    """Turn a network of pictures (x − 0.5) / 0.5 into one of `data.normalize`'s: all is linear."""
     proj = backbone.patch_embed.proj
     proj.bias += proj.weight.sum((2, 3)) @ ((data.MEAN.flatten() - 0.5) / 0.5)
     proj.weight *= data.STD / 0.5
 
 
 def open_model(source, args, like=None):
-    """The Model in a file, or of --weights, which are shown what the Model `like` is.
+    """The Model in a file; unless of train.py it is shown what `like` is, or the paper's canvases.
 
-    A checkpoint of train.py says by itself what it was trained on; other weights are shown the
-    paper's canvases. Raises ValueError or OSError for a file or an image size that does not fit.
+    Raises ValueError or OSError for a file or an image size that does not fit.
     """
     content = {}
     if source != "none":
@@ -364,21 +339,21 @@ def open_image(path, image_size, patch_size):
 
 def kept_epochs(model):
     """{"epoch 1": backbone, …}: the epochs that the run kept beside its checkpoint, itself last."""
-    stages = {}
+    stages = {model.epoch: model.backbone}
     for path in glob.glob(os.path.join(glob.escape(os.path.dirname(model.name)), "epoch-*.pth")):
         backbone, content = vit.load_backbone(path)
         ours = "config" in content and isinstance(content.get("epoch"), int)
         if ours and content["epoch"] < model.epoch and backbone.heads == model.backbone.heads:
             stages[content["epoch"]] = backbone.to(model.backbone.cls_token.device)
-    stages[model.epoch] = model.backbone
     return {f"epoch {epoch}": stages[epoch] for epoch in sorted(stages)}
 
 
 def example_images(model, n):
     """The first n test images, canvases of the layout `matched`, and their masks, if any."""
     batch = next(data.evaluation_batches(model.config, model.splits["test"], n))
-    masks = [list(batch[name]) for name in ("digit", "clutter") if name in batch]
-    return list(batch["images"].expand(-1, 3, -1, -1).clamp(0, 1)), masks
+    pictures = batch["images"].expand(-1, 3, -1, -1).clamp(0, 1)
+    masks = list(zip(*(batch[name] for name in ("digit", "clutter") if name in batch)))
+    return list(zip(pictures, masks or [()] * n))
 
 
 def rows_x_columns(text):
@@ -399,7 +374,7 @@ def parse_args(argv):
     weights += f"else on the paper's: none, random ones, or {', '.join(vit.DINO_FILES)}"
     add("--weights", metavar="{dino,none,FILE}", help=weights)
     images = "draw the attention over these pictures, or all of a folder, instead"
-    add("--images", nargs="+", metavar="FILE", help=images)
+    add("--images", nargs="+", default=[], metavar="FILE", help=images)
     add("--image-size", type=int, help="side of the input in pixels [as trained, else 224]")
     add("--heads", type=int, help="of weights that do not say it [one for every 64 of the width]")
     grid = "ROWSxCOLUMNS of the positions, of weights that do not say it [a square]"
@@ -438,9 +413,9 @@ def visualize(args):
         measured.append(models[-1])
     if not models:
         raise ValueError("nothing to look at; use a ckpt.pth, or --weights dino, none or a file")
-    device, paths = vit.find_device(args.device), args.images and list_images(args.images)
+    device, paths = vit.find_device(args.device), list_images(args.images)
     sizes = [(model.config["image_size"], model.backbone.patch_size) for model in models]
-    bar = tqdm(paths or [], "reading", unit="picture", leave=False, disable=None)
+    bar = tqdm(paths, "reading", unit="picture", leave=False, disable=None)
     pictures = {path: [open_image(path, *size) for size in sizes] for path in bar}
     for model in models:
         model.backbone.to(device)
@@ -466,18 +441,16 @@ def visualize(args):
     for m, other in zip(measured, measured[1:] + measured[:1]):
         fits = other is not m and other.backbone.patch_size == m.backbone.patch_size
         other = other.backbone if fits else None
-        result, features = metrics.evaluate(
-            m.name, m.config, m.history, m.backbone, m.splits, other
-        )
-        results.append(result)
+        found = metrics.evaluate(m.name, m.config, m.history, m.backbone, m.splits, other)
+        results.append(found[0])
     if results:
         print(metrics.report(results, os.path.join(folder, f"metrics{several}.json")))
     if results and not several:
         if first.history:
             plot_views(first, os.path.join(folder, "views.png"))
             plot_curves(first, os.path.join(folder, "curves.png"))
-        accuracy = result["features"]["knn"]["value"]
-        plot_tsne(first, *features, accuracy, os.path.join(folder, "tsne.png"))
+        accuracy = results[0]["features"]["knn"]["value"]
+        plot_tsne(first, *found[1], accuracy, os.path.join(folder, "tsne.png"))
 
 
 def main(argv=None):

@@ -108,10 +108,9 @@ class VisionTransformer(nn.Module):
 
     `patch_size` and `pos_size` are sides in pixels: `pos_embed` stores the patch grid of an image
     of pos_size, or of (height, width), and is interpolated for others, with `antialias` as DINOv2
-    with registers does. MLPs are `mlp_ratio` times as wide as tokens. `registers` are learned
-    tokens behind [CLS] that stand for no patch, where attention can go that needs none (Darcet et
-    al. 2024). `init_std` is that of random linear layers; 0: 1/√(inputs of the layer), since
-    DINO's 0.02 is next to nothing in a narrow network, and learning starts late.
+    with registers does. `registers` are learned tokens behind [CLS] that stand for no patch, where
+    attention can go that needs none (Darcet et al. 2024). `init_std` is that of linear layers; 0:
+    1/√inputs, as DINO's 0.02 is next to nothing in a narrow network, and learning starts late.
     """
 
     def __init__(
@@ -136,8 +135,7 @@ class VisionTransformer(nn.Module):
         self.dim, self.depth, self.heads, self.mlp_ratio = dim, depth, heads, mlp_ratio
         self.registers, self.grid = registers, (height // patch_size, width // patch_size)
         self.checkpoint_blocks = False  # True: recompute activations in the backward pass
-        proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio * dim) for _ in range(depth))
@@ -149,30 +147,26 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.empty(1, registers, dim))
             nn.init.trunc_normal_(self.register_tokens, std=0.02)
 
-    def interpolate_pos_encoding(self, rows, columns):
-        """`pos_embed` for a grid of rows × columns patches, (1, 1 + rows·columns, dim)."""
-        if (rows, columns) == self.grid:
-            return self.pos_embed
-        patch_pos = self.pos_embed[:, 1:].mT.unflatten(2, self.grid)  # (1, dim, rows, columns)
-        # DINO's weights were trained with bicubic interpolation by the *scale* (n + 0.1)/grid,
-        # whose 0.1 guards against rounding; asking for size=(rows, columns) is off by up to 0.03.
-        scale = ((rows + 0.1) / self.grid[0], (columns + 0.1) / self.grid[1])
-        how = {"size": (rows, columns)} if self.antialias else {"scale_factor": scale}
-        patch_pos = F.interpolate(patch_pos, mode="bicubic", antialias=self.antialias, **how)
-        return torch.cat([self.pos_embed[:, :1], patch_pos.flatten(2).mT], dim=1)
-
     def prepare_tokens(self, images, keep=None):
         """Images (B, 3, H, W) to tokens (B, N, dim): [CLS], registers, patches row by row."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             patch = f"patch size {self.patch_size}"
             raise ValueError(f"image size {height}×{width} is not a multiple of the {patch}")
-        patches = self.patch_embed(images)  # (B, dim, rows, columns)
-        pos_embed = self.interpolate_pos_encoding(*patches.shape[2:])
-        tokens = [self.cls_token + pos_embed[:, :1]]
+        patches = self.patch_embed.proj(images)  # (B, dim, rows, columns)
+        grid, pos_embed = patches.shape[2:], self.pos_embed[:, 1:]
+        if grid != self.grid:
+            # DINO's weights were trained with bicubic interpolation by the *scale* (n + 0.1)/grid,
+            # whose 0.1 guards against rounding; asking for size=grid is off by up to 0.03.
+            scale = [(n + 0.1) / stored for n, stored in zip(grid, self.grid)]
+            how = {"size": grid} if self.antialias else {"scale_factor": scale}
+            pos_embed = pos_embed.mT.unflatten(2, self.grid)  # (1, dim, rows, columns)
+            pos_embed = F.interpolate(pos_embed, mode="bicubic", antialias=self.antialias, **how)
+            pos_embed = pos_embed.flatten(2).mT
+        tokens = [self.cls_token + self.pos_embed[:, :1]]
         tokens += [self.register_tokens] if self.registers else []  # they have no position
         tokens = [token.expand(len(images), -1, -1) for token in tokens]
-        patches = patches.flatten(2).mT + pos_embed[:, 1:]  # (B, rows · columns, dim)
+        patches = patches.flatten(2).mT + pos_embed  # (B, rows · columns, dim)
         if keep is not None:  # (B, k), numbers of patches: as if there were no others
             patches = patches.take_along_dim(keep[..., None], dim=1)
         return torch.cat([*tokens, patches], dim=1)
@@ -189,18 +183,11 @@ class VisionTransformer(nn.Module):
         return self.last_feature(self.before_last_block(images, keep))
 
     def last_feature(self, x, attention=None):
-        """The [CLS] feature (B, dim): nothing reads the patch tokens after the last block.
-
-        `attention` (B, heads, 1, N) takes the place of what [CLS] attends to in that block.
-        """
-        return self.norm(self.blocks[-1](x, 1, attention))[:, 0]
+        """The [CLS] feature (B, dim); `attention` (B, heads, 1, N): instead of the last block's."""
+        return self.norm(self.blocks[-1](x, 1, attention))[:, 0]  # nothing reads the patches
 
     def get_last_selfattention(self, images, queries=None):
-        """Attention of the last block, (B, heads, queries, N), rows summing to 1.
-
-        Entry (b, h, i, j) is how much token i attends to token j in head h; token 0 is [CLS],
-        registers and patches follow. `queries=1`: the [CLS] row alone, at 1/N of the memory.
-        """
+        """Last block's attention, (B, heads, queries, N), rows sum to 1; queries=1: of [CLS]."""
         return self.last_attention(self.before_last_block(images), queries)
 
     def last_attention(self, x, queries):
@@ -212,8 +199,7 @@ class VisionTransformer(nn.Module):
     def rollout(self, images):
         """Attention of [CLS] through all blocks, (B, N), rows summing to 1 (Abnar & Zuidema 2020).
 
-        A block mixes tokens as the mean of its heads does, and by its skip connection not at all:
-        half and half. Blocks one after another are the product of these matrices.
+        A product over blocks: of each, half the mean of its heads and half the identity, its skip.
         """
         x = self.prepare_tokens(images)
         mixed = torch.eye(x.shape[1], device=x.device)[None]  # row i: what token i is made of
@@ -319,13 +305,10 @@ class Unread:
 
 
 def read_checkpoint(path):
-    """The content of a .pth or .safetensors file, read without running any code that it may hold.
-
-    Beside tensors and plain Python values only the names that public checkpoints need are allowed:
-    `argparse.Namespace`, numpy scalars, paths and numpy arrays. Raises OSError or ValueError.
-    """
+    """What a .pth or .safetensors file holds, without running its code; OSError or ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; use a .pth file with a ViT's weights")
+    # all that public checkpoints need beside tensors and plain Python values
     allowed = [argparse.Namespace, np.dtype, *{type(np.dtype(c)) for c in "?bhilqBHILQefdFDSU"}]
     for core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
         allowed += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar")]
@@ -356,10 +339,7 @@ def read_checkpoint(path):
 
 
 def find_weights(content, limit):
-    """The weights of the network in a file that is to be looked at, in DINO's names and form.
-
-    Returns them, whether there was LayerScale, where they lie and, after a teacher, where others.
-    """
+    """The weights, in DINO's names; whether with LayerScale; their place, then that of others."""
     networks, parts = {}, [("", content)]
     for place, part in parts:  # which grows meanwhile
         for key, value in part.items():
@@ -395,10 +375,9 @@ def find_weights(content, limit):
 def load_backbone(source, heads=None, grid=None):
     """The ViT that `source` holds, a name of DINO_FILES or a file, and all that the file holds.
 
-    The names can be DINO's, timm's or Hugging Face's, anywhere in the file: of student and teacher
-    the teacher's. Shapes do not say how many `heads` there are, nor the `grid` (rows, columns) of
-    the positions: unless a file of ours does, they are as given, or else assumed, which `about` of
-    the ViT tells. Raises ValueError or OSError for anything but one ViT's finite weights.
+    Of student and teacher it is the teacher. Shapes tell neither the number of `heads` nor the
+    `grid` (rows, columns) of the positions: unless the file does, they are as given, or assumed, as
+    `about` of the ViT tells. Raises ValueError or OSError for all but one ViT's finite weights.
     """
     path = download_dino(source) if source in DINO_FILES else source
     content = read_checkpoint(path)
@@ -447,7 +426,7 @@ def load_backbone(source, heads=None, grid=None):
 def one_line(error):
     """What an exception says, on one line and printable; its kind if it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(character for character in text if character.isprintable())
+    return "".join(filter(str.isprintable, text))
 
 
 def error_line(error):

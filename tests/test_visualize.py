@@ -88,7 +88,7 @@ def test_a_bright_patch_is_drawn_where_it_was_put(other_run, tmp_path, monkeypat
     picture[:, 8:16, 48:56] = hot[..., 8 + 6] = 1  # row 1, column 6 of a grid of 6 × 8
     monkeypatch.setattr(metrics, "cls_attention", lambda backbone, images: (hot, None))
     path = tmp_path / "a.png"
-    visualize.plot_attention([opened(other_run / "ckpt.pth")], [([picture], [])], str(path))
+    visualize.plot_attention([opened(other_run / "ckpt.pth")], [[(picture, ())]], str(path))
     pixels = np.asarray(Image.open(path).convert("L"))
     for panel in np.array_split(pixels, 2, axis=1):  # the input, and the only head
         rows, columns = ((panel < 50).sum(axis) for axis in (1, 0))
@@ -113,7 +113,7 @@ def test_curves_are_the_log(run_folder, monkeypatch):
     model, figures = opened(run_folder / "ckpt.pth"), []
     lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert model.history == lines and lines[-1]["step"] == 4
-    monkeypatch.setattr(visualize, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(visualize, "save_figure", lambda figure, *_: figures.append(figure))
     visualize.plot_curves(model, "curves.png")
     validation, compared = [line["validation"] for line in lines], 0
     for axis in figures[0].axes:
