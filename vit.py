@@ -147,6 +147,19 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.empty(1, registers, dim))
             nn.init.trunc_normal_(self.register_tokens, std=0.02)
 
+    def interpolate_pos_encoding(self, grid):
+        """The positions of patches on a grid (rows, columns): (1, rows · columns, dim)."""
+        pos_embed = self.pos_embed[:, 1:]
+        if grid == self.grid:
+            return pos_embed
+        # DINO's weights were trained with bicubic interpolation by the *scale* (n + 0.1)/grid,
+        # whose 0.1 guards against rounding; asking for size=grid is off by up to 0.03.
+        scale = [(n + 0.1) / stored for n, stored in zip(grid, self.grid)]
+        how = {"size": grid} if self.antialias else {"scale_factor": scale}
+        pos_embed = pos_embed.mT.unflatten(2, self.grid)  # (1, dim, rows, columns)
+        pos_embed = F.interpolate(pos_embed, mode="bicubic", antialias=self.antialias, **how)
+        return pos_embed.flatten(2).mT
+
     def prepare_tokens(self, images, keep=None):
         """Images (B, 3, H, W) to tokens (B, N, dim): [CLS], registers, patches row by row."""
         height, width = images.shape[-2:]
@@ -154,19 +167,11 @@ class VisionTransformer(nn.Module):
             patch = f"patch size {self.patch_size}"
             raise ValueError(f"image size {height}×{width} is not a multiple of the {patch}")
         patches = self.patch_embed.proj(images)  # (B, dim, rows, columns)
-        grid, pos_embed = patches.shape[2:], self.pos_embed[:, 1:]
-        if grid != self.grid:
-            # DINO's weights were trained with bicubic interpolation by the *scale* (n + 0.1)/grid,
-            # whose 0.1 guards against rounding; asking for size=grid is off by up to 0.03.
-            scale = [(n + 0.1) / stored for n, stored in zip(grid, self.grid)]
-            how = {"size": grid} if self.antialias else {"scale_factor": scale}
-            pos_embed = pos_embed.mT.unflatten(2, self.grid)  # (1, dim, rows, columns)
-            pos_embed = F.interpolate(pos_embed, mode="bicubic", antialias=self.antialias, **how)
-            pos_embed = pos_embed.flatten(2).mT
         tokens = [self.cls_token + self.pos_embed[:, :1]]
         tokens += [self.register_tokens] if self.registers else []  # they have no position
         tokens = [token.expand(len(images), -1, -1) for token in tokens]
-        patches = patches.flatten(2).mT + pos_embed  # (B, rows · columns, dim)
+        # (B, rows · columns, dim)
+        patches = patches.flatten(2).mT + self.interpolate_pos_encoding(patches.shape[2:])
         if keep is not None:  # (B, k), numbers of patches: as if there were no others
             patches = patches.take_along_dim(keep[..., None], dim=1)
         return torch.cat([*tokens, patches], dim=1)
