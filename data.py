@@ -34,8 +34,6 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tif
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
 WAVES = 16  # plane waves that noise and blobs are the sum of
-# On MPS such a copy may read memory that has been freed since (pytorch issue 189690).
-NON_BLOCKING = torch.cuda.is_available()
 # ImageNet's mean and standard deviation, which DINO's weights expect
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
@@ -55,6 +53,11 @@ class Split:
 
     def to(self, device):
         return Split(self.images.to(device), self.labels.to(device))
+
+
+def to_device(tensor, device):
+    # to a GPU without waiting; on MPS that may read memory freed since (pytorch issue 189690)
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def load_dataset(config, device):
@@ -101,9 +104,11 @@ def read_mnist(folder):
     """MNIST's training and test Split, from the four files in `folder`, unpacked or gzipped."""
     arrays = []
     for name, md5 in torchvision.datasets.MNIST.resources:  # images, labels; of training, of test
-        path = os.path.join(folder, name.removesuffix(".gz"))
-        unpacked = os.path.isfile(path)
-        with open(path, "rb") if unpacked else gzip.open(fetch_mnist(folder, name, md5)) as file:
+        path = os.path.join(folder, name)
+        unpacked = os.path.isfile(path.removesuffix(".gz"))
+        if not unpacked and not os.path.isfile(path):
+            fetch_mnist(folder, name, md5)
+        with open(path.removesuffix(".gz"), "rb") if unpacked else gzip.open(path) as file:
             content = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
         start = 4 + 4 * content[3]  # so many dimensions, and four bytes, big end first, for each
         shape = content[4:start].view(">i4").tolist()
@@ -112,19 +117,16 @@ def read_mnist(folder):
 
 
 def fetch_mnist(folder, name, md5):
-    """The path of a gzipped file of MNIST; fetched, if need be, from the first mirror to have it."""
-    path, reasons = os.path.join(folder, name), []
-    for mirror in [] if os.path.isfile(path) else torchvision.datasets.MNIST.mirrors:
+    """Fetch a file of MNIST from the first mirror that has it; OSError if none has."""
+    reasons = []
+    for mirror in torchvision.datasets.MNIST.mirrors:
         try:
-            torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
-            return path
+            return torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reasons.append(f"{mirror}: {error}")
             with contextlib.suppress(FileNotFoundError):
-                os.remove(path)  # not what was asked for
-    if reasons:
-        raise OSError("; ".join(reasons))
-    return path
+                os.remove(os.path.join(folder, name))  # not what was asked for
+    raise OSError("; ".join(reasons))
 
 
 def read_sklearn_digits():
@@ -147,11 +149,11 @@ def load_stl10(data_root, split="unlabeled"):
     1,000 of the test file}, mapped, not read; and a warning if there are not as many, or None.
     Fetches what data_root/stl10_binary/ lacks; raises OSError.
     """
-    folder, files = os.path.join(data_root, torchvision.datasets.STL10.base_folder), {}
+    stl10, files = torchvision.datasets.STL10, {}
+    folder = os.path.join(data_root, stl10.base_folder)
     names = list(dict.fromkeys((split, "train", "test")))
     try:
         if not all(os.path.isfile(f"{folder}/{name}_X.bin") for name in names):
-            stl10 = torchvision.datasets.STL10
             try:
                 archive = os.path.join(data_root, stl10.filename)
                 torchvision.datasets.utils.extract_archive(archive, data_root)
@@ -283,7 +285,7 @@ def render_canvases(params, config, images, masks=True):
     0.5; it is the digit's where the digit alone is ink, else clutter's. The rest is background.
     """
     names = ("digit", "position", "source", "window", "corner")
-    drawn = (params[name].to(images.device, non_blocking=NON_BLOCKING) for name in names)
+    drawn = (to_device(params[name], images.device) for name in names)
     digit, position, source, window, corner = drawn
     (B, V, _), S = source.shape, config["canvas_size"]
     # Whole numbers up to 255, whose sums do not depend on the order that a GPU adds them in.
@@ -306,7 +308,7 @@ def leave_out(params, config, images):
     `render_canvases`, of one canvas a digit. Returns canvases (B, P + M, S, S) in [0, 1], and bool.
     """
     names = ("digit", "position", "source", "window", "corner", "piece")
-    drawn = (params[name].to(images.device) for name in names)
+    drawn = (to_device(params[name], images.device) for name in names)
     digit, position, source, window, corner, piece = drawn
     S, size, pieces = config["canvas_size"], config["distractor_size"], piece.shape[2]
     windows = cut_windows(images, digit[:, None, None].expand(-1, 1, pieces), piece, size)
@@ -448,10 +450,8 @@ def image_files(folder):
 @functools.lru_cache(maxsize=1)  # every set of canvases asks for it
 def read_folder(folder, size):
     """All images below a folder, grey, cut square: (N, size, size) uint8. ValueError if none."""
-    images = []
-    for path in image_files(folder):
-        image = read_image(path).convert("L")
-        images.append(np.asarray(ImageOps.fit(image, (size, size))))
+    photos = (read_image(path).convert("L") for path in image_files(folder))
+    images = [np.asarray(ImageOps.fit(photo, (size, size))) for photo in photos]
     if not images:
         raise ValueError(f"--background {folder}: no images there; use black, texture or a folder")
     return torch.from_numpy(np.stack(images))
@@ -521,7 +521,7 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
     cos, sin = half * crops["angle"].cos(), half * crops["angle"].sin()
     row, column = (2 * crops["centre"] / S - 1).unbind(-1)
-    affine = torch.stack([cos, sin, row, column]).to(x.device, non_blocking=NON_BLOCKING)
+    affine = to_device(torch.stack([cos, sin, row, column]), x.device)
     cos, sin, row, column = affine[..., None, None]  # each (B·C, 1, 1)
     u = (2 * torch.arange(image_size, device=x.device) + 1) / image_size - 1  # pixel centres
     v = u[:, None]
@@ -547,9 +547,9 @@ def gaussian_blur(x, sigma, max_sigma):
     distance = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (distance / sigma[blurred, None]) ** 2)  # (b, 2·radius + 1)
     kernel[kernel < 1e-9] = 0  # numbers below float32's normal range make a CPU ten times slower
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=NON_BLOCKING)
+    kernel = to_device(kernel / kernel.sum(1, keepdim=True), x.device)
     kernel = kernel.repeat_interleave(x.shape[1], dim=0)[:, None]
-    blurred = blurred.to(x.device, non_blocking=NON_BLOCKING)
+    blurred = to_device(blurred, x.device)
     # along rows, then along columns; each channel of each image is a group of one convolution
     y = F.pad(x[blurred], (radius,) * 4, mode="reflect").flatten(0, 1)[None]
     y = F.conv2d(y, kernel[:, :, None], groups=len(kernel))
@@ -577,10 +577,7 @@ def color_jitter(photos, params):
     contrast, which keeps the mean, depends on other pixels, so they may come before the crop.
     """
     names = ("brightness", "contrast", "saturation", "hue", "gray", "flip")
-    p = {
-        k: params[k].to(photos.device, non_blocking=NON_BLOCKING)[..., None, None, None]
-        for k in names
-    }
+    p = {name: to_device(params[name], photos.device)[..., None, None, None] for name in names}
     x = (photos * p["brightness"]).clamp(0, 1)
     mean = rgb_to_grayscale(x).mean((-2, -1), keepdim=True)
     x = torch.lerp(mean, x, p["contrast"]).clamp_(0, 1)
@@ -605,9 +602,7 @@ def adjust_hue(x, turn):
 
 def normalize(x):
     """Images (…, 1 or 3, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
-    return (x - MEAN.to(x.device, non_blocking=NON_BLOCKING)).div_(
-        STD.to(x.device, non_blocking=NON_BLOCKING)
-    )
+    return (x - to_device(MEAN, x.device)).div_(to_device(STD, x.device))
 
 
 def denormalize(x):
@@ -666,7 +661,7 @@ class TrainingViews:
 
 def read_photos(split, index, device):
     """STL-10's images of these indices as float32 (B, 3, 96, 96) in [0, 1]."""
-    return split.images[index.to(split.images.device)].to(device, non_blocking=NON_BLOCKING) / 255
+    return to_device(split.images[index.to(split.images.device)], device) / 255
 
 
 def evaluation_batches(
