@@ -89,12 +89,8 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("device", str, str, "where to train: cuda if it is there, else mps, else cpu"),
     ("data_root", "data", "data", "folder that holds, or will hold, MNIST/raw/ or stl10_binary/"),
 ]
-CHOICES = {
-    "loss": ["nce", "dino", "supervised"],
-    "views": ["same", "different"],
-    "crops": [1, 2, 4],
-}
-CHOICES |= {"dataset": ["clutter", "stl10"], "split": ["unlabeled", "train"]}
+CHOICES = {"loss": ["nce", "dino", "supervised"], "views": ["same", "different"]}
+CHOICES |= {"crops": [1, 2, 4], "dataset": ["clutter", "stl10"], "split": ["unlabeled", "train"]}
 CHOICES |= {"digits": ["auto", "mnist", "sklearn"], "centering": ["mean", "sinkhorn_knopp"]}
 CHOICES |= {"precision": ["auto", "float32", "bfloat16", "float16"], "optimizer": ["adamw", "muon"]}
 RANGES = [  # settings, least, largest
@@ -479,18 +475,15 @@ def make_folder(config, output):
 
 def make_parts(config, student):
     """All that changes in training, and that a checkpoint holds."""
-    device = student.backbone.cls_token.device
-    if config["loss"] == "dino":
-        names = ("out_dim", "temperature", "teacher_temp", "centering")
-        loss_fn = DINOLoss(*(config[name] for name in names))
+    c, device = config, student.backbone.cls_token.device
+    if c["loss"] == "dino":
+        loss_fn = DINOLoss(c["out_dim"], c["temperature"], c["teacher_temp"], c["centering"])
     else:
-        kinds = {"nce": NCELoss, "supervised": SupervisedLoss}
-        loss_fn = kinds[config["loss"]](config["temperature"])
-    half = autocast_dtype(config["precision"], device) == torch.float16
+        loss_fn = (NCELoss if c["loss"] == "nce" else SupervisedLoss)(c["temperature"])
+    half = autocast_dtype(c["precision"], device) == torch.float16
     parts = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
-    parts |= {"loss": loss_fn.to(device), "scaler": scaler}
-    return parts | make_optimizers(config, student)
+    parts |= {"loss": loss_fn.to(device), "scaler": torch.amp.GradScaler(device.type, enabled=half)}
+    return parts | make_optimizers(c, student)
 
 
 class Validation:
@@ -597,51 +590,45 @@ def train(config, parts, splits, folder, checkpoint=None, stop=None):
     device, (rank, ranks) = student.backbone.cls_token.device, rank_and_world_size()
     views, stop = data.TrainingViews(c, splits["train"], device=device), stop or threading.Event()
     validation = Validation(c, splits, device)
-    per_epoch, start, history = c["images_per_epoch"] // batch, 0, []
+    per_epoch, step, history = c["images_per_epoch"] // batch, 0, []
     steps, total = c["epochs"] * per_epoch, torch.zeros((), device=device)  # of an epoch's losses
     if checkpoint:
-        start, history = checkpoint["step"], checkpoint["metrics"]
+        step, history = checkpoint["step"], checkpoint["metrics"]
         total += sum(checkpoint["epoch_loss"])
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         write_log(folder, history)  # without what came after the checkpoint
     else:
         save_run(folder, c, parts, 0, history, total)
-    began = start, time.monotonic()
-    if start == per_epoch * len(history):  # also of a run that was stopped while it measured
-        end_epoch(folder, c, parts, history, start, total, began, validation, stop)
-        if start:
-            save_run(folder, c, parts, start, history, total)
-        if on_any_rank(stop.is_set())[0]:
-            return history
     parallel = torch.nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
     finite = torch.ones((), dtype=torch.bool, device=device)
-    quiet = rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=steps * batch, initial=start * batch, unit=" images", disable=quiet)
-    saved_at, began, todo = time.monotonic(), (start, time.monotonic()), range(start, steps)
-    for step, params in zip(todo, prefetch(views, todo)):
-        loss, norm = training_step(c, parts, parallel, views, params, step, steps)
+    bar = tqdm(total=steps * batch, initial=step * batch, unit=" images", disable=rank > 0 or None)
+    batches, stopping, late = prefetch(views, range(step, steps)), False, False
+    saved_at, began = time.monotonic(), (step, time.monotonic())
+    while True:
+        epoch_ends = step == per_epoch * len(history)  # and is not measured yet
+        if epoch_ends:
+            end_epoch(folder, c, parts, history, step, total, began, validation, stop)
+            began, (stopping,) = (step, time.monotonic()), on_any_rank(stop.is_set())
+        if (epoch_ends and step > 0) or stopping or late:
+            save_run(folder, c, parts, step, history, total)
+            saved_at = time.monotonic()
+        if step == steps or stopping:
+            return history
+        loss, norm = training_step(c, parts, parallel, views, next(batches), step, steps)
+        step += 1
         total += loss
         # float16's scaler skips a step whose gradient overflows, and scales less from then on
         finite &= loss.isfinite() & (norm.isfinite() | parts["scaler"].is_enabled())
         bar.update(batch)
-        done, late = step + 1, time.monotonic() - saved_at > 60 * c["checkpoint_minutes"]
+        late = time.monotonic() - saved_at > 60 * c["checkpoint_minutes"]
         stopping, late = on_any_rank(stop.is_set(), late)
-        epoch_ends = done % per_epoch == 0
-        if done % 20 == 0 or epoch_ends or stopping or late:  # reading a number waits for the GPU
+        # not after every step, for reading a number waits for the GPU
+        if step % 20 == 0 or step % per_epoch == 0 or stopping or late:
             if not finite or parts["scaler"].get_scale() < 1:
                 what = "the loss or its gradient is NaN or infinite, at step"
-                raise FloatingPointError(f"{what} {done} or up to 19 before; use a lower --lr")
+                raise FloatingPointError(f"{what} {step} or up to 19 before; use a lower --lr")
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if epoch_ends:
-            end_epoch(folder, c, parts, history, done, total, began, validation, stop)
-            began, (stopping,) = (done, time.monotonic()), on_any_rank(stop.is_set())
-        if epoch_ends or stopping or late:
-            save_run(folder, c, parts, done, history, total)
-            saved_at = time.monotonic()
-        if stopping:
-            break
-    return history
 
 
 def compile_blocks(*networks):
