@@ -1,10 +1,9 @@
 """Handwritten digits in clutter, with the truth about every pixel, or photographs; views of them.
 
-Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here: a digit on
-a canvas among fragments of others, and the masks that say which pixels are which. `sample_…` draws
-the parameters (which digit, where, which crop) of a whole batch on the CPU, from a generator seeded
-by (seed, split, step). `render_…` turns them into pixels, on any device, without randomness: any
-slice of a batch can be rendered anywhere and is always the same.
+Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here: a digit
+among fragments of others, and the masks that say which pixels are which. `sample_…` draws the
+parameters of a whole batch on the CPU, from a generator seeded by (seed, split, step). `render_…`
+turns any rows of them into pixels, on any device, without randomness, and so always the same.
 """
 
 import contextlib
@@ -65,15 +64,14 @@ def load_dataset(config, device):
 
     `config["digits"]` becomes what "auto" came to. OSError or ValueError for what cannot be had.
     """
-    root = config["data_root"]
     if config["dataset"] == "stl10":
-        splits, warning = load_stl10(root, config["split"])
+        splits, warning = load_stl10(config["data_root"], config["split"])
         size = splits["train"].images.nbytes  # a GPU may have no room for it
         if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 3 * size:
             return splits, warning
     else:
         Background(config, "train", device)  # raises for a folder that is of no use
-        splits, config["digits"], warning = load_digits(config["digits"], root)
+        splits, config["digits"], warning = load_digits(config["digits"], config["data_root"])
     return {name: split.to(device) for name, split in splits.items()}, warning
 
 
@@ -279,10 +277,9 @@ class CanvasSampler:
 def render_canvases(params, config, images, masks=True):
     """Canvases and their masks from what `CanvasSampler.sample` drew, or any rows of it.
 
-    `images` (N, 28, 28) uint8 are the digits of the same split. Returns, on their device, for V
-    canvases of each of B digits, canvas (B, V, S, S) float32 in [0, 1]; digit_mask and
-    clutter_mask, bool, disjoint, or None without `masks`, which take half the time. Ink is above
-    0.5; it is the digit's where the digit alone is ink, else clutter's. The rest is background.
+    `images` (N, 28, 28) uint8 are the digits of the same split. Returns, on their device, canvas
+    (B, V, S, S) float32 in [0, 1], and digit_mask and clutter_mask, bool, or None without `masks`,
+    which take half the time. Ink, above 0.5, is the digit's where the digit alone is, else clutter.
     """
     names = ("digit", "position", "source", "window", "corner")
     drawn = (to_device(params[name], images.device) for name in names)
@@ -302,10 +299,9 @@ def render_canvases(params, config, images, masks=True):
 def leave_out(params, config, images):
     """Each canvas without one of its parts, and the ink of that part.
 
-    The parts of a canvas: P pieces of its digit, at `piece` (B, 1, P, 2), from `sample_pieces`,
-    then its M distractors, all of one size. A canvas is a sum, clipped at 1, so without the part's
-    summand it is what it would be if the part had never been there. `params` and `images` as in
-    `render_canvases`, of one canvas a digit. Returns canvases (B, P + M, S, S) in [0, 1], and bool.
+    The parts: P pieces of the digit, at `piece` (B, 1, P, 2), from `sample_pieces`, then the M
+    distractors, all of one size. Each is left out of the sum before it is clipped at 1. `params`,
+    `images`: as in `render_canvases`, V = 1. Returns (B, P + M, S, S) in [0, 1], and the same bool.
     """
     names = ("digit", "position", "source", "window", "corner", "piece")
     drawn = (to_device(params[name], images.device) for name in names)
@@ -438,7 +434,7 @@ def sum_of_waves(wave, pixel):
 
 
 def image_files(folder):
-    """The paths of all images below a folder, but those that macOS writes: ._NAME beside NAME."""
+    """The paths of all images below a folder, but for the ._NAME that macOS writes beside NAME."""
     return [
         os.path.join(path, name)
         for path, _, names in sorted(os.walk(folder))
@@ -460,12 +456,11 @@ def read_folder(folder, size):
 def crop_plan(views, crops, symmetric=False):
     """Which crops are cut from which canvas, who sees them, and what the loss compares.
 
-    `views` "same": one canvas, the same crops to both branches, compared wherever they are not the
-    same crop; with one crop each branch has its own. "different": the digit on two canvases, the
-    teacher fed from the one, the student from the other; `symmetric`: each from both (III.B).
-    `crops` for each branch: 4 (2 global and 2 local), 2 (global) or 1 (global) (III.C).
-    Returns plan, a list of (canvas 0 or 1, "global" or "local"); teacher and student, lists of
-    indices into it; pairs (i, j), the student's i-th crop against the teacher's j-th.
+    `views` "same": one canvas, the same crops to both branches; with one crop each has its own.
+    "different": the digit on two canvases, the teacher fed from the one, the student from the
+    other; `symmetric`: each from both (III.B). `crops` a branch: 4 (2 global and 2 local), 2 or 1
+    (global) (III.C). Returns plan, a list of (canvas 0 or 1, "global" or "local"); teacher and
+    student, indices into it; pairs (i, j), the student's i-th crop against the teacher's j-th.
     """
     kinds = ["global", "global", "local", "local"][:crops]
     plan = [(canvas, kind) for canvas in range(1 + (views == "different")) for kind in kinds]
@@ -714,9 +709,9 @@ def nearest(masks, image_size):
 
 def resize(images, image_size):
     """Images (b, channels, S, S) brought to image_size as crops are, but uncropped."""
-    whole, zero = torch.full((len(images), 1), float(images.shape[-1])), torch.zeros(len(images), 1)
-    centre = (whole / 2)[..., None].expand(-1, -1, 2)
-    crops = {"centre": centre, "side": whole, "angle": zero, "sigma": zero}
+    n, S = len(images), float(images.shape[-1])
+    crops = {"centre": torch.full((n, 1, 2), S / 2), "side": torch.full((n, 1), S)}
+    crops |= {"angle": torch.zeros(n, 1), "sigma": torch.zeros(n, 1)}
     # At the rim half a pixel lies outside, in black. Divided by what becomes of white, the image
     # ends as it would if its last pixels went on: padding_mode="border", which MPS may lack.
     white = images.new_ones(1, 1, 1, *images.shape[2:])

@@ -3,10 +3,9 @@
     python train.py --loss nce --views same
     python train.py --loss nce --views different
 
-Student and teacher are one network with two sets of weights. Both see crops of an image; the
-student learns to match the teacher (losses.py), its own exponential moving average. Nobody says
-what a digit is. The paper asks where the attention of such a network goes (metrics.py,
-visualize.py). Section and equation numbers are the paper's.
+Student and teacher are one network with two sets of weights, and nobody says what a digit is. The
+paper asks where the attention of such a network goes (metrics.py, visualize.py). Section and
+equation numbers are the paper's.
 """
 
 import argparse
@@ -113,20 +112,19 @@ def flag(name):
 
 def parse_args(argv):
     """The settings that were given as flags, and preset, resume and output."""
-    about = "Train a ViT on cluttered digits without labels. In brackets: the section of the paper,"
-    about += " and the defaults of the presets paper | laptop."
-    only_given = argparse.SUPPRESS
-    parser = argparse.ArgumentParser("train.py", description=about, argument_default=only_given)
+    parser = argparse.ArgumentParser("train.py", argument_default=argparse.SUPPRESS)
+    parser.description = "Train a ViT on cluttered digits without labels. In brackets: the section"
+    parser.description += " of the paper, and the defaults of the presets paper | laptop."
+    kinds = {row[0]: row[2] if isinstance(row[2], type) else type(row[2]) for row in SETTINGS}
     for name, paper, laptop, text in SETTINGS:
-        derived = isinstance(laptop, type)
-        how = {"type": laptop if derived else type(laptop), "choices": CHOICES.get(name)}
-        if isinstance(laptop, bool):
+        how = {"type": kinds[name], "choices": CHOICES.get(name)}
+        if kinds[name] is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(laptop, tuple):
+        elif kinds[name] is tuple:
             how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-        elif isinstance(laptop, list):
+        elif kinds[name] is list:
             how = {"type": lambda text: sorted(int(epoch) for epoch in text.split(","))}
-        text += "" if derived or isinstance(paper, type) else f" [{paper} | {laptop}]"
+        text += "" if type in (type(paper), type(laptop)) else f" [{paper} | {laptop}]"
         parser.add_argument(flag(name), help=text, **how)
     add = parser.add_argument
     add("--preset", choices=["paper", "laptop"], help="[paper with CUDA, else laptop]")
@@ -136,9 +134,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if [] in vars(args).values():  # what some versions of Python make of --flag=--
         parser.error("-- is not a value of a flag")
-    pairs = {row[0] for row in SETTINGS if isinstance(row[1], tuple)}  # argparse makes lists
-    args.settings = {row[0]: getattr(args, row[0]) for row in SETTINGS if hasattr(args, row[0])}
-    args.settings |= {name: tuple(args.settings[name]) for name in args.settings.keys() & pairs}
+    # argparse makes lists of pairs
+    args.settings = {k: kind(getattr(args, k)) for k, kind in kinds.items() if hasattr(args, k)}
     return args
 
 
@@ -173,8 +170,7 @@ def check_config(config, shape):
                 raise ValueError(f"{flag(name)} {c[name]}: use {least:g} to {largest:g}")
     batch, micro, pool = c["batch_size"], c["micro_batch"], c["texture_pool"]
     share, photos, patch = batch // ranks, c["dataset"] == "stl10", c["patch_size"]
-    near = max(1, round(c["image_size"] / patch)) * patch
-    textured, images = c["background"] == "texture", c["images_per_epoch"]
+    near, images = max(1, round(c["image_size"] / patch)) * patch, c["images_per_epoch"]
     rules = [  # what must not be, the flag, advice
         (batch % ranks, "batch_size", f"use a multiple of {ranks}, the number of ranks"),
         (batch > images, "batch_size", f"use no more than the epoch's {images} images"),
@@ -184,7 +180,7 @@ def check_config(config, shape):
         (photos and c["loss"] == "supervised" and c["split"] == "unlabeled", "split", "use train"),
         (photos and c["views"] == "different", "views", "use same: a photo has no second canvas"),
         (photos and c["background"] != "black", "background", "use it with --dataset clutter"),
-        (pool and not textured, "texture_pool", "use it with --background texture"),
+        (pool and c["background"] != "texture", "texture_pool", "use it with --background texture"),
         (max(c["keep_epochs"], default=0) > c["epochs"], "keep_epochs", "use epochs of the run"),
     ]
     rules += [(k != "heads" and c[k] != v, k, f"use {v}, the weights'") for k, v in shape.items()]
@@ -390,14 +386,14 @@ def rank_and_world_size():
 
 
 def on_any_rank(*flags):
-    """Whether each of these is true on one of the ranks."""
-    return all_reduce(torch.tensor(flags, dtype=torch.int32), largest=True).tolist()
+    """On how many ranks each of these is true."""
+    return all_reduce(torch.tensor(flags, dtype=torch.int32)).tolist()
 
 
-def all_reduce(tensor, largest=False):
-    """The sum, or the largest, of the ranks' tensors, in place."""
+def all_reduce(tensor):
+    """The sum of the ranks' tensors, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -580,11 +576,10 @@ def log_epoch(folder, config, teacher, history):
 def train(config, parts, splits, folder, checkpoint=None, stop=None):
     """Train parts["student"] on views of the training split; of several ranks each calls this.
 
-    With a `checkpoint` the run goes on from there as if it had not stopped: all that chance decides
-    is a function of the seed and the step. `stop` is an Event that ends the run after its step, or
-    in mid-validation. A line goes to log.jsonl in `folder` after each epoch; ckpt.pth is written
-    before the first step, after each epoch, every `checkpoint_minutes` and at a stop. Returns the
-    lines of the log.
+    With a `checkpoint` the run goes on as if it had not stopped: all that chance decides follows
+    from the seed and the step. `stop` is an Event that ends it after a step, or in mid-validation.
+    Writes to `folder` ckpt.pth, before the first step, after each epoch, every `checkpoint_minutes`
+    and at a stop, and a line an epoch of log.jsonl. Returns these lines.
     """
     c, batch, student = config, config["batch_size"], parts["student"]
     device, (rank, ranks) = student.backbone.cls_token.device, rank_and_world_size()
