@@ -6,7 +6,6 @@ parameters of a whole batch on the CPU, from a generator seeded by (seed, split,
 turns any rows of them into pixels, on any device, without randomness, and so always the same.
 """
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -17,6 +16,7 @@ import tarfile
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import sklearn.datasets
@@ -122,8 +122,7 @@ def fetch_mnist(folder, name, md5):
             return torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reasons.append(f"{mirror}: {error}")
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, name))  # not what was asked for
+            Path(folder, name).unlink(missing_ok=True)  # not what was asked for
     raise OSError("; ".join(reasons))
 
 
@@ -344,9 +343,8 @@ class Background:
 
     def __init__(self, config, name, device):
         self.kind, self.size, self.pool = config["background"], config["canvas_size"], None
-        if config["texture_pool"]:
-            rng = generator("textures", name)
-            self.pool = sample_textures(rng, (config["texture_pool"],), self.size)
+        if n := config["texture_pool"]:
+            self.pool = sample_textures(generator("textures", name), (n,), self.size)
         if self.kind not in ("black", "texture"):
             self.images = read_folder(self.kind, 2 * self.size).to(device)
 
@@ -434,7 +432,7 @@ def sum_of_waves(wave, pixel):
 
 
 def image_files(folder):
-    """The paths of all images below a folder, but for the ._NAME that macOS writes beside NAME."""
+    """The paths of all images below a folder, but those that macOS writes: ._NAME beside NAME."""
     return [
         os.path.join(path, name)
         for path, _, names in sorted(os.walk(folder))

@@ -130,8 +130,7 @@ def parse_args(argv):
     add("--preset", choices=["paper", "laptop"], help="[paper with CUDA, else laptop]")
     add("--resume", metavar="RUN", help="go on with a stopped run: its folder or checkpoint")
     add("--output", help="new folder of the run [runs/<dataset>-<loss>-<views>]")
-    parser.set_defaults(preset=None, resume=None, output=None)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(preset=None, resume=None, output=None))
     if [] in vars(args).values():  # what some versions of Python make of --flag=--
         parser.error("-- is not a value of a flag")
     # argparse makes lists of pairs
@@ -141,8 +140,7 @@ def parse_args(argv):
 
 def make_config(args, shape=None):
     """All settings in one flat dict: preset, `shape` of given weights, flags, and what follows."""
-    cuda = torch.cuda.is_available()
-    preset = args.preset or ("paper" if cuda else "laptop")
+    preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
     column, laptop = (2, True) if preset == "laptop" else (1, False)
     defaults = {row[0]: row[column] for row in SETTINGS if not isinstance(row[column], type)}
     c = {**defaults, **(shape or {}), **args.settings, "preset": preset, "fallbacks": []}
@@ -276,13 +274,12 @@ def project(config, network, crops, which):
 def batch_loss(config, loss_fn, student, teacher, views, params, backward=None):
     """The loss of the batch that `params` describe, computed `micro_batch` images at a time.
 
-    Pieces give exactly the loss and the gradient of the whole. Images are compared with others of
-    the batch only in what the teacher says of them, which has no gradient: its outputs come first,
-    a few numbers an image, and images are rendered again for the student rather than kept.
-    In training `backward` takes the loss of each piece; of several ranks each computes its share of
-    the batch. Returns the loss, detached, of several ranks each one's part of the sum; the
-    teacher's outputs of the whole batch, (crops, images, bottleneck or K); and what the student is
-    to match: these, with DINO's loss their distributions, or the labels.
+    Pieces give exactly the loss and the gradient of the whole: images are compared with others only
+    in what the teacher says of these, which has no gradient. So its outputs come first, and images
+    are rendered again for the student rather than kept. In training `backward` takes the loss of
+    each piece, and each rank computes its share of the batch. Returns the loss, detached (a rank's
+    part of the sum); the teacher's outputs of the whole batch, (crops, images, bottleneck or K);
+    and what the student is to match: these, with DINO's loss their distributions, or the labels.
     """
     rank, ranks = rank_and_world_size() if backward else (0, 1)
     images = len(params["centre"])
