@@ -1,13 +1,11 @@
 """Handwritten digits in clutter, with the truth about every pixel, or photographs; views of them.
 
-Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here: a digit on
-a canvas among fragments of others, and the masks that say which pixels are which. `sample_…` draws
-the parameters (which digit, where, which crop) of a whole batch on the CPU, from a generator seeded
-by (seed, split, step). `render_…` turns them into pixels, on any device, without randomness: any
-slice of a batch can be rendered anywhere and is always the same.
+Cluttered MNIST (the paper's section II.C, after deepmind/mnist-cluttered) is made here: a digit
+among fragments of others, and the masks that say which pixels are which. `sample_…` draws the
+parameters of a whole batch on the CPU, from a generator seeded by (seed, split, step). `render_…`
+turns any rows of them into pixels, on any device, without randomness, and so always the same.
 """
 
-import contextlib
 import functools
 import gzip
 import hashlib
@@ -18,6 +16,7 @@ import tarfile
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import sklearn.datasets
@@ -34,8 +33,6 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tif
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
 WAVES = 16  # plane waves that noise and blobs are the sum of
-# On MPS such a copy may read memory that has been freed since (pytorch issue 189690).
-NON_BLOCKING = torch.cuda.is_available()
 # ImageNet's mean and standard deviation, which DINO's weights expect
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
@@ -57,20 +54,24 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
+def to_device(tensor, device):
+    # to a GPU without waiting; on MPS that may read memory freed since (pytorch issue 189690)
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def load_dataset(config, device):
     """The splits that a run's settings ask for, on the device, and a warning or None.
 
     `config["digits"]` becomes what "auto" came to. OSError or ValueError for what cannot be had.
     """
-    root = config["data_root"]
     if config["dataset"] == "stl10":
-        splits, warning = load_stl10(root, config["split"])
+        splits, warning = load_stl10(config["data_root"], config["split"])
         size = splits["train"].images.nbytes  # a GPU may have no room for it
         if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < 3 * size:
             return splits, warning
     else:
         Background(config, "train", device)  # raises for a folder that is of no use
-        splits, config["digits"], warning = load_digits(config["digits"], root)
+        splits, config["digits"], warning = load_digits(config["digits"], config["data_root"])
     return {name: split.to(device) for name, split in splits.items()}, warning
 
 
@@ -101,9 +102,11 @@ def read_mnist(folder):
     """MNIST's training and test Split, from the four files in `folder`, unpacked or gzipped."""
     arrays = []
     for name, md5 in torchvision.datasets.MNIST.resources:  # images, labels; of training, of test
-        path = os.path.join(folder, name.removesuffix(".gz"))
-        unpacked = os.path.isfile(path)
-        with open(path, "rb") if unpacked else gzip.open(fetch_mnist(folder, name, md5)) as file:
+        path = os.path.join(folder, name)
+        unpacked = os.path.isfile(path.removesuffix(".gz"))
+        if not unpacked and not os.path.isfile(path):
+            fetch_mnist(folder, name, md5)
+        with open(path.removesuffix(".gz"), "rb") if unpacked else gzip.open(path) as file:
             content = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
         start = 4 + 4 * content[3]  # so many dimensions, and four bytes, big end first, for each
         shape = content[4:start].view(">i4").tolist()
@@ -112,19 +115,15 @@ def read_mnist(folder):
 
 
 def fetch_mnist(folder, name, md5):
-    """The path of a gzipped file of MNIST, fetched if need be from the first mirror to have it."""
-    path, reasons = os.path.join(folder, name), []
-    for mirror in [] if os.path.isfile(path) else torchvision.datasets.MNIST.mirrors:
+    """Fetch a file of MNIST from the first mirror that has it; OSError if none has."""
+    reasons = []
+    for mirror in torchvision.datasets.MNIST.mirrors:
         try:
-            torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
-            return path
+            return torchvision.datasets.utils.download_url(mirror + name, folder, md5=md5)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reasons.append(f"{mirror}: {error}")
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)  # not what was asked for
-    if reasons:
-        raise OSError("; ".join(reasons))
-    return path
+            Path(folder, name).unlink(missing_ok=True)  # not what was asked for
+    raise OSError("; ".join(reasons))
 
 
 def read_sklearn_digits():
@@ -147,11 +146,11 @@ def load_stl10(data_root, split="unlabeled"):
     1,000 of the test file}, mapped, not read; and a warning if there are not as many, or None.
     Fetches what data_root/stl10_binary/ lacks; raises OSError.
     """
-    folder, files = os.path.join(data_root, torchvision.datasets.STL10.base_folder), {}
+    stl10, files = torchvision.datasets.STL10, {}
+    folder = os.path.join(data_root, stl10.base_folder)
     names = list(dict.fromkeys((split, "train", "test")))
     try:
         if not all(os.path.isfile(f"{folder}/{name}_X.bin") for name in names):
-            stl10 = torchvision.datasets.STL10
             try:
                 archive = os.path.join(data_root, stl10.filename)
                 torchvision.datasets.utils.extract_archive(archive, data_root)
@@ -277,13 +276,12 @@ class CanvasSampler:
 def render_canvases(params, config, images, masks=True):
     """Canvases and their masks from what `CanvasSampler.sample` drew, or any rows of it.
 
-    `images` (N, 28, 28) uint8 are the digits of the same split. Returns, on their device, for V
-    canvases of each of B digits, canvas (B, V, S, S) float32 in [0, 1]; digit_mask and
-    clutter_mask, bool, disjoint, or None without `masks`, which take half the time. Ink is above
-    0.5; it is the digit's where the digit alone is ink, else clutter's. The rest is background.
+    `images` (N, 28, 28) uint8 are the digits of the same split. Returns, on their device, canvas
+    (B, V, S, S) float32 in [0, 1], and digit_mask and clutter_mask, bool, or None without `masks`,
+    which take half the time. Ink, above 0.5, is the digit's where the digit alone is, else clutter.
     """
     names = ("digit", "position", "source", "window", "corner")
-    drawn = (params[name].to(images.device, non_blocking=NON_BLOCKING) for name in names)
+    drawn = (to_device(params[name], images.device) for name in names)
     digit, position, source, window, corner = drawn
     (B, V, _), S = source.shape, config["canvas_size"]
     # Whole numbers up to 255, whose sums do not depend on the order that a GPU adds them in.
@@ -300,13 +298,12 @@ def render_canvases(params, config, images, masks=True):
 def leave_out(params, config, images):
     """Each canvas without one of its parts, and the ink of that part.
 
-    The parts of a canvas: P pieces of its digit, at `piece` (B, 1, P, 2), from `sample_pieces`,
-    then its M distractors, all of one size. A canvas is a sum, clipped at 1, so without the part's
-    summand it is what it would be if the part had never been there. `params` and `images` as in
-    `render_canvases`, of one canvas a digit. Returns canvases (B, P + M, S, S) in [0, 1], and bool.
+    The parts: P pieces of the digit, at `piece` (B, 1, P, 2), from `sample_pieces`, then the M
+    distractors, all of one size. Each is left out of the sum before it is clipped at 1. `params`,
+    `images`: as in `render_canvases`, V = 1. Returns (B, P + M, S, S) in [0, 1], and the same bool.
     """
     names = ("digit", "position", "source", "window", "corner", "piece")
-    drawn = (params[name].to(images.device) for name in names)
+    drawn = (to_device(params[name], images.device) for name in names)
     digit, position, source, window, corner, piece = drawn
     S, size, pieces = config["canvas_size"], config["distractor_size"], piece.shape[2]
     windows = cut_windows(images, digit[:, None, None].expand(-1, 1, pieces), piece, size)
@@ -346,9 +343,8 @@ class Background:
 
     def __init__(self, config, name, device):
         self.kind, self.size, self.pool = config["background"], config["canvas_size"], None
-        if config["texture_pool"]:
-            rng = generator("textures", name)
-            self.pool = sample_textures(rng, (config["texture_pool"],), self.size)
+        if n := config["texture_pool"]:
+            self.pool = sample_textures(generator("textures", name), (n,), self.size)
         if self.kind not in ("black", "texture"):
             self.images = read_folder(self.kind, 2 * self.size).to(device)
 
@@ -448,10 +444,8 @@ def image_files(folder):
 @functools.lru_cache(maxsize=1)  # every set of canvases asks for it
 def read_folder(folder, size):
     """All images below a folder, grey, cut square: (N, size, size) uint8. ValueError if none."""
-    images = []
-    for path in image_files(folder):
-        image = read_image(path).convert("L")
-        images.append(np.asarray(ImageOps.fit(image, (size, size))))
+    photos = (read_image(path).convert("L") for path in image_files(folder))
+    images = [np.asarray(ImageOps.fit(photo, (size, size))) for photo in photos]
     if not images:
         raise ValueError(f"--background {folder}: no images there; use black, texture or a folder")
     return torch.from_numpy(np.stack(images))
@@ -460,12 +454,11 @@ def read_folder(folder, size):
 def crop_plan(views, crops, symmetric=False):
     """Which crops are cut from which canvas, who sees them, and what the loss compares.
 
-    `views` "same": one canvas, the same crops to both branches, compared wherever they are not the
-    same crop; with one crop each branch has its own. "different": the digit on two canvases, the
-    teacher fed from the one, the student from the other; `symmetric`: each from both (III.B).
-    `crops` for each branch: 4 (2 global and 2 local), 2 (global) or 1 (global) (III.C).
-    Returns plan, a list of (canvas 0 or 1, "global" or "local"); teacher and student, lists of
-    indices into it; pairs (i, j), the student's i-th crop against the teacher's j-th.
+    `views` "same": one canvas, the same crops to both branches; with one crop each has its own.
+    "different": the digit on two canvases, the teacher fed from the one, the student from the
+    other; `symmetric`: each from both (III.B). `crops` a branch: 4 (2 global and 2 local), 2 or 1
+    (global) (III.C). Returns plan, a list of (canvas 0 or 1, "global" or "local"); teacher and
+    student, indices into it; pairs (i, j), the student's i-th crop against the teacher's j-th.
     """
     kinds = ["global", "global", "local", "local"][:crops]
     plan = [(canvas, kind) for canvas in range(1 + (views == "different")) for kind in kinds]
@@ -521,7 +514,7 @@ def render_crops(canvases, crops, image_size, max_blur=2.0, outside="zeros"):
     half = crops["side"] / S  # grid_sample calls the canvas [-1, 1]²
     cos, sin = half * crops["angle"].cos(), half * crops["angle"].sin()
     row, column = (2 * crops["centre"] / S - 1).unbind(-1)
-    affine = torch.stack([cos, sin, row, column]).to(x.device, non_blocking=NON_BLOCKING)
+    affine = to_device(torch.stack([cos, sin, row, column]), x.device)
     cos, sin, row, column = affine[..., None, None]  # each (B·C, 1, 1)
     u = (2 * torch.arange(image_size, device=x.device) + 1) / image_size - 1  # pixel centres
     v = u[:, None]
@@ -547,9 +540,9 @@ def gaussian_blur(x, sigma, max_sigma):
     distance = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (distance / sigma[blurred, None]) ** 2)  # (b, 2·radius + 1)
     kernel[kernel < 1e-9] = 0  # numbers below float32's normal range make a CPU ten times slower
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=NON_BLOCKING)
+    kernel = to_device(kernel / kernel.sum(1, keepdim=True), x.device)
     kernel = kernel.repeat_interleave(x.shape[1], dim=0)[:, None]
-    blurred = blurred.to(x.device, non_blocking=NON_BLOCKING)
+    blurred = to_device(blurred, x.device)
     # along rows, then along columns; each channel of each image is a group of one convolution
     y = F.pad(x[blurred], (radius,) * 4, mode="reflect").flatten(0, 1)[None]
     y = F.conv2d(y, kernel[:, :, None], groups=len(kernel))
@@ -577,10 +570,7 @@ def color_jitter(photos, params):
     contrast, which keeps the mean, depends on other pixels, so they may come before the crop.
     """
     names = ("brightness", "contrast", "saturation", "hue", "gray", "flip")
-    p = {
-        k: params[k].to(photos.device, non_blocking=NON_BLOCKING)[..., None, None, None]
-        for k in names
-    }
+    p = {name: to_device(params[name], photos.device)[..., None, None, None] for name in names}
     x = (photos * p["brightness"]).clamp(0, 1)
     mean = rgb_to_grayscale(x).mean((-2, -1), keepdim=True)
     x = torch.lerp(mean, x, p["contrast"]).clamp_(0, 1)
@@ -605,9 +595,7 @@ def adjust_hue(x, turn):
 
 def normalize(x):
     """Images (…, 1 or 3, h, w) in [0, 1] to the network's input (…, 3, h, w)."""
-    return (x - MEAN.to(x.device, non_blocking=NON_BLOCKING)).div_(
-        STD.to(x.device, non_blocking=NON_BLOCKING)
-    )
+    return (x - to_device(MEAN, x.device)).div_(to_device(STD, x.device))
 
 
 def denormalize(x):
@@ -666,7 +654,7 @@ class TrainingViews:
 
 def read_photos(split, index, device):
     """STL-10's images of these indices as float32 (B, 3, 96, 96) in [0, 1]."""
-    return split.images[index.to(split.images.device)].to(device, non_blocking=NON_BLOCKING) / 255
+    return to_device(split.images[index.to(split.images.device)], device) / 255
 
 
 def evaluation_batches(
@@ -719,9 +707,9 @@ def nearest(masks, image_size):
 
 def resize(images, image_size):
     """Images (b, channels, S, S) brought to image_size as crops are, but uncropped."""
-    whole, zero = torch.full((len(images), 1), float(images.shape[-1])), torch.zeros(len(images), 1)
-    centre = (whole / 2)[..., None].expand(-1, -1, 2)
-    crops = {"centre": centre, "side": whole, "angle": zero, "sigma": zero}
+    n, S = len(images), float(images.shape[-1])
+    crops = {"centre": torch.full((n, 1, 2), S / 2), "side": torch.full((n, 1), S)}
+    crops |= {"angle": torch.zeros(n, 1), "sigma": torch.zeros(n, 1)}
     # At the rim half a pixel lies outside, in black. Divided by what becomes of white, the image
     # ends as it would if its last pixels went on: padding_mode="border", which MPS may lack.
     white = images.new_ones(1, 1, 1, *images.shape[2:])

@@ -3,10 +3,9 @@
     python train.py --loss nce --views same
     python train.py --loss nce --views different
 
-Student and teacher are one network with two sets of weights. Both see crops of an image; the
-student learns to match the teacher (losses.py), its own exponential moving average. Nobody says
-what a digit is. The paper asks where the attention of such a network goes (metrics.py,
-visualize.py). Section and equation numbers are the paper's.
+Student and teacher are one network with two sets of weights, and nobody says what a digit is. The
+paper asks where the attention of such a network goes (metrics.py, visualize.py). Section and
+equation numbers are the paper's.
 """
 
 import argparse
@@ -89,12 +88,8 @@ SETTINGS = [  # name, value in `paper`, value in `laptop`, what it is (section o
     ("device", str, str, "where to train: cuda if it is there, else mps, else cpu"),
     ("data_root", "data", "data", "folder that holds, or will hold, MNIST/raw/ or stl10_binary/"),
 ]
-CHOICES = {
-    "loss": ["nce", "dino", "supervised"],
-    "views": ["same", "different"],
-    "crops": [1, 2, 4],
-}
-CHOICES |= {"dataset": ["clutter", "stl10"], "split": ["unlabeled", "train"]}
+CHOICES = {"loss": ["nce", "dino", "supervised"], "views": ["same", "different"]}
+CHOICES |= {"crops": [1, 2, 4], "dataset": ["clutter", "stl10"], "split": ["unlabeled", "train"]}
 CHOICES |= {"digits": ["auto", "mnist", "sklearn"], "centering": ["mean", "sinkhorn_knopp"]}
 CHOICES |= {"precision": ["auto", "float32", "bfloat16", "float16"], "optimizer": ["adamw", "muon"]}
 RANGES = [  # settings, least, largest
@@ -117,39 +112,35 @@ def flag(name):
 
 def parse_args(argv):
     """The settings that were given as flags, and preset, resume and output."""
-    about = "Train a ViT on cluttered digits without labels. In brackets: the section of the paper,"
-    about += " and the defaults of the presets paper | laptop."
-    only_given = argparse.SUPPRESS
-    parser = argparse.ArgumentParser("train.py", description=about, argument_default=only_given)
+    parser = argparse.ArgumentParser("train.py", argument_default=argparse.SUPPRESS)
+    parser.description = "Train a ViT on cluttered digits without labels. In brackets: the section"
+    parser.description += " of the paper, and the defaults of the presets paper | laptop."
+    kinds = {row[0]: row[2] if isinstance(row[2], type) else type(row[2]) for row in SETTINGS}
     for name, paper, laptop, text in SETTINGS:
-        derived = isinstance(laptop, type)
-        how = {"type": laptop if derived else type(laptop), "choices": CHOICES.get(name)}
-        if isinstance(laptop, bool):
+        how = {"type": kinds[name], "choices": CHOICES.get(name)}
+        if kinds[name] is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(laptop, tuple):
+        elif kinds[name] is tuple:
             how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-        elif isinstance(laptop, list):
+        elif kinds[name] is list:
             how = {"type": lambda text: sorted(int(epoch) for epoch in text.split(","))}
-        text += "" if derived or isinstance(paper, type) else f" [{paper} | {laptop}]"
+        text += "" if type in (type(paper), type(laptop)) else f" [{paper} | {laptop}]"
         parser.add_argument(flag(name), help=text, **how)
     add = parser.add_argument
     add("--preset", choices=["paper", "laptop"], help="[paper with CUDA, else laptop]")
     add("--resume", metavar="RUN", help="go on with a stopped run: its folder or checkpoint")
     add("--output", help="new folder of the run [runs/<dataset>-<loss>-<views>]")
-    parser.set_defaults(preset=None, resume=None, output=None)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(preset=None, resume=None, output=None))
     if [] in vars(args).values():  # what some versions of Python make of --flag=--
         parser.error("-- is not a value of a flag")
-    pairs = {row[0] for row in SETTINGS if isinstance(row[1], tuple)}  # argparse makes lists
-    args.settings = {row[0]: getattr(args, row[0]) for row in SETTINGS if hasattr(args, row[0])}
-    args.settings |= {name: tuple(args.settings[name]) for name in args.settings.keys() & pairs}
+    # argparse makes lists of pairs
+    args.settings = {k: kind(getattr(args, k)) for k, kind in kinds.items() if hasattr(args, k)}
     return args
 
 
 def make_config(args, shape=None):
     """All settings in one flat dict: preset, `shape` of given weights, flags, and what follows."""
-    cuda = torch.cuda.is_available()
-    preset = args.preset or ("paper" if cuda else "laptop")
+    preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
     column, laptop = (2, True) if preset == "laptop" else (1, False)
     defaults = {row[0]: row[column] for row in SETTINGS if not isinstance(row[column], type)}
     c = {**defaults, **(shape or {}), **args.settings, "preset": preset, "fallbacks": []}
@@ -177,8 +168,7 @@ def check_config(config, shape):
                 raise ValueError(f"{flag(name)} {c[name]}: use {least:g} to {largest:g}")
     batch, micro, pool = c["batch_size"], c["micro_batch"], c["texture_pool"]
     share, photos, patch = batch // ranks, c["dataset"] == "stl10", c["patch_size"]
-    near = max(1, round(c["image_size"] / patch)) * patch
-    textured, images = c["background"] == "texture", c["images_per_epoch"]
+    near, images = max(1, round(c["image_size"] / patch)) * patch, c["images_per_epoch"]
     rules = [  # what must not be, the flag, advice
         (batch % ranks, "batch_size", f"use a multiple of {ranks}, the number of ranks"),
         (batch > images, "batch_size", f"use no more than the epoch's {images} images"),
@@ -188,7 +178,7 @@ def check_config(config, shape):
         (photos and c["loss"] == "supervised" and c["split"] == "unlabeled", "split", "use train"),
         (photos and c["views"] == "different", "views", "use same: a photo has no second canvas"),
         (photos and c["background"] != "black", "background", "use it with --dataset clutter"),
-        (pool and not textured, "texture_pool", "use it with --background texture"),
+        (pool and c["background"] != "texture", "texture_pool", "use it with --background texture"),
         (max(c["keep_epochs"], default=0) > c["epochs"], "keep_epochs", "use epochs of the run"),
     ]
     rules += [(k != "heads" and c[k] != v, k, f"use {v}, the weights'") for k, v in shape.items()]
@@ -284,13 +274,12 @@ def project(config, network, crops, which):
 def batch_loss(config, loss_fn, student, teacher, views, params, backward=None):
     """The loss of the batch that `params` describe, computed `micro_batch` images at a time.
 
-    Pieces give exactly the loss and the gradient of the whole. Images are compared with others of
-    the batch only in what the teacher says of them, which has no gradient: its outputs come first,
-    a few numbers an image, and images are rendered again for the student rather than kept.
-    In training `backward` takes the loss of each piece; of several ranks each computes its share of
-    the batch. Returns the loss, detached, of several ranks each one's part of the sum; the
-    teacher's outputs of the whole batch, (crops, images, bottleneck or K); and what the student is
-    to match: these, with DINO's loss their distributions, or the labels.
+    Pieces give exactly the loss and the gradient of the whole: images are compared with others only
+    in what the teacher says of these, which has no gradient. So its outputs come first, and images
+    are rendered again for the student rather than kept. In training `backward` takes the loss of
+    each piece, and each rank computes its share of the batch. Returns the loss, detached (a rank's
+    part of the sum); the teacher's outputs of the whole batch, (crops, images, bottleneck or K);
+    and what the student is to match: these, with DINO's loss their distributions, or the labels.
     """
     rank, ranks = rank_and_world_size() if backward else (0, 1)
     images = len(params["centre"])
@@ -394,14 +383,14 @@ def rank_and_world_size():
 
 
 def on_any_rank(*flags):
-    """Whether each of these is true on one of the ranks."""
-    return all_reduce(torch.tensor(flags, dtype=torch.int32), largest=True).tolist()
+    """On how many ranks each of these is true."""
+    return all_reduce(torch.tensor(flags, dtype=torch.int32)).tolist()
 
 
-def all_reduce(tensor, largest=False):
-    """The sum, or the largest, of the ranks' tensors, in place."""
+def all_reduce(tensor):
+    """The sum of the ranks' tensors, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -479,18 +468,15 @@ def make_folder(config, output):
 
 def make_parts(config, student):
     """All that changes in training, and that a checkpoint holds."""
-    device = student.backbone.cls_token.device
-    if config["loss"] == "dino":
-        names = ("out_dim", "temperature", "teacher_temp", "centering")
-        loss_fn = DINOLoss(*(config[name] for name in names))
+    c, device = config, student.backbone.cls_token.device
+    if c["loss"] == "dino":
+        loss_fn = DINOLoss(c["out_dim"], c["temperature"], c["teacher_temp"], c["centering"])
     else:
-        kinds = {"nce": NCELoss, "supervised": SupervisedLoss}
-        loss_fn = kinds[config["loss"]](config["temperature"])
-    half = autocast_dtype(config["precision"], device) == torch.float16
+        loss_fn = (NCELoss if c["loss"] == "nce" else SupervisedLoss)(c["temperature"])
+    half = autocast_dtype(c["precision"], device) == torch.float16
     parts = {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False)}
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
-    parts |= {"loss": loss_fn.to(device), "scaler": scaler}
-    return parts | make_optimizers(config, student)
+    parts |= {"loss": loss_fn.to(device), "scaler": torch.amp.GradScaler(device.type, enabled=half)}
+    return parts | make_optimizers(c, student)
 
 
 class Validation:
@@ -587,61 +573,54 @@ def log_epoch(folder, config, teacher, history):
 def train(config, parts, splits, folder, checkpoint=None, stop=None):
     """Train parts["student"] on views of the training split; of several ranks each calls this.
 
-    With a `checkpoint` the run goes on from there as if it had not stopped: all that chance decides
-    is a function of the seed and the step. `stop` is an Event that ends the run after its step, or
-    in mid-validation. A line goes to log.jsonl in `folder` after each epoch; ckpt.pth is written
-    before the first step, after each epoch, every `checkpoint_minutes` and at a stop. Returns the
-    lines of the log.
+    With a `checkpoint` the run goes on as if it had not stopped: all that chance decides follows
+    from the seed and the step. `stop` is an Event that ends it after a step, or in mid-validation.
+    Writes to `folder` ckpt.pth, before the first step, after each epoch, every `checkpoint_minutes`
+    and at a stop, and a line an epoch of log.jsonl. Returns these lines.
     """
     c, batch, student = config, config["batch_size"], parts["student"]
     device, (rank, ranks) = student.backbone.cls_token.device, rank_and_world_size()
     views, stop = data.TrainingViews(c, splits["train"], device=device), stop or threading.Event()
     validation = Validation(c, splits, device)
-    per_epoch, start, history = c["images_per_epoch"] // batch, 0, []
+    per_epoch, step, history = c["images_per_epoch"] // batch, 0, []
     steps, total = c["epochs"] * per_epoch, torch.zeros((), device=device)  # of an epoch's losses
     if checkpoint:
-        start, history = checkpoint["step"], checkpoint["metrics"]
+        step, history = checkpoint["step"], checkpoint["metrics"]
         total += sum(checkpoint["epoch_loss"])
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         write_log(folder, history)  # without what came after the checkpoint
     else:
         save_run(folder, c, parts, 0, history, total)
-    began = start, time.monotonic()
-    if start == per_epoch * len(history):  # also of a run that was stopped while it measured
-        end_epoch(folder, c, parts, history, start, total, began, validation, stop)
-        if start:
-            save_run(folder, c, parts, start, history, total)
-        if on_any_rank(stop.is_set())[0]:
-            return history
     parallel = torch.nn.parallel.DistributedDataParallel(student) if ranks > 1 else student
     finite = torch.ones((), dtype=torch.bool, device=device)
-    quiet = rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=steps * batch, initial=start * batch, unit=" images", disable=quiet)
-    saved_at, began, todo = time.monotonic(), (start, time.monotonic()), range(start, steps)
-    for step, params in zip(todo, prefetch(views, todo)):
-        loss, norm = training_step(c, parts, parallel, views, params, step, steps)
+    bar = tqdm(total=steps * batch, initial=step * batch, unit=" images", disable=rank > 0 or None)
+    batches, stopping, late = prefetch(views, range(step, steps)), False, False
+    saved_at, began = time.monotonic(), (step, time.monotonic())
+    while True:
+        epoch_ends = step == per_epoch * len(history)  # and is not measured yet
+        if epoch_ends:
+            end_epoch(folder, c, parts, history, step, total, began, validation, stop)
+            began, (stopping,) = (step, time.monotonic()), on_any_rank(stop.is_set())
+        if (epoch_ends and step > 0) or stopping or late:
+            save_run(folder, c, parts, step, history, total)
+            saved_at = time.monotonic()
+        if step == steps or stopping:
+            return history
+        loss, norm = training_step(c, parts, parallel, views, next(batches), step, steps)
+        step += 1
         total += loss
         # float16's scaler skips a step whose gradient overflows, and scales less from then on
         finite &= loss.isfinite() & (norm.isfinite() | parts["scaler"].is_enabled())
         bar.update(batch)
-        done, late = step + 1, time.monotonic() - saved_at > 60 * c["checkpoint_minutes"]
+        late = time.monotonic() - saved_at > 60 * c["checkpoint_minutes"]
         stopping, late = on_any_rank(stop.is_set(), late)
-        epoch_ends = done % per_epoch == 0
-        if done % 20 == 0 or epoch_ends or stopping or late:  # reading a number waits for the GPU
+        # not after every step, for reading a number waits for the GPU
+        if step % 20 == 0 or step % per_epoch == 0 or stopping or late:
             if not finite or parts["scaler"].get_scale() < 1:
                 what = "the loss or its gradient is NaN or infinite, at step"
-                raise FloatingPointError(f"{what} {done} or up to 19 before; use a lower --lr")
+                raise FloatingPointError(f"{what} {step} or up to 19 before; use a lower --lr")
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if epoch_ends:
-            end_epoch(folder, c, parts, history, done, total, began, validation, stop)
-            began, (stopping,) = (done, time.monotonic()), on_any_rank(stop.is_set())
-        if epoch_ends or stopping or late:
-            save_run(folder, c, parts, done, history, total)
-            saved_at = time.monotonic()
-        if stopping:
-            break
-    return history
 
 
 def compile_blocks(*networks):
