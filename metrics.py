@@ -536,7 +536,7 @@ def report(results, path):
             lines.append(f"accuracy of {what}: k-NN {knn}, linear probe {probe}")
         table = result["matched" if best else "photographs"]
         chief = ("mean", best, "rollout", "brightness", "other_network") if own else table
-        for row in [row for row in table if row in chief and row != "uniform"]:
+        for row in [row for row in table if row in chief and row not in ("uniform", "oracle")]:
             title = own + row.replace("_", " ") + " (best)" * (row == best)
             wide = ("selectivity", "patch_faithfulness")
             shown = [format_cell(table[row].get(name), name in wide) for name in metrics]

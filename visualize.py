@@ -74,7 +74,7 @@ def save_figure(figure, path, title, models):
     figure.suptitle("\n".join(text), fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # one line for each that the font lacks
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
     tqdm.write(f"wrote {path}")
 

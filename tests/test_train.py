@@ -409,7 +409,7 @@ def test_every_kind_of_run(tmp_path, monkeypatch, capsys, loss, views, crops, ex
     assert sorted(os.listdir(folder)) == ["ckpt.pth", "epoch-1.pth", "log.jsonl", "metrics.json"]
 
     out, err = capsys.readouterr()
-    assert out.startswith("preset laptop (as asked)") and len(out.splitlines()) <= 30
+    assert out.startswith("preset laptop (as asked)") and len(out.splitlines()) <= 31
     assert "Does it look at the digit" in out and "probe" in out
     assert out.splitlines()[-1] == f"python visualize.py {folder / 'ckpt.pth'}"
     assert "\r" not in err and err.count("\n") == 2  # no terminal: a line an epoch, no bar
