@@ -16,7 +16,7 @@ def forest(runs, path):
     found = {claim: r for claim, r in v.judge(runs).items() if "mean" in r}
     figure = Figure(figsize=(9, 1.6 + 0.42 * len(v.CLAIMS)), layout="constrained")
     kinds = {
-        kind: [c for c in v.CLAIMS if v.CLAIMS[c][4] == kind] for kind in ("ratio", "difference")
+        kind: [c for c in v.CLAIMS if v.CLAIMS[c][2] == kind] for kind in ("ratio", "difference")
     }
     heights = [len(claims) + 1 for claims in kinds.values()]
     for axes, (kind, claims) in zip(figure.subplots(2, height_ratios=heights), kinds.items()):
@@ -32,9 +32,9 @@ def forest(runs, path):
                 axes.plot(scale(r["mean"]), y, "o", color=color)
             says = found[claim]["word"] if claim in found else "open"
             place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
-            claimed = {">": "more", "<": "less", "=": "alike"}.get(v.CLAIMS[claim][5], "no less")
+            claimed = {">": "more", "<": "less", "=": "alike"}.get(v.CLAIMS[claim][3], "no less")
             axes.text(1.01, y, f"claimed {claimed}: {says}", **place)
-        names = [f"{claim}  {v.CLAIMS[claim][1]}" for claim in reversed(claims)]
+        names = [f"{claim}  {v.SAYS[claim][1]}" for claim in reversed(claims)]
         axes.set_yticks(range(len(claims)), names, fontsize=8)
         if kind == "ratio":
             axes.set_xscale("log")
@@ -73,14 +73,29 @@ ROWS += ["supervised-same", "dino-same", "dino-different"]
 BRIGHT = ("matched/brightness/selectivity", v.BRIGHTNESS)
 
 
+def training(runs, path):
+    """What validation canvases say of the mean map after each epoch: means over seeds."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 3), ("selectivity", "auroc", "diversity")):
+        for row in [row for row in (*ROWS, v.LONG) if (row, v.FRESH[0]) in runs]:
+            curves = v.sample(runs, row, "curve").values()
+            curves = [[point["mean"][name] for point in curve] for curve in curves]
+            axes.plot(np.mean(curves, 0), label=row)
+        axes.set_xlabel("epoch")
+        axes.set_title(name + (", bits" if name == "diversity" else ""), fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    save(figure, path)
+
+
 def dots(runs, claim, path):
     """The two numbers of a claim, a dot a run, those of one seed joined."""
-    _, what, over, under, *_ = v.CLAIMS[claim]
+    over, under, *_ = v.CLAIMS[claim]
     rows = over[0].split()[1:] if over[0].startswith("weaker") else [over[0]]
     pairs = [(row, over[1]) for row in rows]
     pairs += [(under[0] or row, under[1]) for row in rows] if under else []
     sides = {}
     for row, name in pairs:
+        name = "stray" if name == "past" else name  # the share of such heads is 0 in every run
         row = v.best_row(runs, row[5:]) if row.startswith("best ") else row
         sides[f"{row}\n{name.rpartition('matched/')[2]}"] = v.sample(runs, row, name)
     figure = Figure(figsize=(3 + 1.2 * len(sides), 3.6), layout="constrained")
@@ -92,7 +107,7 @@ def dots(runs, claim, path):
         axes.plot([x - 0.15, x + 0.15], [np.mean([*side.values()])] * 2, color="black")
     axes.set_xticks(range(len(sides)), sides, fontsize=7)
     axes.set_xlim(-0.5, len(sides) - 0.5)
-    axes.set_title(f"{claim}: {what}", fontsize=8, wrap=True)
+    axes.set_title(f"{claim}: {v.SAYS[claim][1]}", fontsize=8, wrap=True)
     save(figure, path)
 
 
@@ -100,6 +115,7 @@ def draw(runs, folder):
     """All figures that there are runs for."""
     forest(runs, folder / "claims.png")
     scatter(runs, folder / "faithfulness.png")
+    training(runs, folder / "training.png")
     for claim, found in v.judge(runs).items():
         if "mean" in found:
             dots(runs, claim, folder / f"{claim}.png")

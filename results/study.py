@@ -162,6 +162,8 @@ def measured(folder):
     metrics = json.loads((folder / "metrics.json").read_text(), **rounded)
     value = lambda cells: {key: cell["value"] for key, cell in cells.items()}
     line = {"matched": {row: value(cells) for row, cells in metrics["matched"].items()}}
+    kept = ("mean", "brightness", "shuffled", "untrained")
+    line["paper"] = {row: value(metrics["paper"][row]) for row in kept}
     line |= {"best_head": metrics["best_head"], "mean_cosine": metrics["mean_cosine"]}
     line["causal_selectivity"] = metrics["causal_selectivity"]["value"]
     matters = metrics["attention_matters"]

@@ -20,94 +20,88 @@ AUROC, SELECTIVITY = "matched/mean/auroc", "matched/mean/selectivity"
 FAITHFUL = "matched/mean/patch_faithfulness"
 BRIGHTNESS, ROLLOUT = FAITHFUL.replace("mean", "brightness"), FAITHFUL.replace("mean", "rollout")
 PROBE = "features/linear_probe"
-# What is claimed; the primary quantity; its two numbers, (row, number), None for 1; whether they
-# are subtracted, not divided; what is claimed of it, and with which margin. "best" rows are those
-# of the learning rate that the search on seed 0 chose; "weaker", of two rows, has the lower mean.
-CLAIMS = {
+# What is claimed, and the primary quantity, in words.
+SAYS = {
     "F1": (
         "attention points to what the feature depends on, better than brightness does",
         "patch faithfulness, attention − brightness, different views",
-        *(("different", FAITHFUL), ("different", BRIGHTNESS), "difference", ">", 0.02),
     ),
     "F2": (
         "with different views it does so better than with same views",
         "patch faithfulness of attention, different − same views",
-        *(("different", FAITHFUL), ("same", FAITHFUL), "difference", ">", 0.02),
     ),
     "F3": (
         "attention rollout does so at least as well",
         "patch faithfulness, rollout − attention, different views",
-        *(("different", ROLLOUT), ("different", FAITHFUL), "difference", "> −margin", 0.02),
     ),
     "F4": (
         "registers mend heads that look past the ink",
         "share of such heads, 4 registers − none, different views",
-        *(("different", "past"), ("different-registers-0", "past"), "difference", "<", None),
     ),
     "C1": (
         "both losses classify (figures 2, 3)",
         "linear probe ÷ that of the untrained network, the weaker loss",
-        *(("weaker same dino-same", PROBE), ("", f"untrained_{PROBE}"), "ratio", ">", None),
     ),
     "C2": (
         "NCE's maps read better than cross-entropy's",
         "auroc, NCE ÷ DINO's loss, same views, each at its best learning rate",
-        *(("best same", AUROC), ("best dino-same", AUROC), "ratio", ">", 0.05),
     ),
     "C3": (
         "same views: all ink is attended alike, but for its brightness (figure 4)",
         "selectivity, same views ÷ brightness",
-        *(("same", SELECTIVITY), ("same", "matched/brightness/selectivity"), "ratio", "=", 0.1),
     ),
     "C4": (
         "same views: a textured background is ignored (figure 5)",
         "density of attention on far background, a texture a canvas",
-        *(("texture", "matched/mean/far_background_density"), None, "ratio", "<", None),
     ),
-    "C5": (
-        "different views find the digit (figure 6)",
-        "selectivity, different ÷ same views",
-        *(("different", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
-    ),
+    "C5": ("different views find the digit (figure 6)", "selectivity, different ÷ same views"),
     "C6": (
         "heads part with time (section III.B)",
         "diversity of the heads, bits, epoch 40 − epoch 1, different views",
-        *(
-            ("different-long", "diversity at the end"),
-            ("different-long", "diversity after epoch 1"),
-        ),
-        *("difference", ">", 0.05),
     ),
     "C7": (
         "4, 2 or 1 crops make no difference (section III.C)",
         "selectivity, 4 ÷ 1 crop, same views, as many canvases",
-        *(("same-4", SELECTIVITY), ("same-1", SELECTIVITY), "ratio", "=", 0.2),
     ),
     "C8": (
         "a higher resolution gives better maps (section III)",
         "auroc, 56 ÷ 28 px, different views",
-        *(("different", AUROC), ("size-28", AUROC), "ratio", ">", 0.05),
     ),
     "C9": (
         "self-supervised maps beat supervised ones (section I)",
         "selectivity, different views ÷ supervised",
-        *(("different", SELECTIVITY), ("supervised", SELECTIVITY), "ratio", ">", 0.1),
     ),
     "Q1": (
         "a larger batch helps (asked in section IV)",
         "selectivity, batch 256 ÷ 32, each at its best learning rate",
-        *(("best batch-256", SELECTIVITY), ("best batch-32", SELECTIVITY), "ratio", ">", 0.1),
     ),
-    "Q2": (
-        "more heads help (asked in section IV)",
-        "selectivity of the best head, 6 ÷ 3 heads",
-        *(("heads-6", "best head"), ("different", "best head"), "ratio", ">", 0.1),
-    ),
+    "Q2": ("more heads help (asked in section IV)", "selectivity of the best head, 6 ÷ 3 heads"),
     "Q3": (
         "other pre-training helps (asked in section IV)",
         "selectivity, same views from supervised weights ÷ from random ones",
-        *(("pretrained", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
     ),
+}
+LONG = "different-long"
+# Its two numbers, (row, number), None for 1; whether they are subtracted or divided; what is
+# claimed of that, and with which margin. "best" rows are those of the learning rate that the search
+# on seed 0 chose; "weaker", of two rows, is the one with the lower mean.
+CLAIMS = {
+    "F1": (("different", FAITHFUL), ("different", BRIGHTNESS), "difference", ">", 0.02),
+    "F2": (("different", FAITHFUL), ("same", FAITHFUL), "difference", ">", 0.02),
+    "F3": (("different", ROLLOUT), ("different", FAITHFUL), "difference", "> −margin", 0.02),
+    "F4": (("different", "past"), ("different-registers-0", "past"), "difference", "<", None),
+    "C1": (("weaker same dino-same", PROBE), ("", f"untrained_{PROBE}"), "ratio", ">", None),
+    "C2": (("best same", AUROC), ("best dino-same", AUROC), "ratio", ">", 0.05),
+    "C3": (("same", SELECTIVITY), ("same", "matched/brightness/selectivity"), "ratio", "=", 0.1),
+    "C4": (("texture", "matched/mean/far_background_density"), None, "ratio", "<", None),
+    "C5": (("different", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
+    "C6": ((LONG, "diversity at the end"), (LONG, "diversity, epoch 1"), "difference", ">", 0.05),
+    "C7": (("same-4", SELECTIVITY), ("same-1", SELECTIVITY), "ratio", "=", 0.2),
+    "C8": (("different", AUROC), ("size-28", AUROC), "ratio", ">", 0.05),
+    "C9": (("different", SELECTIVITY), ("supervised", SELECTIVITY), "ratio", ">", 0.1),
+    "Q1": (("best batch-256", SELECTIVITY), ("best batch-32", SELECTIVITY), "ratio", ">", 0.1),
+    "Q2": (("heads-6", "best head"), ("different", "best head"), "ratio", ">", 0.1),
+    "Q3": (("pretrained", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
 }
 
 
@@ -120,7 +114,7 @@ def number(line, name):
         heads = [cells for row, cells in matched.items() if row.startswith("head_")]
         far = np.array([cells["far_background_density"] for cells in heads])
         return np.mean(far > 1) if name == "past" else far.max()
-    if name.startswith("diversity "):
+    if name.startswith("diversity"):
         return line["curve"][1 if name.endswith("1") else -1]["mean"]["diversity"]
     for key in name.split("/"):
         line = line[key]
@@ -156,7 +150,7 @@ def best_row(runs, row):
 
 def primary(runs, claim):
     """{seed: log ratio or difference} of a claim."""
-    _, _, (row, name), base, kind, *_ = CLAIMS[claim]
+    (row, name), base, kind, *_ = CLAIMS[claim]
     if row.startswith("weaker"):
         found = [primary_of(runs, (each, name), (each, base[1]), kind) for each in row.split()[1:]]
         return min(found, key=lambda each: np.mean([*each.values()]) if each else -math.inf)
@@ -191,7 +185,7 @@ def bounds(claim):
 
 def word(claim, low, high):
     """What an interval says of a claim."""
-    claimed, (null, margin) = CLAIMS[claim][5], bounds(claim)
+    claimed, (null, margin) = CLAIMS[claim][3], bounds(claim)
     if claimed == "=":
         inside, outside = -margin < low and high < margin, low > margin or high < -margin
         return "holds" if inside else "the contrary holds" if outside else "undecided"
@@ -225,7 +219,7 @@ def p_values(claim, values):
     (null, margin), values = bounds(claim), np.array(values)
     if np.ptp(values) == 0:  # no scatter to hold a mean against
         return [1.0, 1.0]
-    equal = CLAIMS[claim][5] == "="
+    equal = CLAIMS[claim][3] == "="
     shifted = [values + margin, margin - values] if equal else [values - null, null - values]
     t = [stats.ttest_1samp(x, 0, alternative="greater").pvalue for x in shifted]
     both = max if equal else min
@@ -253,7 +247,7 @@ def judge(runs):
 
 def shown(claim, x):
     """A value of `primary` as a page shows it: ratios as ratios."""
-    return f"{math.exp(x):.2f}" if CLAIMS[claim][4] == "ratio" else f"{x:+.3f}"
+    return f"{math.exp(x):.2f}" if CLAIMS[claim][2] == "ratio" else f"{x:+.3f}"
 
 
 def small(p):
@@ -265,29 +259,21 @@ def verdict_table(runs, figures):
     lines = ["| | claim | | primary quantity | mean [95%] | seeds | p (Holm), exact | |"]
     lines.append("|" + "---|" * 8)
     for claim, r in judge(runs).items():
-        says, what, *_ = CLAIMS[claim]
-        cells = [claim, says, f"**{r['word']}**", what, "–", str(r["seeds"]), "–", "–"]
+        says, what = SAYS[claim]
+        verdict, cells = f"**{r['word']}**", ["–", str(r["seeds"]), "–", "–"]
         if "mean" in r:
             mean, low, high = (shown(claim, r[key]) for key in ("mean", "low", "high"))
-            cells[4], cells[6] = (
-                f"{mean} [{low}, {high}]",
-                f"{small(r['holm'])}, {small(r['exact'])}",
-            )
-            cells[7] = f"[figure]({figures}{claim}.png)"
-        if "mean" in r and r["seeds"] < PLANNED.get(claim, len(FRESH)):
-            cells[2] += " so far"
-        if r["word"] == "undecided":
-            n, then = r["needed"]
-            cells[2] += f" (as it is, {n} seeds: {then})" if n else " (no number of seeds would do)"
-        if "mean" in r:
+            both = f"{small(r['holm'])}, {small(r['exact'])}"
+            cells = [f"{mean} [{low}, {high}]", cells[1], both, f"[figure]({figures}{claim}.png)"]
+            verdict += " so far" * (r["seeds"] < PLANNED.get(claim, len(FRESH)))
+            n, then = r.get("needed", (None, None))
+            if r["word"] == "undecided":
+                verdict += f" (as it is, {n} seeds: {then})" if n else " (seeds cannot decide it)"
             shown_by = {r["word"] not in ("undecided", "no relevant effect"), r["holm"] < 0.05}
-            cells[2] += " ¹" * (len(shown_by | {r["exact"] < 0.05}) > 1)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "¹ the word, p corrected by Holm for sixteen claims, and exact p do not agree at 5%.",
-    ]
-    return "\n".join(lines)
+            verdict += " ¹" * (len(shown_by | {r["exact"] < 0.05}) > 1)
+        lines.append(f"| {' | '.join([claim, says, verdict, what, *cells])} |")
+    note = "¹ the word, p corrected by Holm for sixteen claims, and exact p do not agree at 5%."
+    return "\n".join([*lines, "", note])
 
 
 # The descriptions: numbers of every row, as means with intervals.
@@ -298,6 +284,7 @@ COLUMNS = {
     "pointing": "matched/mean/pointing",
     "best head": "best head",
     "past the ink": "past",
+    "most stray head": "stray",
     "k-NN": "features/knn",
     "probe": PROBE,
 }
@@ -316,6 +303,17 @@ FAITHFULNESS = {
 }
 
 
+# Both layouts: in the paper's, digits lie more in the middle, and position pays.
+LAYOUTS = {
+    f"{metric} of {row}, {layout}": f"{layout}/{row}/{metric}"
+    for metric, row in itertools.product(("selectivity", "auroc"), ("mean", "shuffled"))
+    for layout in ("matched", "paper")
+}
+METRICS = ("digit_density", "clutter_density", "background_density", "far_background_density")
+METRICS += ("jaccard60", "entropy", "diversity")
+METRICS = {name.replace("_", " "): f"matched/mean/{name}" for name in METRICS}
+
+
 def row_table(runs, columns):
     """Means with 95% intervals over fresh seeds, a line a row."""
     lines = [f"| row | seeds | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
@@ -327,6 +325,16 @@ def row_table(runs, columns):
             cells.append(f"{mean:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def paper_scale(runs):
+    """The rows of the paper's preset, and the device of each."""
+    if not runs:
+        return "None has been run: `python results/study.py --preset paper`, with a GPU."
+    devices = [f"`{row}`: {line['device']}" for (row, _), line in sorted(runs.items())]
+    keys = ("selectivity", "auroc", "k-NN", "attention", "brightness", "rollout")
+    columns = {key: (COLUMNS | FAITHFULNESS)[key] for key in keys}
+    return f"{row_table(runs, columns)}\n\nDevices: {'; '.join(devices)}."
 
 
 def reference_table(runs):
@@ -349,25 +357,13 @@ def search_table(runs):
     return "\n".join(lines)
 
 
-def seed_table(runs):
-    """Each run of same and different views: is its attention faithful, and has it a stray head?"""
-    lines = ["| row | seed | selectivity | most stray head | attention | brightness | rollout |"]
-    lines.append("|" + "---|" * 7)
-    for row, seed in sorted(runs):
-        if row in ("different", "same", "supervised", "dino-same") and seed in FRESH:
-            numbers = [number(runs[row, seed], name) for name in (FAITHFUL, BRIGHTNESS, ROLLOUT)]
-            selectivity, stray = (number(runs[row, seed], name) for name in (SELECTIVITY, "stray"))
-            cells = [f"`{row}`", str(seed), f"{selectivity:.2f}", f"{stray:.2f}"]
-            lines.append(f"| {' | '.join(cells + [f'{x:.3f}' for x in numbers])} |")
-    return "\n".join(lines)
-
-
 def blocks(study, figures):
     """{name: text} for the marked places of the pages."""
     runs = study["laptop"]
     tables = {"rows": row_table(runs, COLUMNS), "faithfulness": row_table(runs, FAITHFULNESS)}
-    tables |= {"searches": search_table(runs), "seeds": seed_table(runs)}
-    tables["references"] = reference_table(runs)
+    tables |= {"layouts": row_table(runs, LAYOUTS), "metrics": row_table(runs, METRICS)}
+    tables |= {"searches": search_table(runs), "references": reference_table(runs)}
+    tables |= {"paper scale": paper_scale(study["paper"])}
     return tables | {"verdicts": verdict_table(runs, figures)}
 
 
