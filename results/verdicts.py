@@ -36,7 +36,7 @@ SAYS = {
     ),
     "F4": (
         "registers mend heads that look past the ink",
-        "share of such heads, 4 registers − none, different views",
+        "share of heads past the ink, 4 registers − none, different views",
     ),
     "C1": (
         "both losses classify (figures 2, 3)",
