@@ -74,12 +74,12 @@ def grid(preset, runs):
         claim = "Q1" if base in verdicts.BATCHES else "C2"
         batch = verdicts.BATCHES.get(base, 64)
         flags = f"{DIFFERENT} --batch-size {batch}" if base in verdicts.BATCHES else GRID[base][0]
-        factors, best = {0.5, 1, 2}, verdicts.best_row(runs, base)
-        found = verdicts.rates(runs, base)
-        if factors <= found.keys() and not best:  # the best is at an edge: go on there
-            edge = max(found, key=found.get)
+        found, best = verdicts.rates(runs, base), verdicts.best_row(runs, base)
+        factors = set(found) if best else {0.5, 1, 2, *found}
+        if len(found) > 1 and not best:  # the best is at an edge: go on there; a run that
+            edge = max(found, key=found.get)  # diverged, and has no line, is beyond it
             factors.add(edge * 2 if edge == max(found) else edge / 2)
-        for factor in sorted(factors | found.keys()):
+        for factor in sorted(factors):
             name, lr = verdicts.rate_row(base, factor), factor * 0.001 * batch / 64
             at = "" if name in GRID else f" --lr {lr:.6g}"
             seeds = {0, *(FRESH if name == best or name in GRID else ())}

@@ -183,6 +183,14 @@ def test_a_search_goes_on_until_the_best_rate_is_not_at_an_edge():
     assert rows["batch-32-lr-2"][1] == [0, *range(10, 20)] and rows["batch-32"][1] == [0]
 
 
+def test_a_rate_that_diverges_does_not_stop_a_search():
+    runs = search_lines("batch-256", {0.5: 1.3, 1: 1.2})  # and 2 left no line
+    assert study.grid("laptop", runs)["batch-256-lr-0.25"][1] == [0]
+    rows = study.grid("laptop", runs | search_lines("batch-256", {0.25: 1.25}))
+    assert "batch-256-lr-2" not in rows and "batch-256-lr-0.125" not in rows
+    assert rows["batch-256-lr-0.5"][1] == [0, *range(10, 20)]
+
+
 @pytest.mark.parametrize(
     "claim,low,high,says",
     [
