@@ -90,19 +90,17 @@ def training(runs, path):
 def dots(runs, claim, path):
     """The two numbers of a claim, a dot a run, those of one seed joined."""
     (row, name), under, *_ = v.CLAIMS[claim]
-    title, rows = f"{claim}: {v.SAYS[claim][1]}", row.removeprefix("weaker ").split()
-    pairs = [(row, name)] if rows[0] == "best" else [(each, name) for each in rows]
-    pairs += [(under[0] or rows[0], under[1])] if under else []
+    title, rows = f"{claim}: {v.SAYS[claim][1]}", row.split("|")
+    pairs = [(each, name) for each in rows] + ([(under[0] or rows[0], under[1])] if under else [])
     if claim == "F4":  # shares of nil show nothing
         title = "F4: density on far background of a run's most stray head; past the ink: above 1"
         pairs = [(each, "stray") for each, _ in pairs]
-    sides = {}
+    sides, seeds = {}, v.primary(runs, claim)
     for row, name in pairs:
-        row = v.best_row(runs, row[5:]) if row.startswith("best ") else row
-        sides[f"{row}\n{name.rpartition('matched/')[2]}"] = v.sample(runs, row, name)
+        sides[f"{row}\n{name.rpartition('matched/')[2]}"] = v.sample(runs, row, name, seeds)
     figure = Figure(figsize=(3 + 1.2 * len(sides), 3.6), layout="constrained")
     axes = figure.subplots()
-    for seed in set.intersection(*map(set, sides.values())):
+    for seed in seeds:
         axes.plot([side[seed] for side in sides.values()], color="0.85", linewidth=1)
     for x, side in enumerate(sides.values()):
         axes.plot([x] * len(side), [*side.values()], "o", color="tab:blue", alpha=0.6)

@@ -35,13 +35,13 @@ import train
 import vit
 
 SAME, DIFFERENT = "--loss nce --views same", "--loss nce --views different"
-FRESH, FIVE = verdicts.FRESH, verdicts.FRESH[:5]
+FRESH, FIVE, BOTH = verdicts.FRESH, verdicts.FRESH[:5], (*verdicts.FRESH, *verdicts.SECOND)
 PRETRAINING = "{runs}/{preset}/pretraining/seed-0/ckpt.pth"
 # Rows in the order in which they run: flags beside the preset's, seeds, claims. In same and
 # different views the student is fed two crops an image, so that none learns from more.
 GRID = {
-    "different": (DIFFERENT, FRESH, "F1 F2 F3 F4 C5 C8 C9 Q2"),
-    "same": (SAME, FRESH, "F2 C1 C2 C3 C5 Q3"),
+    "different": (DIFFERENT, BOTH, "F1 F2 F3 F4 C5 C8 C9 Q2"),
+    "same": (SAME, BOTH, "F2 C1 C2 C3 C5 Q3"),
     "supervised": ("--loss supervised --views different", FRESH, "C9"),
     "dino-same": ("--loss dino --views same", FRESH, "C1 C2"),
     "texture": (f"{SAME} --background texture", FRESH, "C4"),
@@ -49,7 +49,7 @@ GRID = {
     "same-1": (f"{SAME} --crops 1", FRESH, "C7"),
     "different-registers-0": (f"{DIFFERENT} --registers 0", FRESH, "F4"),
     "heads-6": (f"{DIFFERENT} --heads 6", FRESH, "Q2"),
-    "size-28": (f"{DIFFERENT} --image-size 28", FRESH, "C8"),
+    "size-28": (f"{DIFFERENT} --image-size 28", BOTH, "C8"),
     "pretraining": ("--loss supervised --views same --digits sklearn", [0], "Q3"),
     "pretrained": (f"{SAME} --weights {PRETRAINING}", FRESH, "Q3"),
     "different-long": (f"{DIFFERENT} --epochs 40", FIVE, "C6"),
@@ -82,7 +82,7 @@ def grid(preset, runs):
         for factor in sorted(factors):
             name, lr = verdicts.rate_row(base, factor), factor * 0.001 * batch / 64
             at = "" if name in GRID else f" --lr {lr:.6g}"
-            seeds = {0, *(FRESH if name == best or name in GRID else ())}
+            seeds = {0, *(GRID[name][1] if name in GRID else FRESH if name == best else ())}
             claims = f"{claim} {GRID[name][2]}" if name in GRID else claim
             rows[name] = (flags + at, sorted(seeds), claims)
     return rows

@@ -49,9 +49,9 @@ def test_every_run_can_be_traced(committed):
             assert not any(word.startswith("/") for word in shlex.split(line["command"]))
 
 
-def numpy_primaries(lines):
+def numpy_primaries(lines, seeds=range(10, 20)):
     """The sixteen primary quantities, by seed, straight from the lines of study.json."""
-    at = lambda row, f: {l["seed"]: f(l) for l in lines if l["row"] == row and 10 <= l["seed"] < 20}
+    at = lambda row, f: {l["seed"]: f(l) for l in lines if l["row"] == row and l["seed"] in seeds}
     of = lambda metric, row="mean": lambda l: l["matched"][row][metric]
     far = lambda l: np.mean([c["far_background_density"] > 1 for r, c in l["matched"].items()
                              if r[:5] == "head_"])  # fmt: skip
@@ -96,6 +96,8 @@ def numpy_primaries(lines):
 def test_the_primaries_recomputed_in_numpy(committed):
     lines = json.loads(study.STUDY.read_text())
     expected, judged = numpy_primaries(lines), verdicts.judge(committed["laptop"])
+    second = numpy_primaries(lines, range(30, 60))
+    expected |= {claim: second[claim] for claim in ("F1", "F2", "C8") if len(second[claim]) == 30}
     assert expected.keys() == judged.keys() == verdicts.CLAIMS.keys()
     for claim, values in expected.items():
         found = verdicts.primary(committed["laptop"], claim)
@@ -250,6 +252,18 @@ def test_holm_and_the_seeds_that_would_decide(monkeypatch):
     assert "seeds cannot decide it" in line("F4") and "**open**" in line("Q1")
     assert "**holds** so far ¹" in line("F1")  # five flips cannot give less than .06
     assert f"undecided** so far (as it is, {n} seeds: holds)" in line("C5")
+
+
+def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
+    first = {10: 0.1, 11: -0.1, 12: 0.12, 13: 0.2, 14: -0.05}
+    second = {seed: 0.3 + 0.01 * (seed % 3) for seed in range(30, 59)}
+    both = lambda runs, claim, seeds: second if seeds == verdicts.SECOND else first
+    monkeypatch.setattr(verdicts, "primary_of", both)
+    assert verdicts.primary({}, "F1") == first
+    second[59] = 0.3
+    assert verdicts.primary({}, "F1") == second and verdicts.primary({}, "C5") == first
+    line = verdicts.verdict_table({}, "figures/").splitlines()[2]
+    assert "**holds** |" in line and "+0.310 [" in line and "; first ten: +0.054 [" in line
 
 
 def test_a_row_runs_once_and_again_the_same(tmp_path, monkeypatch, capsys):
