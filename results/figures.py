@@ -2,13 +2,10 @@
 
 import numpy as np
 import verdicts as v
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 COLORS = {"holds": "tab:green", "the contrary holds": "tab:red", "no relevant effect": "tab:blue"}
-
-
-def save(figure, path):
-    figure.savefig(path, dpi=110)
 
 
 def forest(runs, path):
@@ -44,47 +41,48 @@ def forest(runs, path):
         axes.set_xlabel(
             f"{kind}, mean and 95% interval over seeds; line: the null; grey: the margin"
         )
-    save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def scatter(runs, path):
-    """Selectivity against faithfulness, a dot a run: two axes that need not agree."""
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.subplots()
-    rows = [row for row in ROWS if v.sample(runs, row, v.SELECTIVITY)]
-    for number, row in enumerate(rows):
-        x = [*v.sample(runs, row, v.SELECTIVITY).values()]
-        color = f"C{number}"
-        axes.plot(x, [*v.sample(runs, row, v.FAITHFUL).values()], "o", color=color, label=row)
-        rollout = v.SELECTIVITY.replace("mean", "rollout")
-        x = [*v.sample(runs, row, rollout).values()]
-        axes.plot(x, [*v.sample(runs, row, v.ROLLOUT).values()], "x", color=color, alpha=0.6)
+    """Selectivity against what the feature prefers, and against faithfulness, a dot a run."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = dict.fromkeys(row for row, seed in sorted(runs) if seed in v.FRESH)
+    rows = [row for row in rows if row not in ("texture", "size-28")]  # of other ceilings
+    for row, color in zip(rows, colormaps["tab20"].colors, strict=False):
+        numbers = lambda name, row=row: [*v.sample(runs, row, name).values()]
+        x, crosses = numbers(v.SELECTIVITY), numbers(v.SELECTIVITY.replace("mean", "rollout"))
+        left.plot(x, numbers("causal_selectivity"), "o", color=color, label=row)
+        right.plot(x, numbers(v.FAITHFUL), "o", color=color)
+        right.plot(crosses, numbers(v.ROLLOUT), "x", color=color, alpha=0.6)
     bright = [np.mean([*v.sample(runs, "different", name).values()]) for name in BRIGHT]
-    axes.plot(*bright, "*", color="black", markersize=14, label="brightness")
-    axes.plot([], [], "x", color="0.4", label="rollout instead of attention")
-    axes.set_xlabel("selectivity: how much denser on the digit than on clutter")
-    axes.set_ylabel("patch faithfulness: rank correlation with effect")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, path)
+    right.plot(*bright, "*", color="black", markersize=14, label="brightness")
+    right.plot([], [], "x", color="0.4", label="rollout instead of attention")
+    for axes in (left, right):
+        axes.set_xlabel("selectivity: how much denser on the digit than on clutter")
+    left.set_ylabel("causal selectivity of the feature: digit ÷ distractor")
+    right.set_ylabel("patch faithfulness: rank correlation with effect")
+    figure.legend(fontsize=7, loc="outside right center")
+    figure.savefig(path, dpi=110)
 
 
-ROWS = ["different", "same", "different-registers-0", "same-registers-0", "supervised"]
-ROWS += ["supervised-same", "dino-same", "dino-different"]
 BRIGHT = ("matched/brightness/selectivity", v.BRIGHTNESS)
+TRAINED = ("different", "same", "supervised", "supervised-same", "dino-same", "dino-different")
 
 
 def training(runs, path):
     """What validation canvases say of the mean map after each epoch: means over seeds."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("selectivity", "auroc", "diversity")):
-        for row in [row for row in (*ROWS, v.LONG) if (row, v.FRESH[0]) in runs]:
+        for row in [row for row in (*TRAINED, v.LONG) if (row, v.FRESH[0]) in runs]:
             curves = v.sample(runs, row, "curve").values()
             curves = [[point["mean"][name] for point in curve] for curve in curves]
             axes.plot(np.mean(curves, 0), label=row)
         axes.set_xlabel("epoch")
         axes.set_title(name + (", bits" if name == "diversity" else ""), fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def dots(runs, claim, path):
@@ -108,7 +106,7 @@ def dots(runs, claim, path):
     axes.set_xticks(range(len(sides)), sides, fontsize=7)
     axes.set_xlim(-0.5, len(sides) - 0.5)
     axes.set_title(title, fontsize=8, wrap=True)
-    save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def draw(runs, folder):
