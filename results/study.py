@@ -48,7 +48,7 @@ GRID = {
     "same-4": (f"{SAME} --crops 4", FRESH, "C7"),
     "same-1": (f"{SAME} --crops 1", FRESH, "C7"),
     "different-registers-0": (f"{DIFFERENT} --registers 0", FRESH, "F4"),
-    "heads-6": (f"{DIFFERENT} --heads 6", FRESH, "Q2"),
+    "heads-6": (f"{DIFFERENT} --heads 6", BOTH, "Q2"),
     "size-28": (f"{DIFFERENT} --image-size 28", BOTH, "C8"),
     "pretraining": ("--loss supervised --views same --digits sklearn", [0], "Q3"),
     "pretrained": (f"{SAME} --weights {PRETRAINING}", FRESH, "Q3"),

@@ -13,7 +13,7 @@ from scipy import stats
 
 FRESH = range(10, 20)  # seeds that nobody had seen
 SECOND = range(30, 60)  # a second sample, for claims that the first left undecided (plan.md)
-AGAIN = ("F1", "F2", "C8")
+AGAIN = ("F1", "F2", "C8", "Q2")
 LEAST = 5  # seeds that a first word needs; it is "so far" until a claim has all of its seeds
 PLANNED = {"C6": 5}  # of the other claims: all fresh seeds
 BATCHES = {"batch-32": 32, "batch-256": 256}

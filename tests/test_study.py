@@ -97,7 +97,9 @@ def test_the_primaries_recomputed_in_numpy(committed):
     lines = json.loads(study.STUDY.read_text())
     expected, judged = numpy_primaries(lines), verdicts.judge(committed["laptop"])
     second = numpy_primaries(lines, range(30, 60))
-    expected |= {claim: second[claim] for claim in ("F1", "F2", "C8") if len(second[claim]) == 30}
+    expected |= {
+        claim: second[claim] for claim in ("F1", "F2", "C8", "Q2") if len(second[claim]) == 30
+    }
     assert expected.keys() == judged.keys() == verdicts.CLAIMS.keys()
     for claim, values in expected.items():
         found = verdicts.primary(committed["laptop"], claim)
