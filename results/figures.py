@@ -45,29 +45,31 @@ def forest(runs, path):
 
 
 def scatter(runs, path):
-    """Selectivity against what the feature prefers, and against faithfulness, a dot a run."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """What selectivity goes with, and what faithfulness, a dot a run."""
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     rows = dict.fromkeys(row for row, seed in sorted(runs) if seed in v.FRESH)
-    rows = [row for row in rows if row not in ("texture", "size-28")]  # of other ceilings
+    rows = [row for row in rows if row not in ("texture", "size-28")]  # other images
     for row, color in zip(rows, colormaps["tab20"].colors, strict=False):
         numbers = lambda name, row=row: [*v.sample(runs, row, name).values()]
-        x, crosses = numbers(v.SELECTIVITY), numbers(v.SELECTIVITY.replace("mean", "rollout"))
+        x, faithful = numbers(v.SELECTIVITY), numbers(v.FAITHFUL)
         left.plot(x, numbers("causal_selectivity"), "o", color=color, label=row)
-        right.plot(x, numbers(v.FAITHFUL), "o", color=color)
-        right.plot(crosses, numbers(v.ROLLOUT), "x", color=color, alpha=0.6)
-    bright = [np.mean([*v.sample(runs, "different", name).values()]) for name in BRIGHT]
-    right.plot(*bright, "*", color="black", markersize=14, label="brightness")
-    right.plot([], [], "x", color="0.4", label="rollout instead of attention")
-    for axes in (left, right):
-        axes.set_xlabel("selectivity: how much denser on the digit than on clutter")
-    left.set_ylabel("causal selectivity of the feature: digit ÷ distractor")
-    right.set_ylabel("patch faithfulness: rank correlation with effect")
+        middle.plot(x, faithful, "o", color=color)
+        crosses = numbers(v.SELECTIVITY.replace("mean", "rollout"))
+        middle.plot(crosses, numbers(v.ROLLOUT), "x", color=color, alpha=0.6)
+        right.plot(numbers("attention_matters/even/cosine"), faithful, "o", color=color)
+    bright = ("matched/brightness/selectivity", v.BRIGHTNESS)
+    bright = [np.mean([*v.sample(runs, "different", name).values()]) for name in bright]
+    middle.plot(*bright, "*", color="black", markersize=14, label="brightness")
+    middle.plot([], [], "x", color="0.4", label="rollout instead of attention")
+    denser = "selectivity: how much denser on the digit than on clutter"
+    left.set(xlabel=denser, ylabel="causal selectivity of the feature: digit ÷ distractor")
+    middle.set(xlabel=denser, ylabel="patch faithfulness: rank correlation with effect")
+    right.set(xlabel="cosine of the feature with even attention", ylabel="patch faithfulness")
     figure.legend(fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=110)
 
 
-BRIGHT = ("matched/brightness/selectivity", v.BRIGHTNESS)
 TRAINED = ("different", "same", "supervised", "supervised-same", "dino-same", "dino-different")
 
 
@@ -89,7 +91,8 @@ def dots(runs, claim, path):
     """The two numbers of a claim, a dot a run, those of one seed joined."""
     (row, name), under, *_ = v.CLAIMS[claim]
     title, rows = f"{claim}: {v.SAYS[claim][1]}", row.split("|")
-    pairs = [(each, name) for each in rows] + ([(under[0] or rows[0], under[1])] if under else [])
+    pairs = [(under[0] or rows[0], under[1])] if under else []
+    pairs += [(each, name) for each in rows]
     if claim == "F4":  # shares of nil show nothing
         title = "F4: density on far background of a run's most stray head; past the ink: above 1"
         pairs = [(each, "stray") for each, _ in pairs]

@@ -193,7 +193,8 @@ def wanted(args, runs):
     """The runs that are still to do, the most telling first: [(row, seed)]."""
     jobs = []
     for name, (flags, seeds, claims) in grid(args.preset, runs).items():
-        if not args.only or set(args.only) & set(claims.split()):
+        ready = "{" not in flags or ("pretraining", 0) in runs  # whose weights it starts from
+        if ready and (not args.only or set(args.only) & set(claims.split())):
             jobs += [(name, seed) for seed in seeds if not is_done(args, runs, flags, name, seed)]
     return jobs
 

@@ -195,9 +195,9 @@ def word(claim, low, high):
 
 
 def seeds_needed(claim, values):
-    """How many seeds would decide, and to which word, if mean and scatter stayed; or None, None."""
+    """How many seeds, up to 100, would decide if mean and scatter stayed, and to which word."""
     mean, std = np.mean(values), np.std(values, ddof=1)
-    for n in range(len(values), 1001):
+    for n in range(len(values), 101):
         half = stats.t.ppf(0.975, n - 1) * std / n**0.5
         if (found := word(claim, mean - half, mean + half)) != "undecided":
             return n, found
@@ -259,7 +259,7 @@ def small(p):
 
 def verdict_table(runs, figures):
     """The table of both READMEs: a line a claim."""
-    lines = ["| | claim | | primary quantity | mean [95%] | seeds | p (Holm), exact | |"]
+    lines = ["| | claim | | primary quantity | mean [95%] | seeds | p (Holm), by flips | |"]
     lines.append("|" + "---|" * 8)
     for claim, r in judge(runs).items():
         says, what = SAYS[claim]
@@ -275,11 +275,11 @@ def verdict_table(runs, figures):
             verdict += " so far" * (r["seeds"] < PLANNED.get(claim, len(FRESH)))
             n, then = r.get("needed", (None, None))
             if r["word"] == "undecided":
-                verdict += f" (as it is, {n} seeds: {then})" if n else " (seeds cannot decide it)"
+                verdict += f" (as it is, {n} seeds: {then})" if n else " (100 seeds would not do)"
             shown_by = {r["word"] not in ("undecided", "no relevant effect"), r["holm"] < 0.05}
             verdict += " ¹" * (len(shown_by | {r["exact"] < 0.05}) > 1)
         lines.append(f"| {' | '.join([claim, says, verdict, what, *cells])} |")
-    note = "¹ the word, p corrected by Holm for sixteen claims, and exact p do not agree at 5%."
+    note = "¹ the word, p corrected by Holm for sixteen claims, and p by flips do not agree at 5%."
     return "\n".join([*lines, "", note])
 
 

@@ -170,6 +170,15 @@ def test_rows_differ_from_the_preset_in_what_is_compared_alone(preset):
     assert preset == "paper" or claims == set(verdicts.CLAIMS)
 
 
+def test_no_run_starts_from_weights_that_are_not_there_yet():
+    args = study.parse_args(["--only", "Q3"])
+    first = {row for row, _ in study.wanted(args, {})}
+    assert "pretraining" in first and "pretrained" not in first
+    command = f" {study.command(args, study.GRID['pretraining'][0], 'pretraining', 0)[0]}"
+    then = study.wanted(args, {("pretraining", 0): {"command": command}})
+    assert ("pretrained", 10) in then and ("pretraining", 0) not in then
+
+
 def search_lines(base, found):
     curve = lambda value: [{"mean": {"selectivity": value, "auroc": value}}]
     return {(verdicts.rate_row(base, k), 0): {"curve": curve(value)} for k, value in found.items()}
@@ -251,7 +260,7 @@ def test_holm_and_the_seeds_that_would_decide(monkeypatch):
         assert (verdicts.word("C5", *interval) != "undecided") == decided
     table = verdicts.verdict_table({}, "figures/")
     line = lambda claim: next(row for row in table.splitlines() if row.startswith(f"| {claim} "))
-    assert "seeds cannot decide it" in line("F4") and "**open**" in line("Q1")
+    assert "100 seeds would not do" in line("F4") and "**open**" in line("Q1")
     assert "**holds** so far ¹" in line("F1")  # five flips cannot give less than .06
     assert f"undecided** so far (as it is, {n} seeds: holds)" in line("C5")
 
