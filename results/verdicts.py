@@ -158,14 +158,15 @@ def primary(runs, claim):
 
 
 def primary_of(runs, claim, seeds):
+    """The same of these seeds alone."""
     (rows, name), base, kind, *_ = CLAIMS[claim]
     found = []
     for row in rows.split("|"):
         over = sample(runs, row, name, seeds)
         under = sample(runs, base[0] or row, base[1], seeds) if base else dict.fromkeys(over, 1)
         pairs = {seed: (over[seed], under[seed]) for seed in sorted(over.keys() & under.keys())}
-        effect = (lambda x, y: x - y) if kind == "difference" else lambda x, y: math.log(x / y)
-        found.append({seed: effect(*pair) for seed, pair in pairs.items()})
+        ratio = kind == "ratio"
+        found.append({s: math.log(x / y) if ratio else x - y for s, (x, y) in pairs.items()})
     return min(found, key=lambda each: np.mean([*each.values()]) if each else -math.inf)
 
 
@@ -316,9 +317,10 @@ LAYOUTS = {
     for metric, row in itertools.product(("selectivity", "auroc"), ("mean", "shuffled"))
     for layout in ("matched", "paper")
 }
-METRICS = ("digit_density", "clutter_density", "background_density", "far_background_density")
-METRICS += ("jaccard60", "entropy", "diversity")
-METRICS = {name.replace("_", " "): f"matched/mean/{name}" for name in METRICS}
+METRICS = {
+    f"{name} density": f"matched/mean/{name}_density"
+    for name in ("digit", "clutter", "background", "far_background")
+} | {name: f"matched/mean/{name}" for name in ("jaccard60", "entropy", "diversity")}
 
 
 def row_table(runs, columns):
