@@ -87,28 +87,43 @@ def training(runs, path):
     figure.savefig(path, dpi=110)
 
 
-def dots(runs, claim, path):
-    """The two numbers of a claim, a dot a run, those of one seed joined."""
-    (row, name), under, *_ = v.CLAIMS[claim]
+def dots(runs, claim, result, path):
+    """The two numbers of a claim, a dot a run, those of a seed joined; and what is tested."""
+    (row, name), under, kind, *_ = v.CLAIMS[claim]
     title, rows = f"{claim}: {v.SAYS[claim][1]}", row.split("|")
     pairs = [(under[0] or rows[0], under[1])] if under else []
     pairs += [(each, name) for each in rows]
     if claim == "F4":  # shares of nil show nothing
-        title = "F4: density on far background of a run's most stray head; past the ink: above 1"
+        title += (
+            "\nleft: density on far background of a run's most stray head; past the ink: above 1"
+        )
         pairs = [(each, "stray") for each, _ in pairs]
-    sides, seeds = {}, v.primary(runs, claim)
+    sides, tested = {}, v.primary(runs, claim)
     for row, name in pairs:
-        sides[f"{row}\n{name.rpartition('matched/')[2]}"] = v.sample(runs, row, name, seeds)
-    figure = Figure(figsize=(3 + 1.2 * len(sides), 3.6), layout="constrained")
-    axes = figure.subplots()
-    for seed in seeds:
-        axes.plot([side[seed] for side in sides.values()], color="0.85", linewidth=1)
+        sides[f"{row}\n{name.rpartition('matched/')[2]}"] = v.sample(runs, row, name, tested)
+    figure = Figure(figsize=(4.6 + 1.2 * len(sides), 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1 + len(sides), 2))
+    for seed in tested:
+        left.plot([side[seed] for side in sides.values()], color="0.85", linewidth=1)
     for x, side in enumerate(sides.values()):
-        axes.plot([x] * len(side), [*side.values()], "o", color="tab:blue", alpha=0.6)
-        axes.plot([x - 0.15, x + 0.15], [np.mean([*side.values()])] * 2, color="black")
-    axes.set_xticks(range(len(sides)), sides, fontsize=7)
-    axes.set_xlim(-0.5, len(sides) - 0.5)
-    axes.set_title(title, fontsize=8, wrap=True)
+        left.plot([x] * len(side), [*side.values()], "o", color="tab:blue", alpha=0.6)
+        left.plot([x - 0.15, x + 0.15], [np.mean([*side.values()])] * 2, color="black")
+    left.set_xticks(range(len(sides)), sides, fontsize=7)
+    left.set_xlim(-0.5, len(sides) - 0.5)
+    null, margin = v.bounds(claim)
+    right.axhline(null, color="0.3", linewidth=1)
+    if margin:
+        right.axhspan(-margin, margin, color="0.9")
+    mean, color = result["mean"], COLORS.get(result["word"], "0.4")
+    right.plot([0] * len(tested), [*tested.values()], "o", color="tab:blue", alpha=0.6)
+    right.plot([0.5] * 2, [result["low"], result["high"]], color=color, linewidth=2)
+    right.plot(0.5, mean, "o", color=color)
+    right.set_xticks([0, 0.5], ["a seed", "mean, 95%"], fontsize=7)
+    right.set_xlim(-0.3, 0.8)
+    right.set_xlabel("line: the null; grey: the margin", fontsize=7)
+    right.yaxis.set_major_formatter(lambda x, _: v.shown(claim, x))
+    right.set_title(f"{kind}: {result['word']}", fontsize=8)
+    figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -119,4 +134,4 @@ def draw(runs, folder):
     training(runs, folder / "training.png")
     for claim, found in v.judge(runs).items():
         if "mean" in found:
-            dots(runs, claim, folder / f"{claim}.png")
+            dots(runs, claim, found, folder / f"{claim}.png")

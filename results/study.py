@@ -207,8 +207,7 @@ def is_done(args, runs, flags, row, seed):
 
 def run_all(args):
     """Everything that is still to do, some runs at a time; True if none failed."""
-    study, tried, failed = read_study(), set(), False
-    runs = study[args.preset]
+    runs, tried, failed = read_study()[args.preset], set(), False
     while jobs := [job for job in wanted(args, runs) if job not in tried]:
         rows = grid(args.preset, runs)  # anew after each round, for what the searches found
         tried.update(jobs)
@@ -220,7 +219,8 @@ def run_all(args):
             for job, line in results:
                 failed = failed or line is None
                 if line:
-                    runs[job] = line
+                    study = read_study()  # anew, for what another study.py has added
+                    study[args.preset][job] = runs[job] = line
                     write_study(study)
     return not failed
 
@@ -231,8 +231,9 @@ def again(args, row, seed):
     flags, *_ = grid(args.preset, runs).get(row, ("",))
     if not flags or not is_done(args, runs, flags, row, seed):
         raise ValueError(f"--again {row} {seed}: study.json has no such run of today's grid")
-    if "{" not in flags:  # else it starts from another run's weights, in that folder
-        args.runs += "-again"
+    # the weights that it starts from, if of another run, stay where they are
+    flags = flags.format(runs=args.runs, preset=args.preset)
+    args.runs += "-again"
     new, old = run(args, flags, row, seed, anew=True), runs[row, seed]
     if new is None:
         return False

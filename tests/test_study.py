@@ -315,6 +315,33 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "grid", lambda preset, runs: rows)
     command = "python train.py --loss nce --seed 0 --device cpu --output x"
     done = {"preset": "laptop", "row": "good", "seed": 0, "command": command}
-    monkeypatch.setattr(study, "run", lambda args, flags, row, *_: done if row == "good" else None)
-    assert not study.run_all(study.parse_args(["--only", "C3"]))
-    assert json.loads(study.STUDY.read_text()) == [done]
+    others = done | {"row": "another study's"}
+
+    def run(args, flags, row, *_):
+        study.STUDY.write_text(json.dumps([others]))  # while this run went on
+        return done if row == "good" else None
+
+    monkeypatch.setattr(study, "run", run)
+    assert not study.run_all(study.parse_args(["--only", "C3", "--jobs", "1"]))
+    assert json.loads(study.STUDY.read_text()) == [others, done]
+
+
+def test_a_run_from_weights_of_another_run_is_repeated_elsewhere_from_the_same(monkeypatch):
+    monkeypatch.setattr(
+        study, "grid", lambda preset, runs: {"pretrained": study.GRID["pretrained"]}
+    )
+    args = study.parse_args(["--device", "cpu"])
+    flags = study.GRID["pretrained"][0]
+    text, folder = study.command(args, flags, "pretrained", 10)
+    line = {"weights": "a", "command": text, "device": "cpu"}
+    study_of = lambda: {"laptop": {("pretrained", 10): line}}
+    monkeypatch.setattr(study, "read_study", study_of)
+    repeated = []
+
+    def run(*job, anew):
+        repeated.extend(study.command(*job))
+        return line
+
+    monkeypatch.setattr(study, "run", run)
+    assert study.again(args, "pretrained", 10)
+    assert repeated[1] != folder and repeated[0].replace(repeated[1], folder) == text
