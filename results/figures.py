@@ -12,9 +12,7 @@ def forest(runs, path):
     """Every claim's primary quantity: interval, null, margin shaded; ratios, then differences."""
     found = {claim: r for claim, r in v.judge(runs).items() if "mean" in r}
     figure = Figure(figsize=(9, 1.6 + 0.42 * len(v.CLAIMS)), layout="constrained")
-    kinds = {
-        kind: [c for c in v.CLAIMS if v.CLAIMS[c][2] == kind] for kind in ("ratio", "difference")
-    }
+    kinds = {k: [c for c in v.CLAIMS if v.CLAIMS[c][2] == k] for k in ("ratio", "difference")}
     heights = [len(claims) + 1 for claims in kinds.values()]
     for axes, (kind, claims) in zip(figure.subplots(2, height_ratios=heights), kinds.items()):
         scale = np.exp if kind == "ratio" else lambda x: x
@@ -38,9 +36,7 @@ def forest(runs, path):
             ticks = (0.5, 0.75, 1, 1.25, 1.5, 2)
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
-        axes.set_xlabel(
-            f"{kind}, mean and 95% interval over seeds; line: the null; grey: the margin"
-        )
+        axes.set_xlabel(f"{kind}: mean, 95% interval over seeds; line: the null; grey: the margin")
     figure.savefig(path, dpi=110)
 
 
@@ -94,9 +90,7 @@ def dots(runs, claim, result, path):
     pairs = [(under[0] or rows[0], under[1])] if under else []
     pairs += [(each, name) for each in rows]
     if claim == "F4":  # shares of nil show nothing
-        title += (
-            "\nleft: density on far background of a run's most stray head; past the ink: above 1"
-        )
+        title += "\nleft: far background density of a run's most stray head; past the ink: above 1"
         pairs = [(each, "stray") for each, _ in pairs]
     sides, tested = {}, v.primary(runs, claim)
     for row, name in pairs:
