@@ -44,10 +44,10 @@ def scatter(runs, path):
     """What selectivity goes with, and what faithfulness, a dot a run."""
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    rows = dict.fromkeys(row for row, seed in sorted(runs) if seed in v.FRESH)
+    rows = dict.fromkeys(row for row, seed in sorted(runs) if seed in v.BOTH)
     rows = [row for row in rows if row not in ("texture", "size-28")]  # other images
     for row, color in zip(rows, colormaps["tab20"].colors, strict=False):
-        numbers = lambda name, row=row: [*v.sample(runs, row, name).values()]
+        numbers = lambda name, row=row: [*v.sample(runs, row, name, v.BOTH).values()]
         x, faithful = numbers(v.SELECTIVITY), numbers(v.FAITHFUL)
         left.plot(x, numbers("causal_selectivity"), "o", color=color, label=row)
         middle.plot(x, faithful, "o", color=color)

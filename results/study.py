@@ -35,7 +35,7 @@ import train
 import vit
 
 SAME, DIFFERENT = "--loss nce --views same", "--loss nce --views different"
-FRESH, FIVE, BOTH = verdicts.FRESH, verdicts.FRESH[:5], (*verdicts.FRESH, *verdicts.SECOND)
+FRESH, FIVE, BOTH = verdicts.FRESH, verdicts.FRESH[:5], verdicts.BOTH
 PRETRAINING = "{runs}/{preset}/pretraining/seed-0/ckpt.pth"
 # Rows in the order in which they run: flags beside the preset's, seeds, claims. In same and
 # different views the student is fed two crops an image, so that none learns from more.

@@ -13,6 +13,7 @@ from scipy import stats
 
 FRESH = range(10, 20)  # seeds that nobody had seen
 SECOND = range(30, 60)  # a second sample, for claims that the first left undecided (plan.md)
+BOTH = (*FRESH, *SECOND)
 AGAIN = ("F1", "F2", "C8", "Q2")
 LEAST = 5  # seeds that a first word needs; it is "so far" until a claim has all of its seeds
 PLANNED = {"C6": 5}  # of the other claims: all fresh seeds
@@ -254,6 +255,11 @@ def shown(claim, x):
     return f"{math.exp(x):.2f}" if CLAIMS[claim][2] == "ratio" else f"{x:+.3f}"
 
 
+def shown_interval(runs, claim, seeds):
+    mean, *ends = (shown(claim, x) for x in interval(primary_of(runs, claim, seeds).values()))
+    return f"{mean} [{', '.join(ends)}]"
+
+
 def small(p):
     return "< .001" if p < 0.001 else f"{p:.3f}"
 
@@ -266,13 +272,11 @@ def verdict_table(runs, figures):
         says, what = SAYS[claim]
         verdict, cells = f"**{r['word']}**", ["–", str(r["seeds"]), "–", "–"]
         if "mean" in r:
-            mean, low, high = (shown(claim, r[key]) for key in ("mean", "low", "high"))
-            both = f"{small(r['holm'])}, {small(r['exact'])}"
-            cells = [f"{mean} [{low}, {high}]", cells[1], both, f"[figure]({figures}{claim}.png)"]
+            cells[0] = shown_interval(runs, claim, primary(runs, claim))
             if r["seeds"] == len(SECOND):
-                first = interval(primary_of(runs, claim, FRESH).values())
-                mean, low, high = (shown(claim, x) for x in first)
-                cells[0] += f"; first ten: {mean} [{low}, {high}]"
+                cells[0] += f"; first ten: {shown_interval(runs, claim, FRESH)}"
+            both = f"{small(r['holm'])}, {small(r['exact'])}"
+            cells[2:] = both, f"[figure]({figures}{claim}.png)"
             verdict += " so far" * (r["seeds"] < PLANNED.get(claim, len(FRESH)))
             n, then = r.get("needed", (None, None))
             if r["word"] == "undecided":
@@ -357,6 +361,16 @@ def reference_table(runs):
     return "\n".join(lines)
 
 
+def sample_table(runs):
+    """What both samples found of the claims of which the second has all runs."""
+    lines = ["| claim | seeds 10 to 19 | seeds 30 to 59 |", "|---|---|---|"]
+    for claim in CLAIMS:
+        if len(primary_of(runs, claim, SECOND)) == len(SECOND):
+            first, second = (shown_interval(runs, claim, seeds) for seeds in (FRESH, SECOND))
+            lines.append(f"| {claim}, {SAYS[claim][1]} | {first} | {second} |")
+    return "\n".join(lines)
+
+
 def search_table(runs):
     """The searches over learning rates, on seed 0."""
     lines = ["| row | by | learning rate × : value | best |", "|---|---|---|---|"]
@@ -372,7 +386,7 @@ def blocks(study, figures):
     tables = {"rows": row_table(runs, COLUMNS), "faithfulness": row_table(runs, FAITHFULNESS)}
     tables |= {"layouts": row_table(runs, LAYOUTS), "metrics": row_table(runs, METRICS)}
     tables |= {"searches": search_table(runs), "references": reference_table(runs)}
-    tables |= {"paper scale": paper_scale(study["paper"])}
+    tables |= {"samples": sample_table(runs), "paper scale": paper_scale(study["paper"])}
     return tables | {"verdicts": verdict_table(runs, figures)}
 
 
