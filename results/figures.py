@@ -11,7 +11,7 @@ COLORS = {"holds": "tab:green", "the contrary holds": "tab:red", "no relevant ef
 def forest(runs, path):
     """Every claim's primary quantity: interval, null, margin shaded; ratios, then differences."""
     found = {claim: r for claim, r in v.judge(runs).items() if "mean" in r}
-    figure = Figure(figsize=(9, 1.6 + 0.42 * len(v.CLAIMS)), layout="constrained")
+    figure = Figure(figsize=(10, 1.6 + 0.42 * len(v.CLAIMS)), layout="constrained")
     kinds = {k: [c for c in v.CLAIMS if v.CLAIMS[c][2] == k] for k in ("ratio", "difference")}
     heights = [len(claims) + 1 for claims in kinds.values()]
     for axes, (kind, claims) in zip(figure.subplots(2, height_ratios=heights), kinds.items()):
@@ -25,7 +25,7 @@ def forest(runs, path):
                 r, color = found[claim], COLORS.get(found[claim]["word"], "0.4")
                 axes.plot(scale(np.array([r["low"], r["high"]])), [y, y], color=color, linewidth=2)
                 axes.plot(scale(r["mean"]), y, "o", color=color)
-            says = found[claim]["word"] if claim in found else "open"
+            says = "{word}, {seeds} seeds".format(**found[claim]) if claim in found else "open"
             place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
             claimed = {">": "more", "<": "less", "=": "alike"}.get(v.CLAIMS[claim][3], "no less")
             axes.text(1.01, y, f"claimed {claimed}: {says}", **place)
