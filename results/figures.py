@@ -57,6 +57,7 @@ def scatter(runs, path):
     bright = ("matched/brightness/selectivity", v.BRIGHTNESS)
     bright = [np.mean([*v.sample(runs, "different", name).values()]) for name in bright]
     middle.plot(*bright, "*", color="black", markersize=14, label="brightness")
+    right.axhline(bright[1], color="black", linestyle="--", linewidth=1)
     middle.plot([], [], "x", color="0.4", label="rollout instead of attention")
     denser = "selectivity: how much denser on the digit than on clutter"
     left.set(xlabel=denser, ylabel="causal selectivity of the feature: digit ÷ distractor")
@@ -102,6 +103,8 @@ def dots(runs, claim, result, path):
     for x, side in enumerate(sides.values()):
         left.plot([x] * len(side), [*side.values()], "o", color="tab:blue", alpha=0.6)
         left.plot([x - 0.15, x + 0.15], [np.mean([*side.values()])] * 2, color="black")
+    if claim == "F4":
+        left.axhline(1, color="0.3", linewidth=1)
     left.set_xticks(range(len(sides)), sides, fontsize=7)
     left.set_xlim(-0.5, len(sides) - 0.5)
     null, margin = v.bounds(claim)
@@ -116,7 +119,8 @@ def dots(runs, claim, result, path):
     right.set_xlim(-0.3, 0.8)
     right.set_xlabel("line: the null; grey: the margin", fontsize=7)
     right.yaxis.set_major_formatter(lambda x, _: v.shown(claim, x))
-    right.set_title(f"{kind}: {result['word']}", fontsize=8)
+    seeds = f"seeds {min(tested)} to {max(tested)}"
+    right.set_title(f"{kind}, {seeds}:\n{result['word']}", fontsize=8)
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=110)
 

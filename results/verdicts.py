@@ -255,9 +255,8 @@ def shown(claim, x):
     return f"{math.exp(x):.2f}" if CLAIMS[claim][2] == "ratio" else f"{x:+.3f}"
 
 
-def shown_interval(runs, claim, seeds):
-    mean, *ends = (shown(claim, x) for x in interval(primary_of(runs, claim, seeds).values()))
-    return f"{mean} [{', '.join(ends)}]"
+def shown_interval(claim, mean, low, high):
+    return f"{shown(claim, mean)} [{shown(claim, low)}, {shown(claim, high)}]"
 
 
 def small(p):
@@ -272,15 +271,17 @@ def verdict_table(runs, figures):
         says, what = SAYS[claim]
         verdict, cells = f"**{r['word']}**", ["–", str(r["seeds"]), "–", "–"]
         if "mean" in r:
-            cells[0] = shown_interval(runs, claim, primary(runs, claim))
+            cells[0] = shown_interval(claim, r["mean"], r["low"], r["high"])
             if r["seeds"] == len(SECOND):
-                cells[0] += f"; first ten: {shown_interval(runs, claim, FRESH)}"
+                first = interval(primary_of(runs, claim, FRESH).values())
+                cells[0] += f"; first ten: {shown_interval(claim, *first)}"
             both = f"{small(r['holm'])}, {small(r['exact'])}"
             cells[2:] = both, f"[figure]({figures}{claim}.png)"
             verdict += " so far" * (r["seeds"] < PLANNED.get(claim, len(FRESH)))
             n, then = r.get("needed", (None, None))
             if r["word"] == "undecided":
-                verdict += f" (as it is, {n} seeds: {then})" if n else " (100 seeds would not do)"
+                never = "100 seeds would not do" if r["low"] < r["high"] else "all seeds alike"
+                verdict += f" (as it is, {n} seeds: {then})" if n else f" ({never})"
             shown_by = {r["word"] not in ("undecided", "no relevant effect"), r["holm"] < 0.05}
             verdict += " ¹" * (len(shown_by | {r["exact"] < 0.05}) > 1)
         lines.append(f"| {' | '.join([claim, says, verdict, what, *cells])} |")
@@ -365,9 +366,10 @@ def sample_table(runs):
     """What both samples found of the claims of which the second has all runs."""
     lines = ["| claim | seeds 10 to 19 | seeds 30 to 59 |", "|---|---|---|"]
     for claim in CLAIMS:
-        if len(primary_of(runs, claim, SECOND)) == len(SECOND):
-            first, second = (shown_interval(runs, claim, seeds) for seeds in (FRESH, SECOND))
-            lines.append(f"| {claim}, {SAYS[claim][1]} | {first} | {second} |")
+        both = [primary_of(runs, claim, seeds).values() for seeds in (FRESH, SECOND)]
+        if len(both[1]) == len(SECOND):
+            cells = [shown_interval(claim, *interval(values)) for values in both]
+            lines.append(f"| {claim}, {SAYS[claim][1]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

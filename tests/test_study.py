@@ -260,7 +260,7 @@ def test_holm_and_the_seeds_that_would_decide(monkeypatch):
         assert (verdicts.word("C5", *interval) != "undecided") == decided
     table = verdicts.verdict_table({}, "figures/")
     line = lambda claim: next(row for row in table.splitlines() if row.startswith(f"| {claim} "))
-    assert "100 seeds would not do" in line("F4") and "**open**" in line("Q1")
+    assert "undecided** so far (all seeds alike)" in line("F4") and "**open**" in line("Q1")
     assert "**holds** so far ¹" in line("F1")  # five flips cannot give less than .06
     assert f"undecided** so far (as it is, {n} seeds: holds)" in line("C5")
 
@@ -275,6 +275,8 @@ def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
     assert verdicts.primary({}, "F1") == second and verdicts.primary({}, "C5") == first
     line = verdicts.verdict_table({}, "figures/").splitlines()[2]
     assert "**holds** |" in line and "+0.309 [" in line and "; first ten: +0.054 [" in line
+    line = verdicts.sample_table({}).splitlines()[2]
+    assert line.startswith("| F1, ") and "| +0.054 [" in line and "| +0.309 [" in line
 
 
 def test_a_row_runs_once_and_again_the_same(tmp_path, monkeypatch, capsys):
