@@ -522,7 +522,7 @@ def report(results, path):
     metrics = ["selectivity", "of_oracle", "auroc", "patch_faithfulness", "object_faithfulness"]
     metrics += ["digit_density", "clutter_density", "far_background_density"]
     titles = ["", "selectivity", "oracle", "auroc", "patches", "objects", "digit", "clutter", "far"]
-    columns = "{:18}{:18}{:8}{:7}{:18}{:9}{:8}{:9}{}"
+    columns = "{:18}{:18}{:8}{:7}{:21}{:8}{:7}{:8}{}"
     lines, rows = [], [columns.format(*titles)]
     for number, result in enumerate(results, 1):
         own, best = f"[{number}] " if len(results) > 1 else "", result.get("best_head")
@@ -547,5 +547,5 @@ def report(results, path):
         lines.append(f"They differ in {', '.join(differ)}: each is measured at its own.")
     n = table["mean"]["entropy"]["images"]
     lines += ["", f"attention to {n:,} test images, of canvases layout matched [95% interval]"]
-    lines += [f"{'':36}of{'':13}faithfulness, by{'':11}density on", *rows]
+    lines += [f"{'':36}of{'':13}faithfulness, by{'':13}density on", *rows]
     return "\n".join([*lines, "", f"all metrics: {path}; what each means: README.md"])

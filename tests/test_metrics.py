@@ -628,6 +628,7 @@ def test_the_verdict_says_what_does_not_agree():
 @pytest.mark.parametrize("heads", [2, 12])  # DINO's largest network has 12
 def test_the_report_is_short_and_leads_with_the_verdict(tmp_path, heads):
     result, path = result_of(YES, heads=heads), tmp_path / "metrics.json"
+    result["matched"]["head_1"]["patch_faithfulness"] = cell(-0.4, -0.41, -0.38)  # the widest
     text = metrics.report([result], str(path))
     lines = [line for line in text.splitlines() if "/" not in line]
     assert (
@@ -639,6 +640,7 @@ def test_the_report_is_short_and_leads_with_the_verdict(tmp_path, heads):
     assert mean == "mean 1.90 [1.80, 2.00] 0.85 0.25 0.85 [0.84, 0.86] 0.85 12.35 12.35 12.35"
     for row in ("head 2 (best)", "brightness", "shuffled", "untrained"):
         assert any(line.startswith(row) for line in lines), row
+    assert "-0.40 [-0.41, -0.38] " in text
     assert "0.43" in text or "43.4%" in text  # what the features tell
 
 
