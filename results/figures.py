@@ -45,7 +45,7 @@ def scatter(runs, path):
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     rows = dict.fromkeys(row for row, seed in sorted(runs) if seed in v.BOTH)
-    rows = [row for row in rows if row not in ("texture", "size-28")]  # other images
+    rows = [r for r in rows if r not in ("texture", "size-28", "size-84")]  # other images
     for row, color in zip(rows, colormaps["tab20"].colors, strict=False):
         numbers = lambda name, row=row: [*v.sample(runs, row, name, v.BOTH).values()]
         x, faithful = numbers(v.SELECTIVITY), numbers(v.FAITHFUL)

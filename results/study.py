@@ -56,6 +56,7 @@ GRID = {
     "same-registers-0": (f"{SAME} --registers 0", FIVE, ""),
     "supervised-same": ("--loss supervised --views same", FIVE, ""),
     "dino-different": ("--loss dino --views different", FIVE, ""),
+    "size-84": (f"{DIFFERENT} --image-size 84", FIVE, ""),
     "depth-4": (f"{DIFFERENT} --depth 4", FIVE, ""),
     "depth-6": (f"{DIFFERENT} --depth 6", FIVE, ""),
 }
