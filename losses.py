@@ -1,61 +1,127 @@
-"""The paper's two losses, section II.B: NCE, eq. (3), and DINO's cross-entropy, eqs. (1, 2).
+"""The paper's two losses, section II.B: NCE, eq. (3), and DINO's cross-entropy, eqs. (1) and (2).
 
-Both compare a crop that the student saw with a crop that the teacher saw. Which crop with
-which is for the caller to say: `pairs` is a list of (student crop, teacher crop). Their rival
-compares what the student makes of a crop with its label.
+The student is the network that is trained. The teacher is the moving average of its weights. Each
+sees crops of every image of a batch, and the losses compare a crop that the student saw with a crop
+of the same image that the teacher saw. `pairs` says which: (i, j) compares the student's i-th crop
+with the teacher's j-th. Supervised learning, their rival, compares the student with labels.
+
+What the losses are called with, for b of the batch's B images:
+
+    loss            student                              target
+    NCELoss         projections (crops, b, dim)          the teacher's projections (crops, B, dim)
+    DINOLoss        logits (crops, b, K)                 the teacher's distributions (crops, B, K)
+    SupervisedLoss  cosines (crops, b, classes)          labels (B,)
+
+The b images are number `first` to `first` + b - 1 of the batch. A loss is the mean over these b
+images, so a caller who computes a batch in pieces weights each piece by b / B.
+
+A loss also says what it needs of the rest: `num_prototypes`, how many prototypes the projection
+head ends in, or None if it ends at its bottleneck; `uses_labels`, whether its target is the labels;
+`targets`, which makes the target of the teacher's outputs; and `chance`, the loss of a network that
+knows nothing, with its name.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+CENTER_MOMENTUM = 0.9  # of the moving average of the teacher's logits, as in DINO
+CLASSES = 10  # MNIST's digits, and the object classes of STL-10
+
+
+def make_loss(config) -> nn.Module:
+    """The loss that the settings ask for (config: settings.Config)."""
+    if config.loss == "nce":
+        return NCELoss(config.temperature)
+    if config.loss == "dino":
+        return DINOLoss(config.out_dim, config.temperature, config.teacher_temp, config.centering)
+    if config.loss == "supervised":
+        return SupervisedLoss(config.temperature)
+    raise ValueError(f"--loss {config.loss}: there is no such loss in losses.py")
+
 
 class NCELoss(nn.Module):
-    """Noise contrastive estimation, eq. (3): find the own image among the teacher's.
+    """Noise contrastive estimation, eq. (3): recognize an image among the teacher's.
 
-    For the student's crop i and the teacher's crop j of one image, that pair is the positive,
-    x+; the teacher's crops j of the other B - 1 images of the batch are the negatives, x-.
-    sim is the cosine, `temperature` is tau, > 0. A network that knows nothing scores ln B.
+        loss = -log( exp(sim(x, x+) / tau) / sum over x+ and all x- of exp(sim(x, ·) / tau) )
+
+    x is the student's crop i of an image. The positive x+ is the teacher's crop j of the same
+    image, the negatives x- are the teacher's crops j of the other B - 1 images of the batch. sim is
+    the cosine, and `temperature` > 0 is tau. A network that finds all images alike scores ln B.
     """
 
-    def __init__(self, temperature=0.1):
+    num_prototypes = None
+    uses_labels = False
+
+    def __init__(self, temperature: float = 0.1):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student, teacher, pairs, first=0):
+    def targets(self, teacher_outputs):
+        """The teacher's projections (crops, B, dim) are the targets as they are."""
+        return teacher_outputs
+
+    def chance(self, batch_size: int) -> tuple[str, float]:
+        return "ln(batch)", math.log(batch_size)
+
+    def forward(self, student, teacher, pairs: list[tuple[int, int]], first: int = 0):
         """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        `student` (student crops, b, dim): projections of b of the B images, from number `first`
-        on; `teacher` (teacher crops, B, dim): of all, without a gradient. All negatives come from
-        the teacher, so the student's images may be computed a few at a time.
+        `student` (student crops, b, dim) are projections of images `first` to `first` + b - 1 of
+        the batch, `teacher` (teacher crops, B, dim) those of all images; no gradient goes there.
+        All negatives come from the teacher, so the student's images may be computed a few at a
+        time.
         """
         student = F.normalize(student, dim=-1)
         teacher = F.normalize(teacher.detach(), dim=-1)
         own_image = first + torch.arange(student.shape[1], device=student.device)
         total = 0
         for i, j in pairs:
-            similarity = student[i] @ teacher[j].T / self.temperature  # (b, B)
-            total = total + F.cross_entropy(similarity, own_image)
+            logits = student[i] @ teacher[j].T / self.temperature  # (b, B)
+            total = total + F.cross_entropy(logits, own_image)
         return total / len(pairs)
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy from teacher to student, eqs. (1, 2), over K prototypes.
+    """Cross-entropy from teacher to student, eqs. (1) and (2), over K prototypes.
 
-    The teacher's logits are balanced, so that no prototype can win every image, and sharpened
-    by a low temperature, so that not all win alike; together they are to keep it from collapse.
-    A network that knows nothing scores ln K.
+        p_student = softmax(logits / tau_s),  p_teacher = softmax(balanced logits / tau_t)
+        loss = -sum over the prototypes of p_teacher · log p_student
 
-    `out_dim` is K; `student_temp` and `teacher_temp`, > 0, are tau_s and tau_t of eq. (1).
+    Prototypes are learned directions, the rows of the head's last layer. Two things keep the
+    network from collapse. The teacher's logits are balanced, so that no prototype can win every
+    image. And they are sharpened by a low temperature, so that the teacher's distribution cannot
+    become uniform. A student whose distribution is uniform scores ln K.
+
+    `out_dim` is K. `student_temp` and `teacher_temp`, > 0, are tau_s and tau_t of eq. (1).
     `centering` "mean" subtracts a moving average of the teacher's logits, as DINO does;
     "sinkhorn_knopp" gives every prototype the same share of the batch, as DINOv2 does.
     """
 
-    def __init__(self, out_dim, student_temp=0.1, teacher_temp=0.04, centering="mean"):
+    uses_labels = False
+
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        teacher_temp: float = 0.04,
+        centering: str = "mean",
+    ):
         super().__init__()
-        self.student_temp, self.teacher_temp = student_temp, teacher_temp
+        self.num_prototypes = out_dim
+        self.student_temp = student_temp
+        self.teacher_temp = teacher_temp
         self.centering = centering
         self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def targets(self, teacher_outputs):
+        """The teacher's logits (crops, B, K) of a whole batch as distributions."""
+        return self.teacher_probabilities(teacher_outputs)
+
+    def chance(self, batch_size: int) -> tuple[str, float]:
+        return "ln(K)", math.log(self.num_prototypes)
 
     @torch.no_grad()
     def teacher_probabilities(self, logits):
@@ -64,15 +130,16 @@ class DINOLoss(nn.Module):
             return F.softmax((logits - self.center) / self.teacher_temp, dim=-1)
         log_p = logits.flatten(0, 1) / self.teacher_temp  # (crops · B, K)
         for _ in range(3):  # as in DINOv2
-            log_p = F.log_softmax(log_p, dim=0)  # prototypes: the same share of the images
-            log_p = F.log_softmax(log_p, dim=1)  # images: a distribution over prototypes
+            log_p = F.log_softmax(log_p, dim=0)  # each prototype gets the same share of the crops
+            log_p = F.log_softmax(log_p, dim=1)  # each crop has a distribution over prototypes
         return log_p.exp().view_as(logits)
 
-    def forward(self, student, teacher, pairs, first=0):
+    def forward(self, student, teacher, pairs: list[tuple[int, int]], first: int = 0):
         """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        `student` (student crops, b, K): logits of b of the B images, from number `first` on;
-        `teacher` (teacher crops, B, K): of all, from `teacher_probabilities`.
+        `student` (student crops, b, K) are the logits of images `first` to `first` + b - 1 of the
+        batch. `teacher` (teacher crops, B, K) are the distributions of all images, as
+        `teacher_probabilities` returns them.
         """
         log_p_student = F.log_softmax(student / self.student_temp, dim=-1)
         p_teacher = teacher[:, first : first + student.shape[1]]
@@ -83,26 +150,37 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, logits):
-        """Move the centre a tenth of the way to the mean of the teacher's logits (crops, B, K)."""
-        self.center.lerp_(logits.mean(dim=(0, 1)), 1 - 0.9)  # DINO's momentum
+        """Move `center` a tenth of the way to the mean of the teacher's logits (crops, B, K).
+
+        Called after each batch. Only `centering` "mean" uses it.
+        """
+        self.center.lerp_(logits.mean(dim=(0, 1)), 1 - CENTER_MOMENTUM)
 
 
 class SupervisedLoss(nn.Module):
-    """Cross-entropy with the label: does attention need self-supervision (section I, after DINO)?
+    """Cross-entropy with the label, for comparison.
 
-    The logits are cosines with a prototype for each class, divided by `temperature`, > 0. A
-    network that knows nothing scores ln(classes).
+    Section I says, citing DINO, that supervised ViTs lack such attention maps. The logits are
+    cosines with a prototype for each class, divided by `temperature` > 0. A network that finds all
+    classes equally likely scores ln(classes).
     """
 
-    def __init__(self, temperature=0.1):
+    num_prototypes = CLASSES
+    uses_labels = True
+
+    def __init__(self, temperature: float = 0.1):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student, labels, pairs, first=0):
-        """Mean over the student's crops and images: a scalar, in nats; `pairs` do not matter.
+    def chance(self, batch_size: int) -> tuple[str, float]:
+        return "ln(classes)", math.log(CLASSES)
 
-        `student` (student crops, b, classes): cosines of b of the B images, from number `first`
-        on; `labels` (B,) int64: of all.
+    def forward(self, student, labels, pairs: list[tuple[int, int]], first: int = 0):
+        """Mean over the student's crops and images: a scalar, in nats.
+
+        `student` (student crops, b, classes) are the cosines of images `first` to `first` + b - 1
+        of the batch, `labels` (B,) int64 those of all images. `pairs` are ignored: they are here so
+        that all losses are called alike.
         """
         labels = labels[first : first + student.shape[1]].expand(len(student), -1)
         return F.cross_entropy(student.flatten(0, 1) / self.temperature, labels.flatten())

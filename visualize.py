@@ -7,19 +7,18 @@
 
 The first command prints what the [CLS] token of the last block attends to, and writes metrics.json;
 attention.png, where it looks in each head (the paper's figures 4 and 6); curves.png, how that came
-about; views.png, what the two branches were fed; tsne.png, the features (figures 2 and 3).
+about; views.png, what the two branches were fed; and tsne.png, the features (figures 2 and 3).
 """
 
 import argparse
 import glob
-import math
 import os
 import socket
 import sys
 import tempfile
 import textwrap
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
 import matplotlib
@@ -32,79 +31,127 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.manifold import TSNE
+from torch import Tensor
 from tqdm import tqdm
 
 import data
+import explain
 import metrics
+import report
+import runs
+import settings
+import views
 import vit
+import weights
+from losses import make_loss
+from settings import Config
+from vit import VisionTransformer
 
-# what weights that were not fine-tuned here are shown: the paper's canvas
-PAPER_CANVAS = {"canvas_size": 100, "num_distractors": 6, "distractor_size": 9, "digits": "auto"}
-PAPER_CANVAS |= {"dataset": "clutter", "background": "black", "texture_pool": 0}
-PAPER_CANVAS |= {"image_size": 224, "data_root": "data"}
-# without these of a checkpoint's settings neither its network nor its views can be made again
-NEEDED = """loss views crops symmetric epochs batch_size seed weights digits image_size canvas_size
-    num_distractors distractor_size global_crops_scale local_crops_scale rotation blur init_std
-    out_dim head_hidden_dim head_layers bottleneck_dim head_norm"""
-ROWS = 20  # of pictures on a page
-STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck"
+# Settings that say which images a network is shown. Weights that do not come from train.py take
+# them from the run beside them, or else are shown the paper's canvases.
+DATA_SETTINGS = ("dataset", "split", "background", "digits", "data_root", "image_size")
+DATA_SETTINGS += ("canvas_size", "num_distractors", "distractor_size")
+# Flags of the command line that override the settings of a checkpoint.
+OVERRIDES = ("image_size", "digits", "background", "data_root")
+PICTURES_PER_PAGE = 20
+RANDOM_DRAWS = 20  # random fifths of the patches that a picture's token effects are compared with
+STL10_CLASSES = (
+    "airplane",
+    "bird",
+    "car",
+    "cat",
+    "deer",
+    "dog",
+    "horse",
+    "monkey",
+    "ship",
+    "truck",
+)
+MEAN_LINE = {"color": "black", "linewidth": 2}
+REFERENCE_LINE = {"color": "grey", "linestyle": "--"}
+CHANCE_LINE = {"color": "silver", "linestyle": ":"}
+MASK_COLORS = ("lime", "red")  # outlines of digit and clutter
 
 
 @dataclass
 class Model:
-    """A network to be looked at, and the settings under which it is."""
+    """A network to look at, and the settings under which it is looked at."""
 
-    name: str  # the file, or the flag, that it came from
-    config: dict
-    backbone: vit.VisionTransformer
+    name: str  # what it is called in figures and tables: its file, or the flag that named it
+    config: Config
+    backbone: VisionTransformer
     epoch: int | None = None  # None: not from a run of train.py
     history: list | None = None  # the lines of its log.jsonl
     splits: dict | None = None  # the digits or photographs that it is shown
+    is_measured: bool = False  # runs of train.py are measured, and what --weights names
+
+    def describe(self) -> str:
+        return report.describe(self.config, self.epoch, is_run=self.history is not None)
 
 
-def save_figure(figure, path, title, models):
-    """Write a figure, over it the title, what it was made from, and what was replaced there."""
+@dataclass
+class Example:
+    """An image to draw maps of: a picture (3, H, W) in [0, 1], and its masks if there are any."""
+
+    picture: Tensor
+    masks: tuple[Tensor, ...] = ()  # of digit and clutter, (H, W) bool
+
+
+# ----------------------------------------------------------------------------------------- drawing
+
+
+def save_figure(figure, path: str, title: str, models: list[Model]):
+    """Write a figure. Above it stand the title, what it was made from, and what was replaced."""
     lines = []
     for number, model in enumerate(models, 1):
-        name = f"[{number}] {model.name}: " if len(models) > 1 else ""
-        lines.append(name + metrics.describe(model.config, model.epoch))
-    lines += dict.fromkeys(line for model in models for line in model.config["fallbacks"])
-    wrap = {"width": int(15 * figure.get_figwidth()), "break_on_hyphens": False}
-    text = [title] + [part for line in lines for part in textwrap.wrap(line[:300], **wrap)]
-    figure.suptitle("\n".join(text), fontsize=9)
+        label = f"[{number}] {model.name}: " if len(models) > 1 else ""
+        lines.append(label + model.describe())
+    fallbacks = [line for model in models for line in model.config.fallbacks]
+    lines += dict.fromkeys(fallbacks)  # each once
+    characters = int(15 * figure.get_figwidth())
+    wrapped = [title]
+    for line in lines:
+        wrapped += textwrap.wrap(line[:300], characters, break_on_hyphens=False)
+    figure.suptitle("\n".join(wrapped), fontsize=9)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # one line for each that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")  # there is one for each that the font lacks
         figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
     tqdm.write(f"wrote {path}")
 
 
-def place(array, row):
-    """Left, right, bottom, top of an array's pixels in a column of `plot_grid`: at most 1 wide."""
-    height, width = (0.47 * side / max(array.shape[:2]) for side in array.shape[:2])
-    return -width, width, row + height, row - height
+def extent_in_column(array, row: int) -> tuple[float, float, float, float]:
+    """Left, right, bottom, top of an array in a column of `plot_grid`, where it is at most 1 wide.
+
+    `array` is (height, width, …).
+    """
+    height, width = array.shape[:2]
+    half_height = 0.47 * height / max(height, width)
+    half_width = 0.47 * width / max(height, width)
+    return -half_width, half_width, row + half_height, row - half_height
 
 
-def plot_grid(columns, path, title, models, row_names=(), outlines=None):
+def plot_grid(
+    columns: dict, path: str, title: str, models: list[Model], row_names=(), outlines=None
+):
     """Pictures and maps in columns: {heading: a list with an array for each row}.
 
-    Arrays are pictures (H, W, 3) in [0, 1], or maps (rows, columns), each colored from 0 (black) to
-    its own maximum. `outlines`: {heading: [(color, masks (H, W), one a row)]}, drawn there.
+    Arrays are pictures (H, W, 3) in [0, 1], or maps (rows, columns), each coloured from 0 (black)
+    to its own maximum. `outlines` {heading: [(color, masks (H, W), one for each row)]} are drawn
+    over the arrays of that heading.
     """
     rows = len(next(iter(columns.values())))
-    size = max(6, 1.4 * len(columns)), 1.45 * rows + 1
-    # one axis a column, a unit high for each row: an axis for every picture takes ten times as long
-    # compressed: no gaps between pictures, however wide the title is
+    size = (max(6, 1.4 * len(columns)), 1.45 * rows + 1)
+    # One axis for each column, a unit high for each row: an axis for every picture takes ten times
+    # as long. "compressed": no gaps between pictures, however wide the title is.
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout="compressed")
     for axis, (heading, arrays) in zip(axes[0], columns.items()):
         axis.set_title(heading, fontsize=8)
-        for row, array in enumerate(map(np.asarray, arrays)):
-            axis.imshow(array, cmap="inferno", vmin=0, extent=place(array, row))
+        for row, array in enumerate(arrays):
+            array = np.asarray(array)
+            axis.imshow(array, cmap="inferno", vmin=0, extent=extent_in_column(array, row))
         for color, masks in (outlines or {}).get(heading, ()):
-            for row, mask in enumerate(masks):
-                if mask.any():
-                    how = {"levels": [0.5], "colors": color, "linewidths": 0.7, "origin": "upper"}
-                    axis.contour(mask.cpu().numpy(), extent=place(mask, row), **how)
+            draw_outlines(axis, masks, color)
         axis.set(xlim=(-0.5, 0.5), ylim=(rows - 0.5, -0.5))
         axis.axis("off")
     for row, name in enumerate(row_names):
@@ -112,357 +159,595 @@ def plot_grid(columns, path, title, models, row_names=(), outlines=None):
     save_figure(figure, path, title, models)
 
 
-def plot_views(model, path, images=4):
-    """views.png: the crops that each branch is fed in the first training step, a row an image."""
-    batch = min(model.config["batch_size"], len(model.splits["train"]))
-    config = model.config | {"batch_size": batch}
-    views = data.TrainingViews(config, model.splits["train"])
-    params = {name: value[:images] for name, value in views.sample(step=0).items()}
-    crops = data.denormalize(views.render(params)).movedim(2, -1).clamp(0, 1).cpu()
-    branches, columns = {"teacher": views.teacher, "student": views.student}, {}
-    if views.teacher == views.student:
-        branches = {"both": views.teacher}
-    for branch, shown in branches.items():
-        for number, crop in enumerate(shown, 1):
-            canvas, kind = views.plan[crop]
-            where = f", canvas {'ab'[canvas]}" if model.config["views"] == "different" else ""
-            columns[f"{branch}, {number}\n{kind}{where}"] = list(crops[crop])
+def draw_outlines(axis, masks: list[Tensor], color: str):
+    """The outline of each row's mask (H, W) in a column of `plot_grid`."""
+    for row, mask in enumerate(masks):
+        if mask.any():
+            axis.contour(
+                mask.cpu().numpy(),
+                levels=[0.5],
+                colors=color,
+                linewidths=0.7,
+                origin="upper",
+                extent=extent_in_column(mask, row),
+            )
+
+
+def plot_views(model: Model, path: str, images: int = 4):
+    """views.png: the crops of the first training step for each branch, one row for each image."""
+    training_split = model.splits["train"]
+    batch_size = min(model.config.batch_size, len(training_split))
+    config = replace(model.config, batch_size=batch_size)
+    training_views = views.TrainingViews(config, training_split)
+    params = training_views.sample(step=0)
+    crops = training_views.render({name: value[:images] for name, value in params.items()})
+    crops = views.denormalize(crops).movedim(2, -1).clamp(0, 1).cpu()  # (crops, images, H, W, 3)
+
+    plan = training_views.plan
+    branches = {"teacher": plan.teacher, "student": plan.student}
+    if plan.teacher == plan.student:
+        branches = {"both": plan.teacher}
+    columns = {}
+    for branch, numbers in branches.items():
+        for position, number in enumerate(numbers, 1):
+            canvas, size = plan.crops[number]  # 0 or 1, "global" or "local"
+            heading = f"{branch}, {position}\n{size}"
+            if model.config.views == "different":
+                heading += f", canvas {'ab'[canvas]}"
+            columns[heading] = list(crops[number])
     plot_grid(columns, path, "What each branch is fed", [replace(model, epoch=None)])
 
 
-def plot_attention(models, images, path, epochs=None):
-    """Where each network looks: the input, the mean of the heads, each head; a row an image.
+def plot_attention(
+    models: list[Model], examples: list[list[Example]], path: str, epochs: dict | None = None
+):
+    """Where each network looks: the input, the mean of the heads, each head; a row for each image.
 
-    `images` has for each model pairs: a picture (3, H, W) in [0, 1], and its masks (H, W) of digit
-    and clutter, or (). `epochs`: {name: backbone} of one run, a row each for every image.
+    `examples` has a list for each model. `epochs` {name: backbone} of one run, if there are at
+    least two, give each image a row for each epoch.
     """
-    columns, outlines, seen = {}, {}, None
-    stages = list(epochs.values()) if epochs else [None]
-    for number, (model, pairs) in enumerate(zip(models, images), 1):
-        name = f"[{number}]\n" if len(models) > 1 else ""
-        rows = [(*pair, stage or model.backbone) for pair in pairs for stage in stages]
-        shown = [picture.movedim(0, -1).cpu() for picture, _, _ in rows]
-        if seen is None or not all(map(torch.equal, seen, shown)):  # not the same inputs again
-            heading = "input" if number == 1 else f"{name}input"
-            columns[heading] = seen = shown
-            outlines[heading] = list(zip(("lime", "red"), zip(*(masks for _, masks, _ in rows))))
-        maps = [look(backbone, picture, masks) for picture, masks, backbone in rows]
-        if not all(map_.isfinite().all() for each in maps for map_ in each.values()):
-            raise FloatingPointError(f"{model.name}: the attention is NaN or infinite")
-        columns |= {f"{name}{heading}": [each[heading] for each in maps] for heading in maps[0]}
-    title = "Where [CLS] of the last block looks, each map from 0 (black) to its own maximum"
+    columns = {}
+    outlines = {}
+    last_pictures = None
+    for number, (model, model_examples) in enumerate(zip(models, examples), 1):
+        label = f"[{number}]\n" if len(models) > 1 else ""
+        backbones = list(epochs.values()) if epochs else [model.backbone]
+        rows = [(example, backbone) for example in model_examples for backbone in backbones]
+
+        # the input, unless it is the same as the last network's
+        pictures = [example.picture.movedim(0, -1).cpu() for example, _ in rows]
+        if last_pictures is None or not all(map(torch.equal, last_pictures, pictures)):
+            heading = "input" if number == 1 else f"{label}input"
+            columns[heading] = pictures
+            masks = zip(*(example.masks for example, _ in rows))  # of all digits, of all clutter
+            outlines[heading] = list(zip(MASK_COLORS, masks))
+            last_pictures = pictures
+
+        # the maps
+        maps = [maps_of(backbone, example) for example, backbone in rows]
+        for heading in maps[0]:
+            arrays = [row_maps[heading] for row_maps in maps]
+            if not all(array.isfinite().all() for array in arrays):
+                raise FloatingPointError(f"{model.name}: the attention is NaN or infinite")
+            columns[f"{label}{heading}"] = arrays
+
+    title = "Where [CLS] of the last block looks; each map from 0 (black) to its own maximum"
     if any(outlines.values()):
-        title += "\ndigit outlined green, clutter red; effect: of blackening each patch with ink"
-    row_names = list(epochs) * len(images[0]) if len(stages) > 1 else []
+        title += (
+            "\nThe digit is outlined in green, clutter in red. "
+            "Effect: how much the feature changes if a patch is blackened"
+        )
+    row_names = []
+    if epochs and len(epochs) > 1:
+        row_names = list(epochs) * len(examples[0])
     plot_grid(columns, path, title, models, row_names, outlines)
 
 
 @torch.no_grad()
-def look(backbone, picture, masks):
-    """What [CLS] attends to in a picture (3, H, W) in [0, 1]: {heading: (rows, columns)}.
+def maps_of(backbone: VisionTransformer, example: Example) -> dict[str, Tensor]:
+    """What [CLS] attends to in an example: {heading: (rows, columns)}.
 
-    With `masks` (H, W) of ink also what the feature depends on: the effect of blackening patches.
+    With masks also what the feature depends on: the effect of blackening each patch with ink.
     """
-    images, size = picture[None].to(backbone.cls_token.device), backbone.patch_size
-    heads, features = metrics.cls_attention(backbone, data.normalize(images))
-    maps = {"mean of heads": heads.mean(1)} if backbone.heads > 1 else {}
-    if masks:
-        ink = metrics.patch_sums(torch.stack(masks).any(0)[None], size) > 0
-        maps["effect"] = metrics.blackening_effects(backbone, images, ink, features)
-    maps["rollout"] = metrics.without_cls(backbone.rollout(data.normalize(images)), backbone)
-    maps |= {f"head {head}": map_ for head, map_ in enumerate(heads.unbind(1), 1)}
-    grid = [side // size for side in images.shape[2:]]
-    return {heading: map_[0].unflatten(-1, grid).cpu() for heading, map_ in maps.items()}
+    images = example.picture[None].to(backbone.cls_token.device)
+    normalized = views.normalize(images)
+    patch_size = backbone.shape.patch_size
+    heads, features = explain.cls_attention(backbone, normalized)
+    maps = {}
+    if backbone.shape.heads > 1:
+        maps["mean of heads"] = heads.mean(1)
+    if example.masks:
+        ink = torch.stack(example.masks).any(0)[None]
+        has_ink = metrics.patch_sums(ink, patch_size) > 0
+        maps["effect"] = explain.blackening_effects(backbone, images, has_ink, features)
+    maps["rollout"] = explain.rollout(backbone, normalized)
+    for number, head in enumerate(heads.unbind(1), 1):
+        maps[f"head {number}"] = head
+    grid = [side // patch_size for side in images.shape[2:]]
+    return {heading: values[0].unflatten(-1, grid).cpu() for heading, values in maps.items()}
 
 
-@torch.no_grad()
-def print_token_effects(backbone, path, picture):
-    """Say whether the patches that attention points to matter more than others (no masks)."""
-    images = data.normalize(picture[None].to(backbone.cls_token.device))
-    mean = metrics.cls_attention(backbone, images)[0].mean(1)
-    rollout = metrics.without_cls(backbone.rollout(images), backbone)
-    if mean.shape[1] < 5:
-        return  # a fifth of them is none
-    rng = torch.Generator().manual_seed(0)
-    effects = metrics.token_effects(backbone, images, [mean, rollout], rng, draws=20)[0]
-    mean, rollout = (effects[:2] / effects[2:].mean()).tolist()
-    text = f"{path}: left out, the fifth of the patches with most attention changes the feature"
-    tqdm.write(f"{text} {mean:.2f} times as much as a random fifth (rollout: {rollout:.2f})")
-
-
-def look_at_pictures(models, pictures, folder):
-    """attention-images.png, or pages of it, and a line on each of {path: a picture a model}."""
-    paths, bar = [*pictures], tqdm(pictures, "drawing", unit="picture", leave=False, disable=None)
-    for start in range(0, len(paths), ROWS):
-        page = f"-{start // ROWS + 1}" if len(paths) > ROWS else ""
-        here = paths[start : start + ROWS]
-        images = [[(pictures[path][k], ()) for path in here] for k in range(len(models))]
-        plot_attention(models, images, os.path.join(folder, f"attention-images{page}.png"))
-        for path in here:
-            for model, picture in zip(models, pictures[path]):
-                print_token_effects(model.backbone, path, picture)
-        bar.update(len(here))
-    bar.close()
-
-
-def plot_curves(model, path):
+def plot_curves(model: Model, path: str):
     """curves.png: the lines of log.jsonl against epochs, on validation images."""
-    epochs = [line["epoch"] for line in model.history]
     lines = [line["validation"] for line in model.history]
     heads = [row for row in lines[0] if row.startswith("head_")]
-    of_canvases = ("selectivity", "auroc", "pointing", "patch_faithfulness")
-    names = [name for name in of_canvases if name in lines[0]["mean"]]
-    names += ["entropy", "diversity"] if len(heads) > 1 else ["entropy"]
-    panels = ["loss", *names, "k-NN accuracy, %", "legend"]
-    panels += ["."] * (len(panels) % 2)  # an empty place
+    names = ["selectivity", "auroc", "pointing", "patch_faithfulness", "entropy"]
+    names = [name for name in names if name in lines[0]["mean"]]
+    if len(heads) > 1:
+        names.append("diversity")
+
+    # two rows of panels: the loss, the metrics, k-NN, the legend
+    panels = ["loss", *names, "knn", "legend"]
+    if len(panels) % 2:
+        panels.append(".")  # an empty place
     width = len(panels) // 2
-    rows, size = [panels[:width], panels[width:]], (3.5 * width, 6.6)
-    figure, axes = plt.subplot_mosaic(rows, figsize=size, layout="constrained")
-    thick, grey = {"color": "black", "linewidth": 2}, {"color": "grey", "linestyle": "--"}
-    training = [line["loss"] for line in model.history[1:]]
-    axes["loss"].plot(epochs[1:], training, ".-", color="grey", label="training")
-    axes["loss"].plot(epochs, [line["loss"] for line in lines], **thick, label="validation")
-    chance = {"nce": ("batch", model.config["batch_size"]), "dino": ("K", model.config["out_dim"])}
-    name, number = chance.get(model.config["loss"], ("classes", vit.CLASSES))
-    axes["loss"].axhline(math.log(number), **grey, label=f"ln({name}), chance")
-    axes["loss"].legend(fontsize=8)
-    accuracy = [100 * line["knn"] for line in lines]
-    axes["k-NN accuracy, %"].plot(epochs, accuracy, **thick)
-    axes["k-NN accuracy, %"].axhline(accuracy[0], **grey)
-    styles = {head: {"linewidth": 1} for head in heads if len(heads) > 1} | {"mean": thick}
-    styles["brightness"] = {"color": "darkorange", "linestyle": "--"}
-    styles["shuffled"] = {"color": "purple", "linestyle": "--"}
+    figure, axes = plt.subplot_mosaic(
+        [panels[:width], panels[width:]], figsize=(3.5 * width, 6.6), layout="constrained"
+    )
+    plot_loss_curve(axes["loss"], model)
     for name in names:
-        for row, style in styles.items():
-            if name != "entropy" or row not in ("brightness", "shuffled"):
-                values = np.array([line.get(row, {}).get(name) for line in lines], float)
-                axes[name].plot(epochs, values, **style, label=row.replace("_", " "))
-        if lines[0]["mean"][name] is not None:  # as it is without clutter
-            axes[name].axhline(lines[0]["mean"][name], **grey, label="untrained")
-        if name in ("selectivity", "auroc"):
-            chance = {"selectivity": 1, "auroc": 0.5}[name]
-            axes[name].axhline(chance, color="silver", linestyle=":", label="ink, uniform")
+        plot_metric_curves(axes[name], model, name, heads)
+    plot_knn_curve(axes["knn"], model)
+
     legend = axes.pop("legend")
     legend.axis("off")
-    labelled = axes[names[0]].get_legend_handles_labels()
-    legend.legend(*labelled, loc="center", fontsize=9, ncols=1 if len(heads) <= 6 else 2)
-    notes = {"diversity": " of the heads, bits", "entropy": " (1: uniform)"}
+    handles, labels = axes[names[0]].get_legend_handles_labels()
+    columns = 1 if len(heads) <= 6 else 2
+    legend.legend(handles, labels, loc="center", fontsize=9, ncols=columns)
+    titles = {
+        "patch_faithfulness": "patch faithfulness",
+        "entropy": "entropy (1: uniform)",
+        "diversity": "diversity of the heads, bits",
+        "knn": "k-NN accuracy, %",
+    }
     for name, axis in axes.items():
-        axis.set_title(name.replace("_", " ") + notes.get(name, ""), fontsize=11)
+        axis.set_title(titles.get(name, name), fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    title = f"{lines[0]['images']} validation images, teacher's attention"
+    title = f"{lines[0]['images']} validation images, attention of the teacher"
     save_figure(figure, path, title, [model])
 
 
-def plot_tsne(model, points, labels, accuracy, path):
-    """tsne.png: features (n, dim) in the plane, colored by class (section III.A, perplexity 20)."""
-    if len(points) <= 20:
-        print(f"no tsne.png: perplexity 20 takes more than {len(points)} test images")
+def plot_loss_curve(axis, model: Model):
+    """The loss in training and on validation images, and that of a network that knows nothing."""
+    epochs = [line["epoch"] for line in model.history]
+    training = [line["loss"] for line in model.history[1:]]  # there is none before the first step
+    validation = [line["validation"]["loss"] for line in model.history]
+    axis.plot(epochs[1:], training, ".-", color="grey", label="training")
+    axis.plot(epochs, validation, **MEAN_LINE, label="validation")
+    name, level = make_loss(model.config).chance(model.config.batch_size)
+    axis.axhline(level, **REFERENCE_LINE, label=f"{name}, chance")
+    axis.legend(fontsize=8)
+
+
+def plot_metric_curves(axis, model: Model, metric: str, heads: list[str]):
+    """One metric of the mean of the heads, of each head, and of the baselines."""
+    epochs = [line["epoch"] for line in model.history]
+    lines = [line["validation"] for line in model.history]
+    styles = {}
+    if len(heads) > 1:
+        styles = {head: {"linewidth": 1} for head in heads}
+    styles["mean"] = MEAN_LINE
+    if metric != "entropy":
+        styles["brightness"] = {"color": "darkorange", "linestyle": "--"}
+        styles["shuffled"] = {"color": "purple", "linestyle": "--"}
+    for row, style in styles.items():
+        values = np.array([line.get(row, {}).get(metric) for line in lines], float)
+        axis.plot(epochs, values, **style, label=row.replace("_", " "))
+    untrained = lines[0]["mean"][metric]
+    if untrained is not None:  # it is None where there is no clutter
+        axis.axhline(untrained, **REFERENCE_LINE, label="untrained")
+    if metric == "selectivity":
+        axis.axhline(1, **CHANCE_LINE, label="ink, uniform")
+    if metric == "auroc":
+        axis.axhline(0.5, **CHANCE_LINE, label="ink, uniform")
+
+
+def plot_knn_curve(axis, model: Model):
+    """k-NN accuracy, and that of the untrained network."""
+    epochs = [line["epoch"] for line in model.history]
+    accuracy = [100 * line["validation"]["knn"] for line in model.history]
+    axis.plot(epochs, accuracy, **MEAN_LINE)
+    axis.axhline(accuracy[0], **REFERENCE_LINE)
+
+
+def plot_tsne(model: Model, evaluation: report.Evaluation, path: str):
+    """tsne.png: test features in the plane, coloured by class (section III.A, perplexity 20)."""
+    features = evaluation.features
+    if len(features) <= 20:
+        print(f"no tsne.png: perplexity 20 takes more than {len(features)} test images")
         return
-    plane = torch.zeros(len(points), 2).numpy()
-    if not (points == points[0]).all():  # collapsed to one point: t-SNE would divide by zero
-        plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(points.numpy())
+    has_collapsed = (features == features[0]).all()
+    if has_collapsed:  # t-SNE would divide by zero
+        plane = np.zeros((len(features), 2), np.float32)
+    else:
+        plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(features.numpy())
     figure, axis = plt.subplots(figsize=(6, 6.4), layout="constrained")
-    dots = axis.scatter(*plane.T, c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
+    labels = evaluation.labels.numpy()
+    dots = axis.scatter(*plane.T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
     bar = figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
-    if model.config["dataset"] == "stl10":
-        bar.ax.set_yticklabels(STL10_CLASSES.split())
+    if model.config.dataset == "stl10":
+        bar.ax.set_yticklabels(STL10_CLASSES)
     axis.set(xticks=[], yticks=[])
-    title = f"t-SNE of {len(points):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
+    accuracy = evaluation.result["features"]["knn"]["value"]
+    title = f"t-SNE of {len(features):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
     save_figure(figure, path, title, [model])
+
+
+# ----------------------------------------------------------------------------------- opening files
 
 
 @torch.no_grad()
-def expect_half(backbone):
-    """Turn a network of pictures (x − 0.5) / 0.5 into one of `data.normalize`'s: all is linear."""
+def expect_half(backbone: VisionTransformer):
+    """Make a network that expects pictures (x − 0.5) / 0.5 expect those of `views.normalize`.
+
+    Both normalizations are affine maps, and so is the patch embedding, which takes the change.
+    """
     proj = backbone.patch_embed.proj
-    proj.bias += proj.weight.sum((2, 3)) @ ((data.MEAN.flatten() - 0.5) / 0.5)
-    proj.weight *= data.STD / 0.5
+    shift = (views.MEAN.flatten() - 0.5) / 0.5
+    proj.bias += proj.weight.sum((2, 3)) @ shift
+    proj.weight *= views.STD / 0.5
 
 
-def open_model(source, args, like=None):
-    """The Model in a file; unless of train.py it is shown what `like` is, or the paper's canvases.
+def open_model(source: str, args: argparse.Namespace, like: Model | None = None) -> Model:
+    """The network in a file, or for "none" one with random weights.
 
-    Raises ValueError or OSError for a file or an image size that does not fit.
+    A run of train.py is shown images like those it was trained on. If `like` is given, or for other
+    weights, the images are those of `like`, or else the paper's canvases. Raises ValueError or
+    OSError for a file or an image size that does not fit.
     """
     content = {}
-    if source != "none":
-        backbone, content = vit.load_backbone(source, args.heads, args.grid)
-        half = args.normalise == "half" and "config" not in content
-        if half:
-            expect_half(backbone)
-        print(f"{source}: {backbone.about}, normalised by {'0.5' if half else 'ImageNet'}")
-    elif like:
-        backbone = vit.build_network(like.config).backbone
+    if source == "none":
+        backbone = random_backbone(like)
     else:
-        torch.manual_seed(0)
-        backbone = vit.VisionTransformer()
-    patch_size, epoch, history = backbone.patch_size, content.get("epoch"), content.get("metrics")
-    config = {"fallbacks": [], **PAPER_CANVAS, **content.get("config", {})}
-    if like or epoch is None or history is None:
-        shown = like.config if like else PAPER_CANVAS
-        config = {"fallbacks": [], "weights": os.path.basename(source)}
-        config |= {name: shown[name] for name in ("split", *PAPER_CANVAS) if name in shown}
-        config["image_size"] = max(1, round(config["image_size"] / patch_size)) * patch_size
-        epoch, history = None, None
-    elif missing := [name for name in NEEDED.split() if name not in content.get("config", {})]:
-        raise ValueError(f"{source} lacks {', '.join(missing)}; use another copy of it")
-    for name in ("image_size", "digits", "background", "data_root"):
+        loaded = weights.load_backbone(source, args.heads, args.grid)
+        backbone = loaded.backbone
+        content = loaded.content
+        normalisation = "ImageNet's mean and deviation"
+        if args.normalise == "half" and "config" not in content:
+            expect_half(backbone)
+            normalisation = "mean and deviation 0.5"
+        print(f"{source}: {loaded.description}, normalised by {normalisation}")
+
+    epoch = content.get("epoch")
+    history = content.get("metrics")
+    is_ours = "config" in content and epoch is not None and history is not None
+    is_run = is_ours and like is None
+    if is_run:
+        try:
+            config = settings.config_from_checkpoint(content["config"])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    else:
+        config = config_for_weights(backbone, like)
+        config.weights = os.path.basename(source)
+        epoch = None
+        history = None
+
+    for name in OVERRIDES:
         if getattr(args, name) is not None:
-            config[name] = getattr(args, name)
-            config["texture_pool"] = 0 if name == "background" else config["texture_pool"]
-    size = config["image_size"]
-    if size < 1 or size % patch_size:
-        raise ValueError(f"--image-size {size}: use a multiple of the patch size {patch_size}")
-    config |= {name: getattr(backbone, name) for name in vit.SHAPE}
-    return Model(source, config, backbone.eval(), epoch, history)
+            setattr(config, name, getattr(args, name))
+    patch_size = backbone.shape.patch_size
+    if config.image_size < 1 or config.image_size % patch_size:
+        raise ValueError(
+            f"--image-size {config.image_size}: use a multiple of the patch size {patch_size}"
+        )
+    for name, value in asdict(backbone.shape).items():
+        setattr(config, name, value)
+    return Model(source, config, backbone.eval(), epoch, history, is_measured=is_run)
 
 
-def list_images(names):
-    """The pictures that --images names: files, and all those of a folder."""
-    found = [data.image_files(name) if os.path.isdir(name) else [name] for name in names]
-    for name, paths in zip(names, found):
-        if not paths:
+def random_backbone(like: Model | None) -> VisionTransformer:
+    """A ViT with random weights: that of the run beside it before its first step, or ViT-S/8."""
+    if like is not None:
+        return vit.build_network(like.config).backbone
+    torch.manual_seed(0)
+    return VisionTransformer()
+
+
+def config_for_weights(backbone: VisionTransformer, like: Model | None) -> Config:
+    """Settings that say what weights are shown: what `like` is, or else the paper's canvases."""
+    config = settings.make_config(preset="paper")
+    if like is not None:
+        for name in DATA_SETTINGS:
+            setattr(config, name, getattr(like.config, name))
+    patch_size = backbone.shape.patch_size
+    config.image_size = max(1, round(config.image_size / patch_size)) * patch_size
+    return config
+
+
+def list_images(names: list[str]) -> list[str]:
+    """The pictures that --images names: files, and all those in a folder."""
+    paths = []
+    for name in names:
+        pictures = data.image_files(name) if os.path.isdir(name) else [name]
+        if not pictures:
             raise ValueError(f"--images {name}: no pictures there; use another folder, or files")
-    return [path for paths in found for path in paths]
+        paths += pictures
+    return paths
 
 
-def open_image(path, image_size, patch_size):
+def open_image(path: str, image_size: int, patch_size: int) -> Tensor:
     """A picture (3, H, W) in [0, 1], its longer side image_size, both multiples of the patch."""
     picture = data.read_image(path)
     if min(picture.size) < patch_size:
         size = f"{picture.width}×{picture.height}"
-        raise ValueError(f"--images {path}: {size} pixels; use more than a patch of {patch_size}")
+        raise ValueError(f"--images {path}: {size} pixels; use at least a patch of {patch_size}")
     scale = image_size / max(picture.size)
     size = [max(1, round(side * scale / patch_size)) * patch_size for side in picture.size]
     pixels = np.array(picture.resize(size, Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
-def kept_epochs(model):
-    """{"epoch 1": backbone, …}: the epochs that the run kept beside its checkpoint, itself last."""
-    stages = {model.epoch: model.backbone}
-    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(model.name)), "epoch-*.pth")):
-        backbone, content = vit.load_backbone(path)
-        ours = "config" in content and isinstance(content.get("epoch"), int)
-        if ours and content["epoch"] < model.epoch and backbone.heads == model.backbone.heads:
-            stages[content["epoch"]] = backbone.to(model.backbone.cls_token.device)
-    return {f"epoch {epoch}": stages[epoch] for epoch in sorted(stages)}
+def kept_epochs(model: Model) -> dict[str, VisionTransformer]:
+    """{"epoch 1": backbone, …}: the epochs that a run kept beside its checkpoint, itself last."""
+    backbones = {model.epoch: model.backbone}
+    folder = glob.escape(os.path.dirname(model.name))
+    for path in glob.glob(os.path.join(folder, "epoch-*.pth")):
+        kept = weights.load_backbone(path)
+        epoch = kept.content.get("epoch")
+        is_ours = "config" in kept.content and isinstance(epoch, int)
+        has_same_heads = kept.backbone.shape.heads == model.backbone.shape.heads
+        if is_ours and has_same_heads and epoch < model.epoch:
+            backbones[epoch] = kept.backbone.to(model.backbone.cls_token.device)
+    return {f"epoch {epoch}": backbones[epoch] for epoch in sorted(backbones)}
 
 
-def example_images(model, n):
-    """The first n test images, canvases of the layout `matched`, and their masks, if any."""
-    batch = next(data.evaluation_batches(model.config, model.splits["test"], n))
-    pictures = batch["images"].expand(-1, 3, -1, -1).clamp(0, 1)
-    masks = list(zip(*(batch[name] for name in ("digit", "clutter") if name in batch)))
-    return list(zip(pictures, masks or [()] * n))
+def example_images(model: Model, count: int) -> list[Example]:
+    """The first test images, with their masks if any; canvases are in the matched layout."""
+    batch = next(views.evaluation_batches(model.config, model.splits["test"], count))
+    pictures = batch.images.expand(-1, 3, -1, -1).clamp(0, 1)
+    if batch.digit is None:
+        return [Example(picture) for picture in pictures]
+    return [Example(*image) for image in zip(pictures, zip(batch.digit, batch.clutter))]
 
 
-def rows_x_columns(text):
-    """(4, 6) for "4x6"; ValueError, of which argparse makes a message, for anything else."""
+# -------------------------------------------------------------------------------- the command line
+
+
+def rows_x_columns(text: str) -> tuple[int, int]:
+    """(4, 6) for "4x6"; argparse makes a message of the ValueError for anything else."""
     rows, columns = map(int, text.split("x"))
     if min(rows, columns) < 1:
         raise ValueError(text)
     return rows, columns
 
 
-def parse_args(argv):
-    about = "Draw and measure where a trained network looks."
-    parser = argparse.ArgumentParser("visualize.py", description=about)
-    add = parser.add_argument
-    text = "of train.py, or its folder, or any ViT's weights"
-    add("checkpoints", nargs="*", metavar="CKPT", type=vit.checkpoint_of, help=text)
-    weights = "also measure weights that were not fine-tuned, on the first checkpoint's canvases, "
-    weights += f"else on the paper's: none, random ones, or {', '.join(vit.DINO_FILES)}"
-    add("--weights", metavar="{dino,none,FILE}", help=weights)
-    images = "draw the attention over these pictures, or all of a folder, instead"
-    add("--images", nargs="+", default=[], metavar="FILE", help=images)
-    add("--image-size", type=int, help="side of the input in pixels [as trained, else 224]")
-    add("--heads", type=int, help="of weights that do not say it [one for every 64 of the width]")
-    grid = "ROWSxCOLUMNS of the positions, of weights that do not say it [a square]"
-    add("--grid", type=rows_x_columns, metavar="RxC", help=grid)
-    half = "what weights expect: ImageNet's mean and deviation, or 0.5, as Google's and AugReg's"
-    add("--normalise", choices=["imagenet", "half"], default="imagenet", help=half)
-    add("--digits", choices=["auto", "mnist", "sklearn"], help="[as trained, else auto]")
-    add("--background", metavar="{black,texture,DIR}", help="behind the digits [as trained]")
-    add("--data-root", help="folder that holds MNIST/raw/ or stl10_binary/ [as trained, else data]")
-    add("--device", default=vit.default_device(), help="[%(default)s]")
-    add("--output", help="folder for what is written [the first checkpoint's, or runs/weights-…]")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "visualize.py", description="Draw and measure where a trained network looks."
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CKPT",
+        type=runs.checkpoint_path,
+        help="a checkpoint of train.py, the folder of a run, or the weights of any ViT",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="{dino,none,FILE}",
+        help="also measure weights that were not fine-tuned, on the canvases of the first "
+        "checkpoint, or else on the paper's: none (random weights), a file, or "
+        f"{', '.join(weights.DINO_FILES)}",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="draw the attention over these pictures, or over all in a folder, instead",
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="side of the input in pixels [as trained, else 224]"
+    )
+    parser.add_argument(
+        "--heads",
+        type=int,
+        help="number of attention heads, for weights that do not say it [width / 64]",
+    )
+    parser.add_argument(
+        "--grid",
+        type=rows_x_columns,
+        metavar="RxC",
+        help="rows x columns of the positions, for weights that do not say it [a square]",
+    )
+    parser.add_argument(
+        "--normalise",
+        choices=["imagenet", "half"],
+        default="imagenet",
+        help="what the weights expect: ImageNet's mean and deviation, or 0.5 for both, as "
+        "Google's and AugReg's do",
+    )
+    parser.add_argument(
+        "--digits", choices=["auto", "mnist", "sklearn"], help="[as trained, else auto]"
+    )
+    parser.add_argument(
+        "--background",
+        metavar="{black,texture,DIR}",
+        help="what lies behind the digits [as trained]",
+    )
+    parser.add_argument(
+        "--data-root", help="folder that holds MNIST/raw/ or stl10_binary/ [as trained, else data]"
+    )
+    parser.add_argument("--device", default=settings.default_device(), help="[%(default)s]")
+    parser.add_argument(
+        "--output", help="folder for what is written [the first checkpoint's, or runs/weights-…]"
+    )
     return parser.parse_args(argv)
 
 
-def make_folder(args):
-    """The folder for what is written, before any work is done. Raises OSError."""
-    folder = args.output or os.path.join("runs", f"weights-{args.weights}")
-    if not args.output and (args.checkpoints or args.weights not in ("none", *vit.DINO_FILES)):
-        folder = os.path.dirname([*args.checkpoints, args.weights][0]) or "."
+def make_folder(args: argparse.Namespace) -> str:
+    """The folder for what is written, tried before anything is drawn. Raises OSError."""
+    if args.output:
+        folder = args.output
+    elif args.checkpoints:
+        folder = os.path.dirname(args.checkpoints[0]) or "."
+    elif args.weights == "none" or args.weights in weights.DINO_FILES:
+        folder = os.path.join("runs", f"weights-{args.weights}")
+    else:
+        folder = os.path.dirname(args.weights) or "."
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        text = f"{folder} cannot be written to ({error.strerror})"
-        raise OSError(f"{text}; use --output with another folder") from error
+        raise OSError(
+            f"{folder} cannot be written to ({error.strerror}); use --output with another folder"
+        ) from error
     return folder
 
 
-def visualize(args):
-    """Everything that `python visualize.py` does; raises ValueError or OSError on bad input."""
+def open_models(args: argparse.Namespace) -> list[Model]:
+    """The networks of the command line, on the CPU; ValueError if there is none."""
     models = [open_model(path, args) for path in args.checkpoints]
-    measured = [model for model in models if model.history is not None]
     if args.weights is not None:
-        models.append(open_model(args.weights, args, measured[0] if measured else None))
-        models[-1].name = f"--weights {args.weights}"
-        measured.append(models[-1])
+        trained = [model for model in models if model.history is not None]
+        model = open_model(args.weights, args, trained[0] if trained else None)
+        model.name = f"--weights {args.weights}"
+        model.is_measured = True
+        models.append(model)
     if not models:
         raise ValueError("nothing to look at; use a ckpt.pth, or --weights dino, none or a file")
-    device, paths = vit.find_device(args.device), list_images(args.images)
-    sizes = [(model.config["image_size"], model.backbone.patch_size) for model in models]
-    bar = tqdm(paths, "reading", unit="picture", leave=False, disable=None)
-    pictures = {path: [open_image(path, *size) for size in sizes] for path in bar}
+    return models
+
+
+def visualize(args: argparse.Namespace):
+    """Everything that `python visualize.py` does; raises ValueError or OSError on bad input."""
+    models = open_models(args)
+    device = runs.find_device(args.device)
+    if args.images:
+        examples = open_pictures(models, list_images(args.images))
+        for model in models:
+            model.backbone.to(device)
+        draw_pictures(models, examples, make_folder(args))
+        return
+
     for model in models:
         model.backbone.to(device)
-        if not pictures:
-            model.splits, warning = data.load_dataset(model.config, device)
-            if warning and warning not in model.config["fallbacks"]:
-                print(f"warning: {warning}", file=sys.stderr)
-                model.config["fallbacks"] = [*model.config["fallbacks"], warning]
+        model.splits, config = data.load_dataset(model.config, device)
+        for line in config.fallbacks:
+            if line not in model.config.fallbacks:
+                print(f"warning: {line}", file=sys.stderr)
+        model.config = config
+    if len(models) == 1:
+        visualize_one(models[0], args)
+    else:
+        compare(models, args)
+
+
+def print_not_measured(model: Model):
+    print(
+        f"{model.name} does not come from train.py, so it is drawn on the paper's canvases but not "
+        f"measured; measure it with --weights {model.name}"
+    )
+
+
+def visualize_one(model: Model, args: argparse.Namespace):
+    """Draw and measure one network."""
+    epochs = kept_epochs(model) if model.history else {}
+    count = 8 if len(epochs) < 2 else max(1, 12 // len(epochs))
+    examples = example_images(model, count)
     folder = make_folder(args)
-    if pictures:
-        look_at_pictures(models, pictures, folder)
+    plot_attention([model], [examples], os.path.join(folder, "attention.png"), epochs)
+    if not model.is_measured:
+        print_not_measured(model)
         return
-    several, first = "-compared" * (len(models) > 1), models[0]
-    epochs = kept_epochs(first) if first.history and not several else {}
-    n = 8 if len(epochs) < 2 else max(1, 12 // len(epochs))
-    images = [example_images(model, n) for model in models]
-    plot_attention(models, images, os.path.join(folder, f"attention{several}.png"), epochs)
+    evaluation = report.evaluate(
+        model.name, model.config, model.history, model.backbone, model.splits
+    )
+    save_and_print([evaluation], os.path.join(folder, "metrics.json"))
+    if model.history:
+        plot_views(model, os.path.join(folder, "views.png"))
+        plot_curves(model, os.path.join(folder, "curves.png"))
+    plot_tsne(model, evaluation, os.path.join(folder, "tsne.png"))
+
+
+def compare(models: list[Model], args: argparse.Namespace):
+    """Draw several networks side by side, and measure them in one table."""
+    examples = [example_images(model, 8) for model in models]
+    folder = make_folder(args)
+    plot_attention(models, examples, os.path.join(folder, "attention-compared.png"))
+    measured = [model for model in models if model.is_measured]
     for model in models:
-        if model not in measured:
-            text = "is not of train.py, so it is drawn on the paper's canvases, not measured; use"
-            print(f"{model.name} {text} --weights {model.name}")
-    results = []
-    for m, other in zip(measured, measured[1:] + measured[:1]):
-        fits = other is not m and other.backbone.patch_size == m.backbone.patch_size
-        other = other.backbone if fits else None
-        found = metrics.evaluate(m.name, m.config, m.history, m.backbone, m.splits, other)
-        results.append(found[0])
-    if results:
-        print(metrics.report(results, os.path.join(folder, f"metrics{several}.json")))
-    if results and not several:
-        if first.history:
-            plot_views(first, os.path.join(folder, "views.png"))
-            plot_curves(first, os.path.join(folder, "curves.png"))
-        accuracy = results[0]["features"]["knn"]["value"]
-        plot_tsne(first, *found[1], accuracy, os.path.join(folder, "tsne.png"))
+        if not model.is_measured:
+            print_not_measured(model)
+    evaluations = []
+    for number, model in enumerate(measured):
+        # The table of a network has a row for the next one's attention on the same images.
+        other = measured[(number + 1) % len(measured)]
+        has_same_patches = other.backbone.shape.patch_size == model.backbone.shape.patch_size
+        other_backbone = None
+        if other is not model and has_same_patches:
+            other_backbone = other.backbone
+        evaluation = report.evaluate(
+            model.name, model.config, model.history, model.backbone, model.splits, other_backbone
+        )
+        evaluations.append(evaluation)
+    if evaluations:
+        save_and_print(evaluations, os.path.join(folder, "metrics-compared.json"))
 
 
-def main(argv=None):
+def save_and_print(evaluations: list[report.Evaluation], path: str):
+    """Write metrics.json, and print the report."""
+    results = [evaluation.result for evaluation in evaluations]
+    report.write_metrics(results, path)
+    print(report.format_report(results, path))
+
+
+def open_pictures(models: list[Model], paths: list[str]) -> dict[str, list[Example]]:
+    """{path: the picture for each model}, resized for it."""
+    examples = {}
+    for path in tqdm(paths, "reading", unit="picture", leave=False, disable=None):
+        examples[path] = [
+            Example(open_image(path, model.config.image_size, model.backbone.shape.patch_size))
+            for model in models
+        ]
+    return examples
+
+
+def draw_pictures(models: list[Model], examples: dict[str, list[Example]], folder: str):
+    """attention-images.png, or pages of it, and a line on each picture and model."""
+    paths = list(examples)
+    bar = tqdm(paths, "drawing", unit="picture", leave=False, disable=None)
+    for start in range(0, len(paths), PICTURES_PER_PAGE):
+        page = paths[start : start + PICTURES_PER_PAGE]
+        name = "attention-images.png"
+        if len(paths) > PICTURES_PER_PAGE:
+            name = f"attention-images-{start // PICTURES_PER_PAGE + 1}.png"
+        page_examples = [[examples[path][number] for path in page] for number in range(len(models))]
+        plot_attention(models, page_examples, os.path.join(folder, name))
+        for path in page:
+            for model, example in zip(models, examples[path]):
+                print_token_effects(model.backbone, path, example)
+        bar.update(len(page))
+    bar.close()
+
+
+@torch.no_grad()
+def print_token_effects(backbone: VisionTransformer, path: str, example: Example):
+    """Print whether the patches that attention points to matter more than random ones."""
+    images = views.normalize(example.picture[None].to(backbone.cls_token.device))
+    heads, _ = explain.cls_attention(backbone, images)
+    attention = heads.mean(1)
+    if attention.shape[1] < 5:
+        return  # a fifth of the patches is none
+    maps = [attention, explain.rollout(backbone, images)]
+    rng = torch.Generator().manual_seed(0)
+    effects = explain.token_effects(backbone, images, maps, rng, RANDOM_DRAWS)[0]
+    of_attention, of_rollout = (effects[:2] / effects[2:].mean()).tolist()
+    tqdm.write(
+        f"{path}: removing the most-attended 20% of the patches changes the feature "
+        f"{of_attention:.2f} times as much as removing a random 20% (rollout: {of_rollout:.2f})"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    socket.setdefaulttimeout(15)  # a host without an answer by then counts as unreachable
+    socket.setdefaulttimeout(15)  # seconds; a host that has not answered by then is unreachable
     try:
         visualize(args)
     except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        print(f"visualize.py: error: {vit.error_line(error)}", file=sys.stderr)
+        print(f"visualize.py: error: {runs.error_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("visualize.py: stopped", file=sys.stderr)
@@ -471,5 +756,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # what its code page lacks, as Windows' often do τ
+    sys.stdout.reconfigure(errors="replace")  # Windows' code pages often lack τ
     sys.exit(main())

@@ -1,35 +1,43 @@
-"""How fast a training step is, and what memory it takes, against timm and lightly.
+"""Compare the speed and the memory of our training step with those of timm and lightly.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/throughput.py                                  # on a CPU within three minutes
+    python benchmarks/throughput.py                                        # 3 minutes on a CPU
     python benchmarks/throughput.py --image-size 224 --batch-size 2
-    python benchmarks/throughput.py --memory --large-batch 1024      # also 1024 by pieces of 16
-    python benchmarks/throughput.py --preset laptop --loss nce --steps 30   # the laptop's network
+    python benchmarks/throughput.py --memory --large-batch 1024            # memory, not speed
+    python benchmarks/throughput.py --preset laptop --loss nce --steps 30  # the laptop's network
 
-Both sides train the same network on the same shapes: ViT-S/8, two crops of each image that student
-and teacher both see, DINO's head with K = 65,536 (or with --loss nce its bottleneck alone). The
-peer is put together as lightly's own example does it: its projection head, loss and momentum
-update, one forward a view, AdamW as it comes; the backbone is timm's `VisionTransformer`.
+Both sides train the same network on inputs of the same shape. By default this is ViT-S/8 with
+DINO's head and its K = 65,536 prototypes; with --loss nce the head ends at its bottleneck. Each
+image gives two crops, and student and teacher both see both of them.
 
-First both are fed crops from memory, taking turns step by step. Then each makes its own input,
-taking turns in blocks of steps: ours renders canvases on the device, the peer crops and blurs
-ready-made PIL canvases by torchvision's transforms in a DataLoader. A step's model FLOPs, (3 ×
-student + teacher) forward, are set against a square matrix product of the same run. Medians are
-printed, then a line of JSON.
+"Ours" is the training step of train.py. "Peer" is what one would put together instead, following
+lightly's own DINO example: timm's VisionTransformer with lightly's projection head, loss and
+momentum update, one forward pass for each view, and AdamW with its default settings.
+
+Speed is measured in two ways. First, both sides are fed crops from memory. They take turns step by
+step, and the median time of a step is reported. Then each side makes its own input, and they take
+turns in blocks of steps. Ours renders its canvases on the device. The peer reads finished canvases
+as PIL images, and a DataLoader crops and blurs them with torchvision's transforms.
+
+The arithmetic of the model is (3 × student + teacher) forward passes for each crop. Divided by the
+time of a step, it is compared with the speed of a large matrix product that is measured in the
+same run. The last line of the output holds all results as JSON.
 """
 
 import argparse
 import copy
 import datetime
 import functools
+import itertools
 import json
-import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightly
@@ -43,461 +51,738 @@ from lightly.models.modules.heads import DINOProjectionHead, ProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from PIL import Image
 
+# the project's folder, whose views.py is not the one beside this file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clutter
 import data
+import settings
 import train
 import vit
+from views import MEAN, STD, TrainingViews
 
 warnings.filterwarnings("ignore", message=".*weight_norm.*")
 
-
-# ----------------------------------------------------------------------------------- the sides
-
-
-def digits(least=0):
-    """scikit-learn's training digits, again and again if there are not as many as that."""
-    split = data.load_digits("sklearn")[0]["train"]
-    times = 1 + least // len(split)
-    return data.Split(split.images.repeat(times, 1, 1), split.labels.repeat(times))
+# Every measured step is taken halfway through an imaginary run. There the learning rate is not
+# zero, and the last layer of DINO's head is trained, unlike in the first epoch.
+TOTAL_STEPS = 1_000_000
+STEP = TOTAL_STEPS // 2
+PEER_DATASET_SIZE = 1_000_000  # so that the peer's DataLoader does not reach the end of an epoch
+LAPTOP_INPUT_STEPS = 30
 
 
-def our_config(args, *flags):
-    given = f"--preset {args.preset} --weights none --digits sklearn --views same --crops 2"
-    given += f" --loss {args.loss} --device {args.device} --image-size {args.image_size}"
-    given = [*given.split(), "--batch-size", str(args.batch_size), *flags]
-    return train.make_config(train.parse_args(given))
+# ------------------------------------------------------------------- what both sides have in common
 
 
-def ours(config, crops=None):
-    """A function that takes our training step, fed from `crops` or rendering its own input."""
-    device = torch.device(config["device"])
-    student = vit.build_network(config).to(device)
-    student.backbone.checkpoint_blocks = config["checkpoint_blocks"]
-    parts = train.make_parts(config, student)
-    if config["compile"]:
-        train.compile_blocks(student, parts["teacher"])
-    views = data.TrainingViews(config, digits(config["batch_size"]).to(device), device=device)
-    steps = 1_000_000
-    ahead = train.prefetch(views, range(steps // 2, steps))
-    params = next(ahead)
-    if crops is not None:
-        views.render = lambda params: crops[:, : len(params["centre"])]
+def comparison_config(args: argparse.Namespace, **flags) -> settings.Config:
+    """The settings of train.py that are compared, with further `flags` for ours.
 
-    def step():
-        drawn = params if crops is not None else next(ahead)
-        train.training_step(config, parts, student, views, drawn, steps // 2, steps)
-
-    step.views = views
-    return step
+    The peer takes the shape of the network and of its input from them.
+    """
+    common = {
+        "weights": "none",
+        "digits": "sklearn",
+        "views": "same",
+        "crops": 2,
+        "loss": args.loss,
+        "device": str(args.device),
+        "image_size": args.image_size,
+        "batch_size": args.batch_size,
+    }
+    return settings.make_config({**common, **flags}, args.preset)
 
 
-def peer(args, precision, crops=None, compiled=False):
-    """The same for the peer. `precision` is of its autocast, float32 for none."""
-    c = our_config(args)
-    sizes = {"img_size": c["image_size"], "patch_size": c["patch_size"], "embed_dim": c["dim"]}
-    sizes |= {"depth": c["depth"], "num_heads": c["heads"], "mlp_ratio": c["mlp_ratio"]}
-    student = timm.models.VisionTransformer(**sizes, num_classes=0).to(args.device)
-    sizes = c["head_hidden_dim"], c["bottleneck_dim"]
-    heads = [DINOProjectionHead(c["dim"], *sizes, c["out_dim"]) for _ in range(2)]
-    if args.loss == "nce":
-        (hidden, bottleneck), heads = sizes, []
-        for _ in range(2):
-            widths, layers = [c["dim"], *[hidden] * (c["head_layers"] - 1)], []
-            for width in widths[:-1]:
-                norm = torch.nn.LayerNorm(hidden) if c["head_norm"] else None
-                layers.append((width, hidden, norm, torch.nn.GELU()))
-            heads.append(ProjectionHead([*layers, (widths[-1], bottleneck, None, None)]))
-    student_head, teacher_head = (head.to(args.device) for head in heads)
-    teacher = copy.deepcopy(student)
-    deactivate_requires_grad(teacher)
-    deactivate_requires_grad(teacher_head)
-    optimizer = torch.optim.AdamW([*student.parameters(), *student_head.parameters()], lr=1e-4)
-    criterion = (
-        DINOLoss(c["out_dim"]) if args.loss == "dino" else NTXentLoss(c["temperature"])
-    ).to(args.device)
-    look, teach = (
-        torch.compile(network) if compiled else network for network in (student, teacher)
-    )
-    loader = None if crops is not None else iter(peer_loader(args))
-    waited = []
+def training_digits(batch_size: int) -> data.Split:
+    """scikit-learn's training digits, repeated until there are enough for a batch."""
+    splits, _, _ = data.load_digits("sklearn")
+    digits = splits["train"]
+    repeats = 1 + batch_size // len(digits)
+    return data.Split(digits.images.repeat(repeats, 1, 1), digits.labels.repeat(repeats))
 
-    def step():
-        started = time.perf_counter()
-        views = [
-            view.to(args.device, non_blocking=True) for view in (next(loader) if loader else crops)
-        ]
-        waited.append(time.perf_counter() - started)
-        update_momentum(student, teacher, 0.996)
-        update_momentum(student_head, teacher_head, 0.996)
-        with torch.autocast(
-            torch.device(args.device).type,
-            getattr(torch, precision),
-            enabled=precision != "float32",
-        ):
-            teacher_out = [teacher_head(teach(view)) for view in views]
-            student_out = [student_head(look(view)) for view in views]
-            if args.loss == "dino":
-                loss = criterion(teacher_out, student_out)
-            else:
-                loss = (
-                    criterion(student_out[0], teacher_out[1])
-                    + criterion(student_out[1], teacher_out[0])
-                ) / 2
+
+def uses_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def auto_precision(device: torch.device) -> str:
+    """The name of the type that --precision auto stands for on this device."""
+    dtype = train.autocast_dtype("auto", device)
+    return str(dtype).removeprefix("torch.")
+
+
+def peer_precision(device: torch.device) -> str:
+    """The precision of the peer as one would run it: lightly's example is in float32 on a CPU."""
+    return auto_precision(device) if uses_cuda(device) else "float32"
+
+
+def compared_precisions(device: torch.device) -> list[str]:
+    """The precisions that both sides are timed in, without repetition."""
+    return list(dict.fromkeys([auto_precision(device), "float32"]))
+
+
+# --------------------------------------------------------------------------------------------- ours
+
+
+class ViewsInMemory(TrainingViews):
+    """Training views that return the same crops in every step, instead of rendering them."""
+
+    def __init__(self, config, split, crops):
+        super().__init__(config, split, device=crops.device)
+        self.crops = crops  # (2, B, 3, image_size, image_size)
+
+    def render(self, params):
+        return self.crops
+
+
+class OurTrainer:
+    """Takes the training step of train.py, fed with `crops` if given, else with its own views."""
+
+    def __init__(self, config: settings.Config, crops=None):
+        device = torch.device(config.device)
+        split = training_digits(config.batch_size).to(device)
+        student = vit.build_network(config).to(device)
+        self.config = config
+        self.precision = config.precision
+        self.state = train.make_state(config, student)
+        if config.compile:
+            train.compile_blocks(student, self.state.teacher)
+        # parameters of views for every step, or, where they have no effect, the same ones again
+        if crops is None:
+            self.views = TrainingViews(config, split, device=device)
+            self.batches = train.prefetch(self.views, range(STEP, TOTAL_STEPS))
+        else:
+            self.views = ViewsInMemory(config, split, crops)
+            self.batches = itertools.repeat(self.views.sample(STEP))
+
+    def step(self):
+        params = next(self.batches)
+        train.training_step(self.config, self.state, self.views, params, STEP, TOTAL_STEPS)
+
+
+# --------------------------------------------------------------------------------------------- peer
+
+
+class PeerTrainer:
+    """Takes a training step put together from timm and lightly.
+
+    It is fed with `crops` if given, else by a DataLoader. `precision` is that of autocast; float32
+    turns autocast off. `load_seconds` holds how long each step has waited for its input.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, precision: str, crops=None, compiled: bool = False
+    ):
+        config = comparison_config(args)
+        self.device = args.device
+        self.precision = precision
+        self.loss = config.loss
+        self.crops = crops
+        self.load_seconds = []
+
+        self.student = timm_vit(config).to(self.device)
+        self.student_head = lightly_head(config).to(self.device)
+        self.teacher = copy.deepcopy(self.student)
+        self.teacher_head = lightly_head(config).to(self.device)
+        deactivate_requires_grad(self.teacher)
+        deactivate_requires_grad(self.teacher_head)
+        # the networks as they are called; compiled, they share the weights of those above
+        self.run_student = torch.compile(self.student) if compiled else self.student
+        self.run_teacher = torch.compile(self.teacher) if compiled else self.teacher
+
+        parameters = [*self.student.parameters(), *self.student_head.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        self.loss_fn = lightly_loss(config).to(self.device)
+        self.loader = iter(peer_loader(args)) if crops is None else None
+
+    def step(self):
+        # load the two views, (B, 3, image_size, image_size) each
+        start = time.perf_counter()
+        views = next(self.loader) if self.crops is None else self.crops
+        views = [view.to(self.device, non_blocking=True) for view in views]
+        self.load_seconds.append(time.perf_counter() - start)
+
+        # update the teacher
+        update_momentum(self.student, self.teacher, 0.996)
+        update_momentum(self.student_head, self.teacher_head, 0.996)
+
+        # update the student
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(self.device.type, dtype, enabled=self.precision != "float32"):
+            teacher_out = [self.teacher_head(self.run_teacher(view)) for view in views]
+            student_out = [self.student_head(self.run_student(view)) for view in views]
+            loss = self.compare(teacher_out, student_out)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    step.waited = waited
-    return step
+    def compare(self, teacher_out, student_out):
+        """The loss of each view's student against the other view's teacher."""
+        if self.loss == "dino":
+            return self.loss_fn(teacher_out, student_out)
+        first_loss = self.loss_fn(student_out[0], teacher_out[1])
+        second_loss = self.loss_fn(student_out[1], teacher_out[0])
+        return (first_loss + second_loss) / 2
 
 
-class Canvases(torch.utils.data.Dataset):
-    """Cluttered digits as PIL images, ready-made, and two views of each by torchvision."""
+def timm_vit(config: settings.Config):
+    """timm's network of the same shape, without the registers of the laptop preset."""
+    return timm.models.VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=0,
+    )
 
-    def __init__(self, args):
-        split = digits()
-        config = our_config(args)
-        sampler, rng = data.CanvasSampler(config, split), data.generator(0, "benchmark")
-        params = sampler.sample(rng, torch.arange(len(split)))
-        canvases = data.render_canvases(params, config, split.images)[0]
-        self.pictures = [
-            Image.fromarray((canvas[0].numpy() * 255).astype(np.uint8)) for canvas in canvases
+
+def lightly_head(config: settings.Config):
+    """lightly's projection head, with layers as wide as those of ours."""
+    hidden_dim = config.head_hidden_dim
+    if config.loss == "dino":
+        return DINOProjectionHead(config.dim, hidden_dim, config.bottleneck_dim, config.out_dim)
+    layers = []  # (inputs, outputs, norm, activation)
+    width = config.dim
+    for _ in range(config.head_layers - 1):
+        norm = torch.nn.LayerNorm(hidden_dim) if config.head_norm else None
+        layers.append((width, hidden_dim, norm, torch.nn.GELU()))
+        width = hidden_dim
+    layers.append((width, config.bottleneck_dim, None, None))
+    return ProjectionHead(layers)
+
+
+def lightly_loss(config: settings.Config):
+    if config.loss == "dino":
+        return DINOLoss(config.out_dim)
+    return NTXentLoss(config.temperature)
+
+
+class PeerDataset(torch.utils.data.Dataset):
+    """Pairs of views of finished canvases, made by torchvision's transforms from PIL images."""
+
+    def __init__(self, config: settings.Config):
+        digits = training_digits(config.batch_size)
+        sampler = clutter.CanvasSampler(config, digits)
+        params = sampler.sample(data.generator(0, "benchmark"), torch.arange(len(digits)))
+        canvases, _, _ = clutter.render_canvases(params, config, digits.images, masks=False)
+        levels = (canvases[:, 0].numpy() * 255).astype(np.uint8)
+        self.canvases = [Image.fromarray(canvas) for canvas in levels]
+
+        blur_width = 1 + 2 * max(1, config.image_size // 20)
+        blur = T.GaussianBlur(blur_width, sigma=(0.1, 2.0))
+        steps = [
+            T.RandomResizedCrop(config.image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
+            T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
+            T.RandomApply([blur], p=0.5),
+            T.Grayscale(3),
+            T.ToTensor(),
+            T.Normalize(MEAN.flatten(), STD.flatten()),
         ]
-        self.transform = T.Compose(
-            [
-                T.RandomResizedCrop(args.image_size, scale=(0.5, 1.0), ratio=(1.0, 1.0)),
-                T.RandomRotation(15, interpolation=T.InterpolationMode.BILINEAR),
-                T.RandomApply(
-                    [T.GaussianBlur(1 + 2 * max(1, args.image_size // 20), sigma=(0.1, 2.0))], p=0.5
-                ),
-                T.Grayscale(3),
-                T.ToTensor(),
-                T.Normalize(data.MEAN.flatten(), data.STD.flatten()),
-            ]
-        )
+        self.transform = T.Compose(steps)
 
     def __len__(self):
-        return 1_000_000
+        return PEER_DATASET_SIZE
 
     def __getitem__(self, index):
-        picture = self.pictures[index % len(self.pictures)]
-        return self.transform(picture), self.transform(picture)
+        canvas = self.canvases[index % len(self.canvases)]
+        return self.transform(canvas), self.transform(canvas)
 
 
-def peer_loader(args):
-    pin = torch.device(args.device).type == "cuda"
+def peer_loader(args: argparse.Namespace) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
-        Canvases(args),
+        PeerDataset(comparison_config(args)),
         args.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=args.workers,
-        pin_memory=pin,
+        pin_memory=uses_cuda(args.device),
     )
 
 
-# -------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
-def synchronize(device):
-    if torch.device(device).type == "cuda":
+def synchronize(device: torch.device):
+    """Wait until a GPU has finished what it was asked to do."""
+    if uses_cuda(device):
         torch.cuda.synchronize()
 
 
-def seconds(function, device):
+def call_seconds(device: torch.device, function: Callable, *arguments) -> float:
+    """The seconds that a call of the function takes."""
     synchronize(device)
-    started = time.perf_counter()
-    function()
+    start = time.perf_counter()
+    function(*arguments)
     synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
-def take_turns(sides, steps, device):
-    """Median seconds of a step of each side; one step each in turn, the first one not counted."""
-    times = {name: [] for name in sides}
-    for turn in range(-1, steps):
-        for name, step in sides.items():
-            took = seconds(step, device)
-            times[name] += [took] if turn >= 0 else []
+def median_step_seconds(trainers: dict, steps: int, device: torch.device) -> dict[str, float]:
+    """The median seconds of a step of each trainer. They take turns, after a warm-up step each."""
+    for trainer in trainers.values():
+        trainer.step()
+    times = {name: [] for name in trainers}
+    for _ in range(steps):
+        for name, trainer in trainers.items():
+            times[name].append(call_seconds(device, trainer.step))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_bytes(make, device):
-    """Most memory in tensors while `make()` is built and its step is taken twice."""
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step = make()
-        step()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+def block_seconds(trainer, steps: int, device: torch.device) -> float:
+    """The mean seconds of a step in an uninterrupted block of steps, after one warm-up step."""
+
+    def take_steps():
+        for _ in range(steps):
+            trainer.step()
+
+    trainer.step()
+    return call_seconds(device, take_steps) / steps
+
+
+def peak_bytes(make_trainer: Callable, device: torch.device) -> int:
+    """The most bytes that tensors take up while a trainer is made and takes two steps."""
+    return cuda_peak_bytes(make_trainer) if uses_cuda(device) else cpu_peak_bytes(make_trainer)
+
+
+def cuda_peak_bytes(make_trainer: Callable) -> int:
+    bytes_before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    take_two_steps(make_trainer)
+    return torch.cuda.max_memory_allocated() - bytes_before
+
+
+def cpu_peak_bytes(make_trainer: Callable) -> int:
+    # PyTorch keeps no such count for a CPU, but its profiler records every change
+    cpu = torch.profiler.ProfilerActivity.CPU
     with tempfile.TemporaryDirectory() as folder:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            step = make()
-            step()
-            step()
-        profile.export_chrome_trace(os.path.join(folder, "trace.json"))
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return int(np.cumsum([change for _, change in changes]).max())
+        path = Path(folder, "trace.json")
+        with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+            take_two_steps(make_trainer)
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = []  # (time, bytes allocated or, if negative, freed)
+    for event in events:
+        if event.get("name") == "[memory]":
+            changes.append((event["ts"], event["args"]["Bytes"]))
+    # the sum of all changes up to each moment
+    changes.sort()
+    bytes_in_use = np.cumsum([change for _, change in changes])
+    return int(bytes_in_use.max())
 
 
-def forward_flops(config):
-    """FLOPs of backbone and head for one crop; of the last block only what [CLS] needs."""
-    d, n = config["dim"], 1 + (config["image_size"] // config["patch_size"]) ** 2
-    mlp = 4 * config["mlp_ratio"] * d * d
-    block = n * (8 * d * d + mlp) + 4 * n * n * d  # qkv 6, proj 2; q kᵀ and the weighted v
-    last = 4 * n * d * d + 4 * d * d + mlp + 4 * n * d  # k, v of all tokens, the rest of [CLS]
-    patches = 2 * (n - 1) * 3 * config["patch_size"] ** 2 * d
-    h, b, hidden = config["head_hidden_dim"], config["bottleneck_dim"], config["head_layers"] - 2
-    head = 2 * (d * h + hidden * h * h + h * b)
-    head += 2 * b * config["out_dim"] if config["loss"] == "dino" else 0
-    return patches + (config["depth"] - 1) * block + last + head
+def take_two_steps(make_trainer: Callable):
+    trainer = make_trainer()
+    trainer.step()
+    trainer.step()
 
 
-def matmul_rate(m, k, n, dtype, device):
-    """FLOP/s of a product of matrices, the best of some."""
-    a, b = (
-        torch.randn(m, k, device=device, dtype=dtype),
-        torch.randn(k, n, device=device, dtype=dtype),
-    )
-    return 2 * m * k * n / min(seconds(lambda: a @ b, device) for _ in range(6))
+def forward_flops(config: settings.Config) -> int:
+    """The FLOPs of backbone and head for one crop, of which only matrix products count.
+
+    In the last block, only keys and values are computed for all tokens; all else for [CLS] alone.
+    Registers do not count, since the peer's network has none.
+    """
+    dim = config.dim
+    patches = (config.image_size // config.patch_size) ** 2
+    tokens = 1 + patches
+    patch_embedding = 2 * patches * 3 * config.patch_size**2 * dim
+
+    # in a block, for one token
+    key_and_value = 4 * dim**2
+    query_and_output = 4 * dim**2
+    attention = 4 * tokens * dim  # q kᵀ, and the weighted sum of the values
+    mlp = 4 * config.mlp_ratio * dim**2
+    per_query = query_and_output + attention + mlp
+
+    block = tokens * (key_and_value + per_query)
+    last_block = tokens * key_and_value + per_query
+    backbone = patch_embedding + (config.depth - 1) * block + last_block
+
+    # the head uses each of its weights once
+    hidden_dim = config.head_hidden_dim
+    head_weights = dim * hidden_dim
+    head_weights += (config.head_layers - 2) * hidden_dim**2
+    head_weights += hidden_dim * config.bottleneck_dim
+    if config.loss == "dino":
+        head_weights += config.bottleneck_dim * config.out_dim
+    return backbone + 2 * head_weights
 
 
-def input_share(step, steps, device):
-    """Share of our step that makes its input; a GPU's parameters are sampled ahead."""
-    views, on_gpu, parts = step.views, torch.device(device).type == "cuda", []
-    for number in range(steps + 1):
-        params = views.sample(number)
-        make = (
-            functools.partial(views.render, params)
-            if on_gpu
-            else functools.partial(sample_and_render, views, number)
-        )
-        parts.append(seconds(make, device) / seconds(step, device))
-    return statistics.median(parts[1:])
+def step_flops(config: settings.Config) -> int:
+    """The FLOPs of a training step, with two crops of each image.
+
+    The student's backward pass takes as much as two forward passes. The teacher has only a forward
+    pass.
+    """
+    crops = 2 * config.batch_size
+    return (3 + 1) * crops * forward_flops(config)
 
 
-def sample_and_render(views, number):
-    return views.render(views.sample(number))
+def matmul_flops_per_second(
+    shape: tuple[int, int, int], precision: str, device: torch.device
+) -> float:
+    """The best speed of six products of matrices (rows, inner) and (inner, columns)."""
+    rows, inner, columns = shape
+    dtype = getattr(torch, precision)
+    left = torch.randn(rows, inner, device=device, dtype=dtype)
+    right = torch.randn(inner, columns, device=device, dtype=dtype)
+    best_seconds = min(call_seconds(device, torch.matmul, left, right) for _ in range(6))
+    return 2 * rows * inner * columns / best_seconds
 
 
-# ----------------------------------------------------------------------------------- the report
+def matmul_speeds(shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
+    """`matmul_flops_per_second` in each of the compared precisions."""
+    speeds = {}
+    for precision in compared_precisions(device):
+        speeds[precision] = matmul_flops_per_second(shape, precision, device)
+    return speeds
 
 
-def fed_from_memory(args):
-    """Steps of both sides in both precisions, in turn: seconds by name."""
-    config = our_config(args)
-    views = data.TrainingViews(config, digits().to(args.device), device=torch.device(args.device))
-    crops = views.render(views.sample(0))
-    fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
-    sides = {}
-    for precision in dict.fromkeys((fast, "float32")):
-        sides[f"ours {precision}"] = ours(our_config(args, "--precision", precision), crops)
-        sides[f"peer {precision}"] = peer(args, precision, crops)
-    if torch.device(args.device).type == "cuda":
-        sides[f"ours compiled {fast}"] = ours(
-            our_config(args, "--precision", fast, "--compile"), crops
-        )
-        sides[f"peer compiled {fast}"] = peer(args, fast, crops, compiled=True)
-    return take_turns(sides, args.steps, args.device), config, fast
+def input_share(trainer: OurTrainer, steps: int, device: torch.device) -> float:
+    """The median share of our step that is spent on making its input.
+
+    Rendering always counts. Sampling the parameters counts on a CPU only, since with CUDA a thread
+    samples them ahead of the step.
+    """
+    views = trainer.views
+    shares = []
+    for step in range(steps + 1):
+        params = views.sample(step)
+        input_seconds = call_seconds(device, views.render, params)
+        if not uses_cuda(device):
+            input_seconds += call_seconds(device, views.sample, step)
+        shares.append(input_seconds / call_seconds(device, trainer.step))
+    return statistics.median(shares[1:])  # the first is a warm-up
 
 
-def end_to_end(args, fast):
-    """Seconds a step when each side makes its own input; the share that the peer waits for it."""
-    theirs = (
-        fast if torch.device(args.device).type == "cuda" else "float32"
-    )  # on a CPU as its example is
-    mine, times, waits = ours(our_config(args, "--precision", fast)), {"ours": [], "peer": []}, []
+# -------------------------------------------------------------------------------------------- speed
 
-    def block(step):
-        step()
-        return seconds(lambda: [step() for _ in range(args.steps)], args.device) / args.steps
 
+@dataclass
+class StepTime:
+    """How long a step takes that is fed with crops from memory."""
+
+    precision: str
+    seconds: float  # the median
+
+
+@dataclass
+class EndToEndTime:
+    """How long a step takes for which each side makes its own input."""
+
+    our_name: str
+    our_seconds: float
+    our_input_share: float  # of the step, spent on making its input
+    peer_name: str
+    peer_seconds: float
+    peer_waiting_share: float  # of the step, spent on waiting for its DataLoader
+
+
+def time_steps_from_memory(args: argparse.Namespace) -> dict[str, StepTime]:
+    """Time the steps of both sides in each precision, and with CUDA also compiled."""
+    device = args.device
+    config = comparison_config(args)
+    split = training_digits(config.batch_size).to(device)
+    training_views = TrainingViews(config, split, device=device)
+    crops = training_views.render(training_views.sample(0))
+
+    trainers = {}
+    for precision in compared_precisions(device):
+        precise_config = comparison_config(args, precision=precision)
+        trainers[f"ours {precision}"] = OurTrainer(precise_config, crops)
+        trainers[f"peer {precision}"] = PeerTrainer(args, precision, crops)
+    if uses_cuda(device):
+        precision = auto_precision(device)
+        compiled_config = comparison_config(args, precision=precision, compile=True)
+        trainers[f"ours compiled {precision}"] = OurTrainer(compiled_config, crops)
+        trainers[f"peer compiled {precision}"] = PeerTrainer(args, precision, crops, compiled=True)
+
+    medians = median_step_seconds(trainers, args.steps, device)
+    return {name: StepTime(trainers[name].precision, medians[name]) for name in trainers}
+
+
+def time_end_to_end(args: argparse.Namespace) -> EndToEndTime:
+    """Time two blocks of steps of each side, in turn."""
+    our_precision = auto_precision(args.device)
+    our_trainer = OurTrainer(comparison_config(args, precision=our_precision))
+    our_blocks = []
+    peer_blocks = []
+    waiting_shares = []
     for _ in range(2):
-        times["ours"].append(block(mine))
-        step = peer(
-            args, theirs
-        )  # the workers of its loader begin and end with it, so that ours are not disturbed
-        times["peer"].append(block(step))
-        waits.append(sum(step.waited[1:]) / args.steps / times["peer"][-1])
-        del step
-    share = input_share(mine, args.steps, args.device)
-    whole = {
-        f"ours {fast}": statistics.mean(times["ours"]),
-        f"peer {theirs}": statistics.mean(times["peer"]),
-    }
-    return whole, share, statistics.mean(waits)
+        our_blocks.append(block_seconds(our_trainer, args.steps, args.device))
+        peer_seconds, waiting_share = time_peer_block(args)
+        peer_blocks.append(peer_seconds)
+        waiting_shares.append(waiting_share)
+    our_input_share = input_share(our_trainer, args.steps, args.device)
+    return EndToEndTime(
+        our_name=f"ours {our_precision}",
+        our_seconds=statistics.mean(our_blocks),
+        our_input_share=our_input_share,
+        peer_name=f"peer {peer_precision(args.device)}",
+        peer_seconds=statistics.mean(peer_blocks),
+        peer_waiting_share=statistics.mean(waiting_shares),
+    )
 
 
-def laptop_input_share(args):
-    shares = {}
-    for views in ("different", "same"):
-        flags = [
-            "--preset",
-            "laptop",
-            "--digits",
-            "sklearn",
-            "--views",
-            views,
-            "--device",
-            args.device,
-        ]
-        shares[views] = input_share(
-            ours(train.make_config(train.parse_args(flags))), 30, args.device
-        )
-    return shares
+def time_peer_block(args: argparse.Namespace) -> tuple[float, float]:
+    """The peer's mean seconds of a step, and the share of them that it waits for its DataLoader.
+
+    The loader's workers start and end in here, so that they do not disturb the steps of ours.
+    """
+    trainer = PeerTrainer(args, peer_precision(args.device))
+    step_seconds = block_seconds(trainer, args.steps, args.device)
+    waiting_seconds = sum(trainer.load_seconds[1:]) / args.steps  # without the warm-up step
+    return step_seconds, waiting_seconds / step_seconds
 
 
-def report_memory(args):
-    fast = str(train.autocast_dtype("auto", torch.device(args.device))).removeprefix("torch.")
-    crops = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=args.device)
-    makers = {
-        "ours": lambda: ours(our_config(args)),
-        "ours, --checkpoint-blocks": lambda: ours(our_config(args, "--checkpoint-blocks")),
-        f"peer {fast}": lambda: peer(args, fast, crops),  # its own input is made by other processes
-        "peer float32": lambda: peer(args, "float32", crops),
-    }
-    if args.large_batch:
-        large = argparse.Namespace(**vars(args) | {"batch_size": args.large_batch})
-        config = our_config(large, "--micro-batch", str(args.batch_size))
-        makers[f"ours, {args.large_batch} by {args.batch_size}"] = lambda: ours(config)
-    peaks = {name: peak_bytes(make, args.device) for name, make in makers.items()}
+def laptop_input_share(views: str, device: torch.device) -> float:
+    """The share of a step of the laptop preset that is spent on making its input."""
+    flags = {"digits": "sklearn", "views": views, "device": str(device)}
+    trainer = OurTrainer(settings.make_config(flags, "laptop"))
+    return input_share(trainer, LAPTOP_INPUT_STEPS, device)
+
+
+def speed_ratios(step_times: dict[str, StepTime], device: torch.device) -> dict[str, float]:
+    """How many times as fast as the peer ours is when fed from memory, for each fair pair."""
+    auto = auto_precision(device)
+    # both as they come
+    pairs = [(f"ours {auto}", f"peer {peer_precision(device)}")]
+    # both in the same precision
+    for precision in compared_precisions(device):
+        pairs.append((f"ours {precision}", f"peer {precision}"))
+    # the peer compiled, which is its best
+    if uses_cuda(device):
+        pairs.append((f"ours {auto}", f"peer compiled {auto}"))
+        pairs.append((f"ours compiled {auto}", f"peer compiled {auto}"))
+    ratios = {}
+    for ours, peer in pairs:
+        ratio = step_times[peer].seconds / step_times[ours].seconds
+        ratios[f"{ours} over {peer}"] = round(ratio, 3)
+    return ratios
+
+
+def rounded_milliseconds(seconds: float) -> float:
+    return round(1000 * seconds, 1)
+
+
+def speed_columns(name: str, step_seconds: float, batch_size: int) -> str:
+    """The first three columns of the tables below."""
+    return f"{name:24}{batch_size / step_seconds:10.2f}{1000 * step_seconds:13.0f}"
+
+
+def report_speed(args: argparse.Namespace) -> dict:
+    """Measure and print the speed of both sides. Returns what the JSON line says of it."""
+    from_memory = report_steps_from_memory(args)
+    end_to_end = report_end_to_end(args)
+    ratios = from_memory["ratio"] | end_to_end["ratio"]
+    print("\nThe speed of ours divided by that of the peer:")
+    for name, ratio in ratios.items():
+        print(f"{ratio:6.2f}  {name}")
+    return from_memory | end_to_end | {"ratio": ratios}
+
+
+def report_steps_from_memory(args: argparse.Namespace) -> dict:
+    device = args.device
+    config = comparison_config(args)
+    step_times = time_steps_from_memory(args)
+
+    # the speed of matrix products: a large one, and one of the shape that the MLP has
+    side = 8192 if uses_cuda(device) else 2048
+    tokens = 1 + (config.image_size // config.patch_size) ** 2
+    mlp_shape = (2 * config.batch_size * tokens, config.dim, config.mlp_ratio * config.dim)
+    large_speeds = matmul_speeds((side, side, side), device)
+    mlp_speeds = matmul_speeds(mlp_shape, device)
+
+    # the table
     print(
-        f"most memory in two steps, with weights and optimizer; preset {args.preset}, "
-        f"{args.image_size} px, batch {args.batch_size}, "
-        f"loss {args.loss}"
+        f"Training steps that are fed from memory: preset {args.preset}, {args.image_size} px, "
+        f"batch {args.batch_size} × 2 crops, loss {args.loss}."
+    )
+    print(
+        "The last columns give the FLOPs of the model per second as shares of what a matrix "
+        f"product\nreaches: one of {side}³, and one of the MLP's shape.\n"
+    )
+    print(f"{'':24}{'images/s':>10}{'ms per step':>13}{f'of {side}³':>10}{'of MLP':>9}")
+    flops = step_flops(config)
+    utilisation = {}
+    for name, step_time in step_times.items():
+        model_speed = flops / step_time.seconds
+        utilisation[name] = model_speed / large_speeds[step_time.precision]
+        mlp_utilisation = model_speed / mlp_speeds[step_time.precision]
+        columns = speed_columns(name, step_time.seconds, args.batch_size)
+        print(f"{columns}{utilisation[name]:10.0%}{mlp_utilisation:9.0%}")
+
+    step_milliseconds = {}
+    for name, step_time in step_times.items():
+        step_milliseconds[name] = rounded_milliseconds(step_time.seconds)
+    return {
+        "ms_a_step": step_milliseconds,
+        "ratio": speed_ratios(step_times, device),
+        "model_flops_a_step": flops,
+        "flop_utilisation": utilisation,
+        "matmul_flops_per_s": large_speeds,
+        "own_shape_flops_per_s": mlp_speeds,
+    }
+
+
+def report_end_to_end(args: argparse.Namespace) -> dict:
+    result = time_end_to_end(args)
+    laptop_different = laptop_input_share("different", args.device)
+    laptop_same = laptop_input_share("same", args.device)
+
+    print("\nTraining steps for which each side makes its own input:\n")
+    our_columns = speed_columns(result.our_name, result.our_seconds, args.batch_size)
+    print(f"{our_columns}    {result.our_input_share:.1%} of the step is spent on input.")
+    peer_columns = speed_columns(result.peer_name, result.peer_seconds, args.batch_size)
+    waiting_share = f"{result.peer_waiting_share:.1%} of the step"
+    print(f"{peer_columns}    {waiting_share} is spent waiting for the DataLoader.")
+    print(
+        f"\nThe laptop preset spends {laptop_different:.1%} of a step on its input with "
+        f"--views different,\nand {laptop_same:.1%} with --views same."
+    )
+
+    workers = f"{args.workers} workers"
+    ratio_name = f"end to end: {result.our_name} over {result.peer_name}, {workers}"
+    ratio = result.peer_seconds / result.our_seconds
+    step_milliseconds = {
+        result.our_name: rounded_milliseconds(result.our_seconds),
+        result.peer_name: rounded_milliseconds(result.peer_seconds),
+    }
+    input_shares = {
+        "ours": result.our_input_share,
+        "laptop different": laptop_different,
+        "laptop same": laptop_same,
+    }
+    return {
+        "ratio": {ratio_name: round(ratio, 3)},
+        "end_to_end_ms_a_step": step_milliseconds,
+        "input_share": input_shares,
+        "peer_waits_for_input": result.peer_waiting_share,
+    }
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def memory_trainers(args: argparse.Namespace) -> dict[str, Callable]:
+    """For each case that is measured, a function that makes its trainer."""
+    crops_shape = (2, args.batch_size, 3, args.image_size, args.image_size)
+    crops = torch.randn(crops_shape, device=args.device)
+    checkpoint_config = comparison_config(args, checkpoint_blocks=True)
+    auto = auto_precision(args.device)
+    makers = {}
+    makers["ours"] = functools.partial(OurTrainer, comparison_config(args))
+    makers["ours, --checkpoint-blocks"] = functools.partial(OurTrainer, checkpoint_config)
+    # the peer is fed from memory, since other processes make its input
+    makers[f"peer {auto}"] = functools.partial(PeerTrainer, args, auto, crops)
+    makers["peer float32"] = functools.partial(PeerTrainer, args, "float32", crops)
+    if args.large_batch:
+        config = comparison_config(args, batch_size=args.large_batch, micro_batch=args.batch_size)
+        name = f"ours, {args.large_batch} by {args.batch_size}"
+        makers[name] = functools.partial(OurTrainer, config)
+    return makers
+
+
+def report_memory(args: argparse.Namespace) -> dict:
+    """Measure and print the memory of both sides. Returns what the JSON line says of it."""
+    peaks = {}
+    for name, make_trainer in memory_trainers(args).items():
+        peaks[name] = peak_bytes(make_trainer, args.device)
+    print(
+        "The most memory that tensors take up during two steps, weights and optimizer included: "
+        f"preset\n{args.preset}, {args.image_size} px, batch {args.batch_size}, loss {args.loss}.\n"
     )
     for name, peak in peaks.items():
-        print(f"{name:28}{peak / 2**20:10.0f} MiB{peak / peaks['ours']:8.2f} of ours")
+        print(f"{name:28}{peak / 2**20:10.0f} MiB{peak / peaks['ours']:8.2f} × ours")
     return {"peak_bytes": peaks}
 
 
-def report_speed(args):
-    times, config, fast = fed_from_memory(args)
-    tokens, d = (
-        2 * args.batch_size * (1 + (args.image_size // config["patch_size"]) ** 2),
-        config["dim"],
-    )
-    side = 8192 if torch.device(args.device).type == "cuda" else 2048
-    # a backward pass is two forward passes; the teacher's one; two crops
-    flops = 4 * 2 * args.batch_size * forward_flops(config)
-    rates = {
-        p: matmul_rate(side, side, side, getattr(torch, p), args.device)
-        for p in dict.fromkeys((fast, "float32"))
-    }
-    own = {
-        p: matmul_rate(tokens, d, config["mlp_ratio"] * d, getattr(torch, p), args.device)
-        for p in rates
-    }
-    print(
-        f"a step fed from memory, preset {args.preset}, {args.image_size} px, "
-        f"batch {args.batch_size} × 2 crops, loss {args.loss}\n"
-    )
-    print(
-        f"{'':24}{'images/s':>10}{'ms a step':>11}"
-        f"{'of a ' + str(side) + '³ product':>19}{'of the MLP’s product':>22}"
-    )
-    utilisation = {}
-    for name, took in times.items():
-        p = name.split()[-1]
-        utilisation[name] = flops / took / rates[p]
-        print(
-            f"{name:24}{args.batch_size / took:10.2f}{1000 * took:11.0f}"
-            f"{utilisation[name]:19.0%}{flops / took / own[p]:22.0%}"
-        )
-    example = "peer float32" if torch.device(args.device).type == "cpu" else f"peer {fast}"
-    pairs = [(f"ours {fast}", example)] + [(f"ours {p}", f"peer {p}") for p in rates]
-    if f"peer compiled {fast}" in times:
-        pairs += [
-            (f"ours {fast}", f"peer compiled {fast}"),
-            (f"ours compiled {fast}", f"peer compiled {fast}"),
-        ]
-    ratios = {f"{a} over {b}": times[b] / times[a] for a, b in dict.fromkeys(pairs)}
-    result = report_end_to_end(args, fast, ratios)
-    for name, ratio in ratios.items():
-        print(f"{ratio:6.2f} × {name}")
-    return result | {
-        "ms_a_step": {name: round(1000 * took, 1) for name, took in times.items()},
-        "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "model_flops_a_step": flops,
-        "flop_utilisation": utilisation,
-        "matmul_flops_per_s": rates,
-        "own_shape_flops_per_s": own,
-    }
+# ------------------------------------------------------------------------------------- command line
 
 
-def report_end_to_end(args, fast, ratios):
-    """Each side with its own input; adds to the ratios."""
-    whole, share, waited = end_to_end(args, fast)
-    mine, theirs = whole
-    name = f"end to end: {mine} over {theirs}, {args.workers} workers"
-    ratios[name] = whole[theirs] / whole[mine]
-    shares = laptop_input_share(args)
-    print("\neach with its own input")
-    notes = {mine: f"input {share:.1%} of it", theirs: f"waiting for its loader {waited:.1%}"}
-    for name, note in notes.items():
-        print(f"{name:24}{args.batch_size / whole[name]:10.2f}{1000 * whole[name]:11.0f}    {note}")
-    different, same = shares["different"], shares["same"]
-    print(f"input of the laptop preset: {different:.1%} (different views), {same:.1%} (same)\n")
-    return {
-        "end_to_end_ms_a_step": {name: round(1000 * took, 1) for name, took in whole.items()},
-        "input_share": {"ours": share, "laptop different": different, "laptop same": same},
-        "peer_waits_for_input": waited,
-    }
-
-
-def main():
-    cuda = torch.cuda.is_available()
+def parse_args() -> argparse.Namespace:
+    has_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--preset", choices=["paper", "laptop"], default="paper")
     parser.add_argument(
-        "--image-size", type=int, help="[paper: 224 with CUDA, else 96; laptop: 56]"
+        "--device",
+        type=torch.device,
+        default="cuda" if has_cuda else "cpu",
+        help="Where both sides train. [cuda if there is a GPU, else cpu]",
     )
-    parser.add_argument("--batch-size", type=int, help="[paper: 32 with CUDA, else 16; laptop: 64]")
-    parser.add_argument("--loss", choices=["dino", "nce"], default="dino")
     parser.add_argument(
-        "--steps", type=int, default=30 if cuda else 4, help="that count, after one that does not"
+        "--preset",
+        choices=["paper", "laptop"],
+        default="paper",
+        help="The preset of train.py whose network is trained. [paper]",
     )
-    parser.add_argument("--workers", type=int, default=2, help="of the peer's DataLoader")
-    parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="Side of a crop in pixels. [paper: 224 with CUDA, else 96; laptop: 56]",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="Images per step. [paper: 32 with CUDA, else 16; laptop: 64]"
+    )
+    parser.add_argument(
+        "--loss", choices=["dino", "nce"], default="dino", help="The loss of both sides. [dino]"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=30 if has_cuda else 4,
+        help="Timed steps, after one for warm-up. [30 with CUDA, else 4]",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="Worker processes of the peer's DataLoader. [2]"
+    )
+    parser.add_argument("--memory", action="store_true", help="Measure memory instead of speed.")
     parser.add_argument(
         "--large-batch",
         type=int,
         default=0,
         metavar="N",
-        help="with --memory: N by pieces of --batch-size",
+        help="With --memory, also measure a batch of N images in pieces of --batch-size.",
     )
     args = parser.parse_args()
-    size, batch = (56, 64) if args.preset == "laptop" else (224, 32) if cuda else (96, 16)
-    args.image_size, args.batch_size = args.image_size or size, args.batch_size or batch
-    started = time.perf_counter()
-    result = report_memory(args) if args.memory else report_speed(args)
-    name = (
-        torch.cuda.get_device_name()
-        if torch.device(args.device).type == "cuda"
-        else f"{platform.machine()} CPU"
-    )
-    print(f"\n{name}, {torch.get_num_threads()} threads, in {time.perf_counter() - started:.0f} s")
-    print(
-        json.dumps(
-            vars(args)
-            | result
-            | {
-                "device": name,
-                "threads": torch.get_num_threads(),
-                "date": str(datetime.date.today()),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "timm": timm.__version__,
-                "lightly": lightly.__version__,
-            }
-        )
-    )
+
+    # sizes that the machine can compute in a minute or two
+    if args.preset == "laptop":
+        image_size = 56
+        batch_size = 64
+    elif has_cuda:
+        image_size = 224
+        batch_size = 32
+    else:
+        image_size = 96
+        batch_size = 16
+    args.image_size = args.image_size or image_size
+    args.batch_size = args.batch_size or batch_size
+    return args
+
+
+def main():
+    args = parse_args()
+    start = time.perf_counter()
+    results = report_memory(args) if args.memory else report_speed(args)
+    duration = time.perf_counter() - start
+
+    if uses_cuda(args.device):
+        device_name = torch.cuda.get_device_name()
+    else:
+        device_name = f"{platform.machine()} CPU"
+    threads = torch.get_num_threads()
+    print(f"\nThis took {duration:.0f} s on {device_name} with {threads} threads.")
+    environment = {
+        "device": device_name,
+        "threads": threads,
+        "date": str(datetime.date.today()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "lightly": lightly.__version__,
+    }
+    print(json.dumps(vars(args) | results | environment))
 
 
 if __name__ == "__main__":

@@ -1,401 +1,790 @@
-"""What the lines of study.json come to: one primary test and one word for every claim.
+"""Turn the lines of study.json into one verdict per claim, and into the tables of the pages.
 
-The plan, plan.md, was written before the first run. A primary quantity is a log ratio, or a
-difference, of two numbers of runs with the same seed; its mean over seeds has a 95% interval of
-Student's t, and the interval gives the word. Everything else on the pages describes.
+The plan (plan.md) was written before the first run. Each claim has one primary quantity: the log
+ratio, or the difference, of two measures of runs that have the same seed. The mean of this quantity
+over the seeds has a 95% interval of Student's t, and the interval decides the verdict. All other
+numbers on the pages are descriptions.
+
+Throughout, `runs` is {(row, seed): line of study.json} of one preset.
 """
 
-import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-FRESH = range(10, 20)  # seeds that nobody had seen
-SECOND = range(30, 60)  # a second sample, for claims that the first left undecided (plan.md)
+# Seeds that had not been used for anything before the study.
+FRESH = range(10, 20)
+# A second sample, for the claims that the first sample left undecided (plan.md).
+SECOND = range(30, 60)
 BOTH = (*FRESH, *SECOND)
-AGAIN = ("F1", "F2", "C8", "Q2")
-LEAST = 5  # seeds that a first word needs; it is "so far" until a claim has all of its seeds
-PLANNED = {"C6": 5}  # of the other claims: all fresh seeds
-BATCHES = {"batch-32": 32, "batch-256": 256}
-SEARCHED = {"same": "auroc", "dino-same": "auroc"} | dict.fromkeys(BATCHES, "selectivity")
-AUROC, SELECTIVITY = "matched/mean/auroc", "matched/mean/selectivity"
-FAITHFUL = "matched/mean/patch_faithfulness"
-BRIGHTNESS, ROLLOUT = FAITHFUL.replace("mean", "brightness"), FAITHFUL.replace("mean", "rollout")
+# A verdict needs this many seeds. It is marked "so far" until all planned seeds are there.
+MINIMUM_SEEDS = 5
+# The number of seeds that would decide a claim is looked for up to here.
+MAXIMUM_SEEDS = 100
+
+# Measures are paths into a line of study.json ...
+AUROC = "matched/mean/auroc"
+SELECTIVITY = "matched/mean/selectivity"
+BRIGHTNESS_SELECTIVITY = "matched/brightness/selectivity"
+ROLLOUT_SELECTIVITY = "matched/rollout/selectivity"
+FAITHFULNESS = "matched/mean/patch_faithfulness"
+BRIGHTNESS_FAITHFULNESS = "matched/brightness/patch_faithfulness"
+ROLLOUT_FAITHFULNESS = "matched/rollout/patch_faithfulness"
+UNTRAINED_FAITHFULNESS = "matched/untrained/patch_faithfulness"
+FAR_BACKGROUND = "matched/mean/far_background_density"
+CAUSAL_SELECTIVITY = "causal_selectivity"
+EVEN_COSINE = "attention_matters/even/cosine"
 PROBE = "features/linear_probe"
-# What is claimed, and the primary quantity, in words.
-SAYS = {
-    "F1": (
-        "attention points to what the feature depends on, better than brightness does",
-        "patch faithfulness, attention − brightness, different views",
-    ),
-    "F2": (
-        "with different views it does so better than with same views",
-        "patch faithfulness of attention, different − same views",
-    ),
-    "F3": (
-        "attention rollout does so at least as well",
-        "patch faithfulness, rollout − attention, different views",
-    ),
-    "F4": (
-        "registers mend heads that look past the ink",
-        "share of heads past the ink, 4 registers − none, different views",
-    ),
-    "C1": (
-        "both losses classify (figures 2, 3)",
-        "linear probe ÷ that of the untrained network, the weaker loss",
-    ),
-    "C2": (
-        "NCE's maps read better than cross-entropy's",
-        "auroc, NCE ÷ DINO's loss, same views, each at its best learning rate",
-    ),
-    "C3": (
-        "same views: all ink is attended alike, but for its brightness (figure 4)",
-        "selectivity, same views ÷ brightness",
-    ),
-    "C4": (
-        "same views: a textured background is ignored (figure 5)",
-        "density of attention on far background, a texture a canvas",
-    ),
-    "C5": ("different views find the digit (figure 6)", "selectivity, different ÷ same views"),
-    "C6": (
-        "heads part with time (section III.B)",
-        "diversity of the heads, bits, epoch 40 − epoch 1, different views",
-    ),
-    "C7": (
-        "4, 2 or 1 crops make no difference (section III.C)",
-        "selectivity, 4 ÷ 1 crop, same views, as many canvases",
-    ),
-    "C8": (
-        "a higher resolution gives better maps (section III)",
-        "auroc, 56 ÷ 28 px, different views",
-    ),
-    "C9": (
-        "self-supervised maps beat supervised ones (section I)",
-        "selectivity, different views ÷ supervised",
-    ),
-    "Q1": (
-        "a larger batch helps (asked in section IV)",
-        "selectivity, batch 256 ÷ 32, each at its best learning rate",
-    ),
-    "Q2": ("more heads help (asked in section IV)", "selectivity of the best head, 6 ÷ 3 heads"),
-    "Q3": (
-        "other pre-training helps (asked in section IV)",
-        "selectivity, same views from supervised weights ÷ from random ones",
-    ),
-}
-LONG = "different-long"
-# Its two numbers, (row, number), None for 1; whether they are subtracted or divided; what is
-# claimed of that, and with which margin. "best" rows are those of the learning rate that the search
-# on seed 0 chose; of two rows, a|b, the one with the lower mean counts.
+UNTRAINED_PROBE = "untrained_features/linear_probe"
+# ... or one of these names, which `read_measure` explains.
+BEST_HEAD = "best head"
+HEADS_PAST_INK = "past"
+MOST_STRAY_HEAD = "stray"
+FIRST_DIVERSITY = "diversity, epoch 1"
+LAST_DIVERSITY = "diversity at the end"
+
+# How the two sides of a claim are compared.
+RATIO = "ratio"
+DIFFERENCE = "difference"
+
+# What a claim expects of the first side, compared with the second.
+MORE = "more"
+LESS = "less"
+ALIKE = "alike"
+NO_LESS = "no less"
+
+# The verdicts.
+HOLDS = "holds"
+CONTRARY = "the contrary holds"
+NO_EFFECT = "no relevant effect"
+UNDECIDED = "undecided"
+OPEN = "open"  # too few runs
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a measure of every run of a row."""
+
+    row: str  # "best X": the row with the best learning rate in the search on X
+    measure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim and how it is tested."""
+
+    text: str
+    quantity: str  # the primary quantity in words
+    compared: Side
+    reference: Side | None  # None: `compared` is tested as it is, as a ratio to 1
+    # A second (compared, reference): the pair with the lower mean is tested.
+    alternative: tuple[Side, Side] | None = None
+    scale: str  # RATIO or DIFFERENCE
+    expected: str  # MORE, LESS, ALIKE or NO_LESS
+    margin: float | None = None  # effects below it are not relevant: 0.1 is 10% of a ratio
+    planned_seeds: int = len(FRESH)
+    has_second_sample: bool = False
+
+    @property
+    def scaled_margin(self):
+        """The margin on the scale of the primary quantity: for ratios, its logarithm."""
+        if self.margin is not None and self.scale == RATIO:
+            return math.log(1 + self.margin)
+        return self.margin
+
+    @property
+    def null(self):
+        """The value of the primary quantity that the interval has to exclude."""
+        if self.expected == NO_LESS:
+            return -self.scaled_margin
+        return 0
+
+
 CLAIMS = {
-    "F1": (("different", FAITHFUL), ("different", BRIGHTNESS), "difference", ">", 0.02),
-    "F2": (("different", FAITHFUL), ("same", FAITHFUL), "difference", ">", 0.02),
-    "F3": (("different", ROLLOUT), ("different", FAITHFUL), "difference", "> −margin", 0.02),
-    "F4": (("different", "past"), ("different-registers-0", "past"), "difference", "<", None),
-    "C1": (("same|dino-same", PROBE), ("", f"untrained_{PROBE}"), "ratio", ">", None),
-    "C2": (("best same", AUROC), ("best dino-same", AUROC), "ratio", ">", 0.05),
-    "C3": (("same", SELECTIVITY), ("same", "matched/brightness/selectivity"), "ratio", "=", 0.1),
-    "C4": (("texture", "matched/mean/far_background_density"), None, "ratio", "<", None),
-    "C5": (("different", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
-    "C6": ((LONG, "diversity at the end"), (LONG, "diversity, epoch 1"), "difference", ">", 0.05),
-    "C7": (("same-4", SELECTIVITY), ("same-1", SELECTIVITY), "ratio", "=", 0.2),
-    "C8": (("different", AUROC), ("size-28", AUROC), "ratio", ">", 0.05),
-    "C9": (("different", SELECTIVITY), ("supervised", SELECTIVITY), "ratio", ">", 0.1),
-    "Q1": (("best batch-256", SELECTIVITY), ("best batch-32", SELECTIVITY), "ratio", ">", 0.1),
-    "Q2": (("heads-6", "best head"), ("different", "best head"), "ratio", ">", 0.1),
-    "Q3": (("pretrained", SELECTIVITY), ("same", SELECTIVITY), "ratio", ">", 0.1),
+    "F1": Claim(
+        text="attention points to what the feature depends on, better than brightness does",
+        quantity="patch faithfulness, attention − brightness, different views",
+        compared=Side("different", FAITHFULNESS),
+        reference=Side("different", BRIGHTNESS_FAITHFULNESS),
+        scale=DIFFERENCE,
+        expected=MORE,
+        margin=0.02,
+        has_second_sample=True,
+    ),
+    "F2": Claim(
+        text="with different views it does so better than with same views",
+        quantity="patch faithfulness of attention, different − same views",
+        compared=Side("different", FAITHFULNESS),
+        reference=Side("same", FAITHFULNESS),
+        scale=DIFFERENCE,
+        expected=MORE,
+        margin=0.02,
+        has_second_sample=True,
+    ),
+    "F3": Claim(
+        text="attention rollout does so at least as well",
+        quantity="patch faithfulness, rollout − attention, different views",
+        compared=Side("different", ROLLOUT_FAITHFULNESS),
+        reference=Side("different", FAITHFULNESS),
+        scale=DIFFERENCE,
+        expected=NO_LESS,
+        margin=0.02,
+    ),
+    "F4": Claim(
+        text="registers mend heads that look past the ink",
+        quantity="share of heads past the ink, 4 registers − none, different views",
+        compared=Side("different", HEADS_PAST_INK),
+        reference=Side("different-registers-0", HEADS_PAST_INK),
+        scale=DIFFERENCE,
+        expected=LESS,
+    ),
+    "C1": Claim(
+        text="both losses classify (figures 2, 3)",
+        quantity="linear probe ÷ that of the untrained network, the weaker loss",
+        compared=Side("same", PROBE),
+        reference=Side("same", UNTRAINED_PROBE),
+        alternative=(Side("dino-same", PROBE), Side("dino-same", UNTRAINED_PROBE)),
+        scale=RATIO,
+        expected=MORE,
+    ),
+    "C2": Claim(
+        text="NCE's maps read better than cross-entropy's",
+        quantity="auroc, NCE ÷ DINO's loss, same views, each at its best learning rate",
+        compared=Side("best same", AUROC),
+        reference=Side("best dino-same", AUROC),
+        scale=RATIO,
+        expected=MORE,
+        margin=0.05,
+    ),
+    "C3": Claim(
+        text="same views: all ink is attended alike, but for its brightness (figure 4)",
+        quantity="selectivity, same views ÷ brightness",
+        compared=Side("same", SELECTIVITY),
+        reference=Side("same", BRIGHTNESS_SELECTIVITY),
+        scale=RATIO,
+        expected=ALIKE,
+        margin=0.1,
+    ),
+    "C4": Claim(
+        text="same views: a textured background is ignored (figure 5)",
+        quantity="density of attention on far background, a texture a canvas",
+        compared=Side("texture", FAR_BACKGROUND),
+        reference=None,
+        scale=RATIO,
+        expected=LESS,
+    ),
+    "C5": Claim(
+        text="different views find the digit (figure 6)",
+        quantity="selectivity, different ÷ same views",
+        compared=Side("different", SELECTIVITY),
+        reference=Side("same", SELECTIVITY),
+        scale=RATIO,
+        expected=MORE,
+        margin=0.1,
+    ),
+    "C6": Claim(
+        text="heads part with time (section III.B)",
+        quantity="diversity of the heads, bits, epoch 40 − epoch 1, different views",
+        compared=Side("different-long", LAST_DIVERSITY),
+        reference=Side("different-long", FIRST_DIVERSITY),
+        scale=DIFFERENCE,
+        expected=MORE,
+        margin=0.05,
+        planned_seeds=5,
+    ),
+    "C7": Claim(
+        text="4, 2 or 1 crops make no difference (section III.C)",
+        quantity="selectivity, 4 ÷ 1 crop, same views, as many canvases",
+        compared=Side("same-4", SELECTIVITY),
+        reference=Side("same-1", SELECTIVITY),
+        scale=RATIO,
+        expected=ALIKE,
+        margin=0.2,
+    ),
+    "C8": Claim(
+        text="a higher resolution gives better maps (section III)",
+        quantity="auroc, 56 ÷ 28 px, different views",
+        compared=Side("different", AUROC),
+        reference=Side("size-28", AUROC),
+        scale=RATIO,
+        expected=MORE,
+        margin=0.05,
+        has_second_sample=True,
+    ),
+    "C9": Claim(
+        text="self-supervised maps beat supervised ones (section I)",
+        quantity="selectivity, different views ÷ supervised",
+        compared=Side("different", SELECTIVITY),
+        reference=Side("supervised", SELECTIVITY),
+        scale=RATIO,
+        expected=MORE,
+        margin=0.1,
+    ),
+    "Q1": Claim(
+        text="a larger batch helps (asked in section IV)",
+        quantity="selectivity, batch 256 ÷ 32, each at its best learning rate",
+        compared=Side("best batch-256", SELECTIVITY),
+        reference=Side("best batch-32", SELECTIVITY),
+        scale=RATIO,
+        expected=MORE,
+        margin=0.1,
+    ),
+    "Q2": Claim(
+        text="more heads help (asked in section IV)",
+        quantity="selectivity of the best head, 6 ÷ 3 heads",
+        compared=Side("heads-6", BEST_HEAD),
+        reference=Side("different", BEST_HEAD),
+        scale=RATIO,
+        expected=MORE,
+        margin=0.1,
+        has_second_sample=True,
+    ),
+    "Q3": Claim(
+        text="other pre-training helps (asked in section IV)",
+        quantity="selectivity, same views from supervised weights ÷ from random ones",
+        compared=Side("pretrained", SELECTIVITY),
+        reference=Side("same", SELECTIVITY),
+        scale=RATIO,
+        expected=MORE,
+        margin=0.1,
+    ),
 }
 
 
-def number(line, name):
-    """A number of a line of study.json, by its path or by one of these names."""
-    matched = line["matched"]
-    if name == "best head":  # on validation canvases
-        return matched[line["best_head"]]["selectivity"]
-    if name in ("past", "stray"):
-        heads = [cells for row, cells in matched.items() if row.startswith("head_")]
-        far = np.array([cells["far_background_density"] for cells in heads])
-        return np.mean(far > 1) if name == "past" else far.max()
-    if name.startswith("diversity"):
-        return line["curve"][1 if name.endswith("1") else -1]["mean"]["diversity"]
-    for key in name.split("/"):
-        line = line[key]
-    return line
+@dataclass(frozen=True)
+class Search:
+    """The search for a row's best learning rate, on seed 0."""
+
+    claim: str  # the claim that needs it
+    measure: str  # of the mean map on the last validation canvases
+    batch_size: int = 64  # the preset's
 
 
-def sample(runs, row, name, seeds=FRESH):
-    """{seed: number} of a row's runs that there are."""
-    row = best_row(runs, row[5:]) if row.startswith("best ") else row
-    return {seed: number(runs[row, seed], name) for seed in seeds if (row, seed) in runs}
+SEARCHES = {
+    "same": Search("C2", "auroc"),
+    "dino-same": Search("C2", "auroc"),
+    "batch-32": Search("Q1", "selectivity", batch_size=32),
+    "batch-256": Search("Q1", "selectivity", batch_size=256),
+}
 
 
-def rates(runs, row):
-    """The search of a row's learning rate, on seed 0: {factor: number on validation canvases}."""
-    found = {}
-    for name, seed in runs:
-        base, _, factor = name.partition("-lr-")
-        if base == row and seed == 0:
-            last = runs[name, 0]["curve"][-1]["mean"]
-            found[float(factor or 1)] = last[SEARCHED[row]]
-    return dict(sorted(found.items()))
+# ---------------------------------------------------------------- numbers from lines of study.json
 
 
-def rate_row(row, factor):
-    return row if factor == 1 else f"{row}-lr-{factor:g}"
+def read_measure(line, measure):
+    """Return a measure of one run: by its name below, else by its path in the line."""
+    # The selectivity of the head that was best on the validation canvases.
+    if measure == BEST_HEAD:
+        return line["matched"][line["best_head"]]["selectivity"]
+    # A head looks past the ink if it is denser on far background than a uniform map.
+    if measure == HEADS_PAST_INK:
+        return np.mean(far_background_of_heads(line) > 1)
+    if measure == MOST_STRAY_HEAD:
+        return far_background_of_heads(line).max()
+    # The diversity of the heads on validation canvases. The curve begins with epoch 0.
+    if measure == FIRST_DIVERSITY:
+        return line["curve"][1]["mean"]["diversity"]
+    if measure == LAST_DIVERSITY:
+        return line["curve"][-1]["mean"]["diversity"]
+    value = line
+    for key in measure.split("/"):
+        value = value[key]
+    return value
 
 
-def best_row(runs, row):
-    """The row with the best rate, if it is between others that are worse; else None."""
-    found = rates(runs, row)
-    best = max(found, key=found.get, default=None)
-    return rate_row(row, best) if found and min(found) < best < max(found) else None
+def far_background_of_heads(line):
+    """Return the density of each head on far background: (heads,)."""
+    densities = []
+    for row, metrics in line["matched"].items():
+        if row.startswith("head_"):
+            densities.append(metrics["far_background_density"])
+    return np.array(densities)
+
+
+def sample(runs, row, measure, seeds=FRESH):
+    """Return {seed: value} of a measure, for those runs of a row that have been done."""
+    if row.startswith("best "):
+        row = best_row(runs, row.removeprefix("best "))
+    return {seed: read_measure(runs[row, seed], measure) for seed in seeds if (row, seed) in runs}
+
+
+# --------------------------------------------------------------- the searches for learning rates
+
+
+def rate_row(base, factor):
+    """Return the name of the row `base` at its learning rate times `factor`."""
+    if factor == 1:
+        return base
+    return f"{base}-lr-{factor:g}"
+
+
+def searched_rates(runs, base):
+    """Return {factor: value on validation canvases} of the runs of a search, by rising factor."""
+    values = {}
+    for row, seed in runs:
+        name, _, factor = row.partition("-lr-")
+        if name == base and seed == 0:
+            last_epoch = runs[row, seed]["curve"][-1]
+            values[float(factor or 1)] = last_epoch["mean"][SEARCHES[base].measure]
+    return dict(sorted(values.items()))
+
+
+def best_row(runs, base):
+    """Return the row with the best learning rate, or None while that is at an edge."""
+    values = searched_rates(runs, base)
+    if not values:
+        return None
+    best_factor = max(values, key=values.get)
+    if min(values) < best_factor < max(values):
+        return rate_row(base, best_factor)
+    return None
+
+
+# ------------------------------------------------------------------------------------- the tests
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The number of seeds that would decide a claim if mean and scatter stayed, and its verdict."""
+
+    seeds: int
+    word: str
+
+
+@dataclass
+class Verdict:
+    """The result of a claim's test. With too few seeds, the interval and the p values are None."""
+
+    seeds: int
+    word: str = OPEN
+    interval: Interval | None = None
+    forecast: Forecast | None = None  # of an undecided claim, if 100 seeds would do
+    p: float | None = None  # of the t test
+    flip_p: float | None = None  # of flipping signs, which is exact
+    holm_p: float | None = None  # `p` corrected for all claims
 
 
 def primary(runs, claim):
-    """{seed: log ratio or difference} of a claim: of its second sample, once that is complete."""
-    second = primary_of(runs, claim, SECOND) if claim in AGAIN else ()
-    return second if len(second) == len(SECOND) else primary_of(runs, claim, FRESH)
+    """Return {seed: primary quantity}: of the second sample alone once that is complete."""
+    if claim.has_second_sample:
+        second = primary_of_seeds(runs, claim, SECOND)
+        if len(second) == len(SECOND):
+            return second
+    return primary_of_seeds(runs, claim, FRESH)
 
 
-def primary_of(runs, claim, seeds):
-    """The same of these seeds alone."""
-    (rows, name), base, kind, *_ = CLAIMS[claim]
-    found = []
-    for row in rows.split("|"):
-        over = sample(runs, row, name, seeds)
-        under = sample(runs, base[0] or row, base[1], seeds) if base else dict.fromkeys(over, 1)
-        pairs = {seed: (over[seed], under[seed]) for seed in sorted(over.keys() & under.keys())}
-        ratio = kind == "ratio"
-        found.append({s: math.log(x / y) if ratio else x - y for s, (x, y) in pairs.items()})
-    return min(found, key=lambda each: np.mean([*each.values()]) if each else -math.inf)
+def primary_of_seeds(runs, claim, seeds):
+    """Return {seed: log ratio or difference} of a claim, for the seeds that both sides have."""
+    quantity = compare(runs, claim, claim.compared, claim.reference, seeds)
+    if claim.alternative:
+        alternative = compare(runs, claim, *claim.alternative, seeds)
+        quantity = min(quantity, alternative, key=mean_or_minus_infinity)
+    return quantity
 
 
-def interval(values):
-    """Mean and 95% interval of Student's t."""
-    values = np.array([*values])
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return values.mean(), values.mean() - half, values.mean() + half
+def compare(runs, claim, compared, reference, seeds):
+    """Return {seed: log ratio or difference} of two sides."""
+    over = sample(runs, compared.row, compared.measure, seeds)
+    if reference:
+        under = sample(runs, reference.row, reference.measure, seeds)
+    else:
+        under = dict.fromkeys(over, 1)
+    quantity = {}
+    for seed in sorted(over.keys() & under.keys()):
+        if claim.scale == RATIO:
+            quantity[seed] = math.log(over[seed] / under[seed])
+        else:
+            quantity[seed] = over[seed] - under[seed]
+    return quantity
 
 
-def bounds(claim):
-    """Null, and margin either side of no effect (None without one), on the scale of `primary`."""
-    *_, kind, claimed, margin = CLAIMS[claim]
-    margin = math.log(1 + margin) if margin and kind == "ratio" else margin
-    return -margin if claimed == "> −margin" else 0, margin
+def mean_or_minus_infinity(quantity):
+    """Return the mean over seeds. A row without runs counts as the lowest: its claim stays open."""
+    if not quantity:
+        return -math.inf
+    return np.mean(list(quantity.values()))
 
 
-def word(claim, low, high):
-    """What an interval says of a claim."""
-    claimed, (null, margin) = CLAIMS[claim][3], bounds(claim)
-    if claimed == "=":
-        inside, outside = -margin < low and high < margin, low > margin or high < -margin
-        return "holds" if inside else "the contrary holds" if outside else "undecided"
-    if low > null or high < null:
-        return "holds" if (low > null) == (claimed[0] == ">") else "the contrary holds"
-    return "no relevant effect" if margin and -margin < low and high < margin else "undecided"
+def t_half_width(std, count):
+    """Return half the width of the 95% interval of Student's t for a mean of `count` values."""
+    return stats.t.ppf(0.975, count - 1) * std / count**0.5
 
 
-def seeds_needed(claim, values):
-    """How many seeds, up to 100, would decide if mean and scatter stayed, and to which word."""
-    mean, std = np.mean(values), np.std(values, ddof=1)
-    for n in range(len(values), 101):
-        half = stats.t.ppf(0.975, n - 1) * std / n**0.5
-        if (found := word(claim, mean - half, mean + half)) != "undecided":
-            return n, found
-    return None, None
+def t_interval(values):
+    """Return the mean of the values with its 95% interval of Student's t."""
+    values = np.array(values)
+    mean = values.mean()
+    half_width = t_half_width(values.std(ddof=1), len(values))
+    return Interval(mean, mean - half_width, mean + half_width)
 
 
-def flips(values):
-    """Exact p, one-sided, that the mean is above 0: the share of all signs that do as well.
+def verdict_word(claim, low, high):
+    """Return the verdict that a 95% interval from `low` to `high` gives on a claim."""
+    margin = claim.scaled_margin
+    is_inside_margin = margin is not None and -margin < low and high < margin
+    if claim.expected == ALIKE:
+        if is_inside_margin:
+            return HOLDS
+        if low > margin or high < -margin:
+            return CONTRARY
+        return UNDECIDED
+    if low > claim.null:
+        return CONTRARY if claim.expected == LESS else HOLDS
+    if high < claim.null:
+        return HOLDS if claim.expected == LESS else CONTRARY
+    if is_inside_margin:
+        return NO_EFFECT
+    return UNDECIDED
 
-    Of more than 16 values, that of 65,536 random signs.
+
+def forecast(claim, values):
+    """Return the number of seeds that would decide the claim, or None if 100 would not."""
+    mean = np.mean(values)
+    std = np.std(values, ddof=1)
+    for count in range(len(values), MAXIMUM_SEEDS + 1):
+        half_width = t_half_width(std, count)
+        word = verdict_word(claim, mean - half_width, mean + half_width)
+        if word != UNDECIDED:
+            return Forecast(count, word)
+    return None
+
+
+def p_by_t(values):
+    """Return the one-sided p of Student's t that the mean is above 0."""
+    return stats.ttest_1samp(values, 0, alternative="greater").pvalue
+
+
+def p_by_flips(values):
+    """Return the exact one-sided p that the mean is above 0.
+
+    It is the share of all choices of signs whose mean is no lower. For more than 16 values, 65,536
+    random choices stand for all.
     """
-    signs = {"permutation_type": "samples", "n_resamples": 2**16, "rng": 0}
-    return stats.permutation_test((values,), np.mean, alternative="greater", **signs).pvalue
+    test = stats.permutation_test(
+        (values,),
+        np.mean,
+        alternative="greater",
+        permutation_type="samples",
+        n_resamples=2**16,
+        rng=0,
+    )
+    return test.pvalue
 
 
 def p_values(claim, values):
-    """p by t, and by flipping all signs, one-sided and doubled: below .05 where the interval ends.
+    """Return p by t and p by flipping signs.
 
-    That the mean is not the null, on either side; of a claim of no difference, that it is inside
-    the margin, for which both sides have to be shown.
+    Both are one-sided and doubled, so that p is below .05 where the 95% interval ends. They are
+    for a mean other than the null, on either side. For a claim of no difference they are for a
+    mean inside the margin, so both sides have to be shown and the larger p counts.
     """
-    (null, margin), values = bounds(claim), np.array(values)
-    if np.ptp(values) == 0:  # no scatter to hold a mean against
-        return [1.0, 1.0]
-    equal = CLAIMS[claim][3] == "="
-    shifted = [values + margin, margin - values] if equal else [values - null, null - values]
-    t = [stats.ttest_1samp(x, 0, alternative="greater").pvalue for x in shifted]
-    both = max if equal else min
-    return [min(1.0, 2 * both(p)) for p in (t, [flips(x) for x in shifted])]
+    values = np.array(values)
+    # Without scatter there is nothing to compare the mean with.
+    if np.ptp(values) == 0:
+        return 1.0, 1.0
+    if claim.expected == ALIKE:
+        sides = [values + claim.scaled_margin, claim.scaled_margin - values]
+        choose = max
+    else:
+        sides = [values - claim.null, claim.null - values]
+        choose = min
+    t_p = choose(p_by_t(side) for side in sides)
+    flip_p = choose(p_by_flips(side) for side in sides)
+    return min(1.0, 2 * t_p), min(1.0, 2 * flip_p)
 
 
 def judge(runs):
-    """{claim: its values, mean, interval, word, p by t (Holm over all claims) and by flips}."""
-    found = {}
-    for claim in CLAIMS:
-        values = [*primary(runs, claim).values()]
-        found[claim] = {"seeds": len(values), "word": "open"}
-        if len(values) >= LEAST:
-            mean, low, high = interval(values)
-            found[claim] |= {"mean": mean, "low": low, "high": high, "word": word(claim, low, high)}
-            if found[claim]["word"] == "undecided":
-                found[claim]["needed"] = seeds_needed(claim, values)
-            found[claim]["p"], found[claim]["exact"] = p_values(claim, values)
-    ranked, least = sorted((c for c in found if "p" in found[c]), key=lambda c: found[c]["p"]), 0
-    for rank, claim in enumerate(ranked):
-        least = max(least, min(1, found[claim]["p"] * (len(CLAIMS) - rank)))
-        found[claim]["holm"] = least
-    return found
+    """Return {name of the claim: Verdict} for all claims."""
+    verdicts = {}
+    for name, claim in CLAIMS.items():
+        values = list(primary(runs, claim).values())
+        verdicts[name] = judge_claim(claim, values)
+    set_holm_p(verdicts)
+    return verdicts
 
 
-def shown(claim, x):
-    """A value of `primary` as a page shows it: ratios as ratios."""
-    return f"{math.exp(x):.2f}" if CLAIMS[claim][2] == "ratio" else f"{x:+.3f}"
+def judge_claim(claim, values):
+    """Return the verdict on a claim from the values of its primary quantity, one a seed."""
+    verdict = Verdict(seeds=len(values))
+    if len(values) < MINIMUM_SEEDS:
+        return verdict
+    verdict.interval = t_interval(values)
+    verdict.word = verdict_word(claim, verdict.interval.low, verdict.interval.high)
+    if verdict.word == UNDECIDED:
+        verdict.forecast = forecast(claim, values)
+    verdict.p, verdict.flip_p = p_values(claim, values)
+    return verdict
 
 
-def shown_interval(claim, mean, low, high):
-    return f"{shown(claim, mean)} [{shown(claim, low)}, {shown(claim, high)}]"
+def set_holm_p(verdicts):
+    """Set `holm_p`: p corrected by Holm for all claims, those without runs included."""
+    tested = [verdict for verdict in verdicts.values() if verdict.p is not None]
+    corrected = 0
+    for rank, verdict in enumerate(sorted(tested, key=lambda verdict: verdict.p)):
+        corrected = max(corrected, min(1, verdict.p * (len(CLAIMS) - rank)))
+        verdict.holm_p = corrected
 
 
-def small(p):
-    return "< .001" if p < 0.001 else f"{p:.3f}"
+# ------------------------------------------------------------------------- the table of verdicts
 
 
-def verdict_table(runs, figures):
-    """The table of both READMEs: a line a claim."""
-    lines = ["| | claim | | primary quantity | mean [95%] | seeds | p (Holm), by flips | |"]
-    lines.append("|" + "---|" * 8)
-    for claim, r in judge(runs).items():
-        says, what = SAYS[claim]
-        verdict, cells = f"**{r['word']}**", ["–", str(r["seeds"]), "–", "–"]
-        if "mean" in r:
-            cells[0] = shown_interval(claim, r["mean"], r["low"], r["high"])
-            if r["seeds"] == len(SECOND):
-                first = interval(primary_of(runs, claim, FRESH).values())
-                cells[0] += f"; first ten: {shown_interval(claim, *first)}"
-            both = f"{small(r['holm'])}, {small(r['exact'])}"
-            cells[2:] = both, f"[figure]({figures}{claim}.png)"
-            verdict += " so far" * (r["seeds"] < PLANNED.get(claim, len(FRESH)))
-            n, then = r.get("needed", (None, None))
-            if r["word"] == "undecided":
-                never = "100 seeds would not do" if r["low"] < r["high"] else "all seeds alike"
-                verdict += f" (as it is, {n} seeds: {then})" if n else f" ({never})"
-            shown_by = {r["word"] not in ("undecided", "no relevant effect"), r["holm"] < 0.05}
-            verdict += " ¹" * (len(shown_by | {r["exact"] < 0.05}) > 1)
-        lines.append(f"| {' | '.join([claim, says, verdict, what, *cells])} |")
+def format_value(claim, value):
+    """Format a value of the primary quantity: log ratios as ratios, differences with a sign."""
+    if claim.scale == RATIO:
+        return f"{math.exp(value):.2f}"
+    return f"{value:+.3f}"
+
+
+def format_interval(claim, interval):
+    mean = format_value(claim, interval.mean)
+    low = format_value(claim, interval.low)
+    high = format_value(claim, interval.high)
+    return f"{mean} [{low}, {high}]"
+
+
+def format_p(p):
+    if p < 0.001:
+        return "< .001"
+    return f"{p:.3f}"
+
+
+def table_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def table_rule(columns):
+    """Return the line between the head of a table and its body."""
+    return "|" + "---|" * columns
+
+
+def verdict_table(runs, figure_folder):
+    """Return the table of both READMEs, with one line per claim."""
+    lines = [
+        "| | claim | | primary quantity | mean [95%] | seeds | p (Holm), by flips | |",
+        table_rule(8),
+    ]
+    for name, verdict in judge(runs).items():
+        claim = CLAIMS[name]
+        interval = "–"
+        p = "–"
+        figure = "–"
+        if verdict.interval:
+            interval = interval_cell(runs, claim, verdict)
+            p = f"{format_p(verdict.holm_p)}, {format_p(verdict.flip_p)}"
+            figure = f"[figure]({figure_folder}{name}.png)"
+        cells = [name, claim.text, word_cell(claim, verdict), claim.quantity]
+        cells += [interval, str(verdict.seeds), p, figure]
+        lines.append(table_row(cells))
     note = "¹ the word, p corrected by Holm for sixteen claims, and p by flips do not agree at 5%."
     return "\n".join([*lines, "", note])
 
 
-# The descriptions: numbers of every row, as means with intervals.
+def word_cell(claim, verdict):
+    """Return the verdict, and what to keep in mind about it."""
+    cell = f"**{verdict.word}**"
+    if not verdict.interval:
+        return cell
+    if verdict.seeds < claim.planned_seeds:
+        cell += " so far"
+    if verdict.word == UNDECIDED:
+        cell += f" ({forecast_note(verdict)})"
+    if tests_disagree(verdict):
+        cell += " ¹"
+    return cell
+
+
+def forecast_note(verdict):
+    """Return how many seeds would decide an undecided claim, or why none would."""
+    if verdict.forecast:
+        return f"as it is, {verdict.forecast.seeds} seeds: {verdict.forecast.word}"
+    if verdict.interval.low < verdict.interval.high:
+        return "100 seeds would not do"
+    return "all seeds alike"
+
+
+def tests_disagree(verdict):
+    """Whether the word, the corrected p and p by flips differ about an effect at 5%."""
+    is_effect = verdict.word in (HOLDS, CONTRARY)
+    is_significant = verdict.holm_p < 0.05
+    is_significant_by_flips = verdict.flip_p < 0.05
+    return is_significant != is_effect or is_significant_by_flips != is_effect
+
+
+def interval_cell(runs, claim, verdict):
+    """Return mean and interval, and those of the first sample beside those of the second."""
+    cell = format_interval(claim, verdict.interval)
+    if verdict.seeds == len(SECOND):
+        first_sample = primary_of_seeds(runs, claim, FRESH)
+        first_interval = t_interval(list(first_sample.values()))
+        cell += f"; first ten: {format_interval(claim, first_interval)}"
+    return cell
+
+
+# ------------------------------------------------------------- the descriptions: tables of measures
+
+# Columns of tables: {heading: measure}.
 COLUMNS = {
     "selectivity": SELECTIVITY,
     "of the oracle": "matched/mean/of_oracle",
     "auroc": AUROC,
     "pointing": "matched/mean/pointing",
-    "best head": "best head",
-    "past the ink": "past",
-    "most stray head": "stray",
+    "best head": BEST_HEAD,
+    "past the ink": HEADS_PAST_INK,
+    "most stray head": MOST_STRAY_HEAD,
     "k-NN": "features/knn",
     "probe": PROBE,
 }
-FAITHFULNESS = {
-    "attention": FAITHFUL,
-    "brightness": BRIGHTNESS,
-    "rollout": ROLLOUT,
-    "untrained": FAITHFUL.replace("mean", "untrained"),
+FAITHFULNESS_COLUMNS = {
+    "attention": FAITHFULNESS,
+    "brightness": BRIGHTNESS_FAITHFULNESS,
+    "rollout": ROLLOUT_FAITHFULNESS,
+    "untrained": UNTRAINED_FAITHFULNESS,
     "attention, objects": "matched/mean/object_faithfulness",
     "size, objects": "matched/ink/object_faithfulness",
-    "causal selectivity": "causal_selectivity",
+    "causal selectivity": CAUSAL_SELECTIVITY,
     "two canvases": "attention_matters/two_canvases",
-    "even: cosine": "attention_matters/even/cosine",
+    "even: cosine": EVEN_COSINE,
     "swapped: cosine": "attention_matters/swapped/cosine",
     "even: k-NN": "attention_matters/even/knn",
 }
-
-
-# Both layouts: in the paper's, digits lie more in the middle, and position pays.
-LAYOUTS = {
-    f"{metric} of {row}, {layout}": f"{layout}/{row}/{metric}"
-    for metric, row in itertools.product(("selectivity", "auroc"), ("mean", "shuffled"))
-    for layout in ("matched", "paper")
+# In the paper's layout the digits are more central, so a map that ignores the image can score.
+LAYOUT_COLUMNS = {
+    "selectivity of mean, matched": "matched/mean/selectivity",
+    "selectivity of mean, paper": "paper/mean/selectivity",
+    "selectivity of shuffled, matched": "matched/shuffled/selectivity",
+    "selectivity of shuffled, paper": "paper/shuffled/selectivity",
+    "auroc of mean, matched": "matched/mean/auroc",
+    "auroc of mean, paper": "paper/mean/auroc",
+    "auroc of shuffled, matched": "matched/shuffled/auroc",
+    "auroc of shuffled, paper": "paper/shuffled/auroc",
 }
-METRICS = {
-    f"{name} density": f"matched/mean/{name}_density"
-    for name in ("digit", "clutter", "background", "far_background")
-} | {name: f"matched/mean/{name}" for name in ("jaccard60", "entropy", "diversity")}
+METRIC_COLUMNS = {
+    "digit density": "matched/mean/digit_density",
+    "clutter density": "matched/mean/clutter_density",
+    "background density": "matched/mean/background_density",
+    "far_background density": FAR_BACKGROUND,
+    "jaccard60": "matched/mean/jaccard60",
+    "entropy": "matched/mean/entropy",
+    "diversity": "matched/mean/diversity",
+}
+PAPER_SCALE_COLUMNS = {
+    "selectivity": SELECTIVITY,
+    "auroc": AUROC,
+    "k-NN": "features/knn",
+    "attention": FAITHFULNESS,
+    "brightness": BRIGHTNESS_FAITHFULNESS,
+    "rollout": ROLLOUT_FAITHFULNESS,
+}
 
 
 def row_table(runs, columns):
-    """Means with 95% intervals over fresh seeds, a line a row."""
-    lines = [f"| row | seeds | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
-    for row in dict.fromkeys(name for name, seed in sorted(runs) if seed in FRESH):
-        cells = [f"`{row}`", str(len(sample(runs, row, SELECTIVITY)))]
-        for name in columns.values():
-            values = [*sample(runs, row, name).values()]
-            mean, low, high = interval(values) if len(values) > 1 else (values[0], None, None)
-            cells.append(f"{mean:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
-        lines.append(f"| {' | '.join(cells)} |")
+    """Return a table of means with 95% intervals over the fresh seeds, one line per row."""
+    rows = dict.fromkeys(row for row, seed in sorted(runs) if seed in FRESH)
+    lines = [table_row(["row", "seeds", *columns]), table_rule(len(columns) + 2)]
+    for row in rows:
+        seed_count = len(sample(runs, row, SELECTIVITY))
+        cells = [f"`{row}`", str(seed_count)]
+        for measure in columns.values():
+            values = list(sample(runs, row, measure).values())
+            cells.append(mean_cell(values))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
-def paper_scale(runs):
-    """The rows of the paper's preset, and the device of each."""
+def mean_cell(values):
+    """Return a mean with its 95% interval. One value has no interval."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    interval = t_interval(values)
+    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def paper_scale_section(runs):
+    """Return the table of the paper preset's rows, and the device that each ran on."""
     if not runs:
         return "None has been run: `python results/study.py --preset paper`, with a GPU."
     devices = [f"`{row}`: {line['device']}" for (row, _), line in sorted(runs.items())]
-    keys = ("selectivity", "auroc", "k-NN", "attention", "brightness", "rollout")
-    columns = {key: (COLUMNS | FAITHFULNESS)[key] for key in keys}
-    return f"{row_table(runs, columns)}\n\nDevices: {'; '.join(devices)}."
+    table = row_table(runs, PAPER_SCALE_COLUMNS)
+    return f"{table}\n\nDevices: {'; '.join(devices)}."
 
 
 def reference_table(runs):
-    """What maps that are no network's attention earn, on the same canvases."""
-    names = ("selectivity", "auroc", "patch_faithfulness")
+    """Return a table of how maps that are not attention score on the same canvases."""
     lines = ["| map | selectivity | auroc | patch faithfulness |", "|---|---|---|---|"]
-    for row in ("brightness", "ink", "oracle"):
-        samples = [sample(runs, "different", f"matched/{row}/{name}").values() for name in names]
-        cells = [f"{np.mean([*values]):.2f}" for values in samples]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+    for reference in ("brightness", "ink", "oracle"):
+        cells = [reference]
+        for metric in ("selectivity", "auroc", "patch_faithfulness"):
+            values = sample(runs, "different", f"matched/{reference}/{metric}").values()
+            cells.append(f"{np.mean(list(values)):.2f}")
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
 def sample_table(runs):
-    """What both samples found of the claims of which the second has all runs."""
+    """Return a table of both samples, for the claims whose second sample is complete."""
     lines = ["| claim | seeds 10 to 19 | seeds 30 to 59 |", "|---|---|---|"]
-    for claim in CLAIMS:
-        both = [primary_of(runs, claim, seeds).values() for seeds in (FRESH, SECOND)]
-        if len(both[1]) == len(SECOND):
-            cells = [shown_interval(claim, *interval(values)) for values in both]
-            lines.append(f"| {claim}, {SAYS[claim][1]} | {' | '.join(cells)} |")
+    for name, claim in CLAIMS.items():
+        first = primary_of_seeds(runs, claim, FRESH)
+        second = primary_of_seeds(runs, claim, SECOND)
+        if len(second) == len(SECOND):
+            cells = [f"{name}, {claim.quantity}"]
+            for quantity in (first, second):
+                interval = t_interval(list(quantity.values()))
+                cells.append(format_interval(claim, interval))
+            lines.append(table_row(cells))
     return "\n".join(lines)
 
 
 def search_table(runs):
-    """The searches over learning rates, on seed 0."""
+    """Return a table of the searches for learning rates, on seed 0."""
     lines = ["| row | by | learning rate × : value | best |", "|---|---|---|---|"]
-    for row, by in SEARCHED.items():
-        found = "; ".join(f"{factor:g}: {value:.3f}" for factor, value in rates(runs, row).items())
-        lines.append(f"| `{row}` | {by} | {found} | {best_row(runs, row) or 'not bracketed yet'} |")
+    for base, search in SEARCHES.items():
+        rates = searched_rates(runs, base)
+        values = "; ".join(f"{factor:g}: {value:.3f}" for factor, value in rates.items())
+        best = best_row(runs, base) or "not bracketed yet"
+        lines.append(table_row([f"`{base}`", search.measure, values, best]))
     return "\n".join(lines)
 
 
-def blocks(study, figures):
-    """{name: text} for the marked places of the pages."""
+# ------------------------------------------------------------------------------------- the pages
+
+
+def page_blocks(study, figure_folder):
+    """Return {name: text} of the marked places of the pages.
+
+    `study` is {preset: runs}. `figure_folder` leads from the page to the figures.
+    """
     runs = study["laptop"]
-    tables = {"rows": row_table(runs, COLUMNS), "faithfulness": row_table(runs, FAITHFULNESS)}
-    tables |= {"layouts": row_table(runs, LAYOUTS), "metrics": row_table(runs, METRICS)}
-    tables |= {"searches": search_table(runs), "references": reference_table(runs)}
-    tables |= {"samples": sample_table(runs), "paper scale": paper_scale(study["paper"])}
-    return tables | {"verdicts": verdict_table(runs, figures)}
+    return {
+        "rows": row_table(runs, COLUMNS),
+        "faithfulness": row_table(runs, FAITHFULNESS_COLUMNS),
+        "layouts": row_table(runs, LAYOUT_COLUMNS),
+        "metrics": row_table(runs, METRIC_COLUMNS),
+        "searches": search_table(runs),
+        "references": reference_table(runs),
+        "samples": sample_table(runs),
+        "paper scale": paper_scale_section(study["paper"]),
+        "verdicts": verdict_table(runs, figure_folder),
+    }
 
 
-def fill(page, texts):
-    """A page with the text between <!-- name --> and <!-- end --> made anew."""
-    for name, text in texts.items():
-        start, found, rest = page.partition(f"<!-- {name} -->\n")
-        if found:
-            page = f"{start}{found}{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+def fill_page(page, blocks):
+    """Return a page with each text between <!-- name --> and <!-- end --> replaced by its block."""
+    for name, block in blocks.items():
+        mark = f"<!-- {name} -->\n"
+        if mark in page:
+            before, _, after = page.partition(mark)
+            _, _, after = after.partition("<!-- end -->")
+            page = f"{before}{mark}{block}\n<!-- end -->{after}"
     return page

@@ -1,58 +1,142 @@
-"""The canvas is exactly its parts, and every view is a function of (seed, step)."""
+"""Data sets are split as they should be, and a bad file costs one line and nothing else."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
+import io
+import os
+import random
+import resource
+import shutil
 import socket
 import struct
+import tarfile
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
-import torchvision.transforms.v2.functional as TF
-from scipy.stats import chisquare
-from sklearn.metrics import roc_auc_score
+from helpers import DIGITS, PretendedGPU
+from PIL import Image
 from torch.testing import assert_close
 
 import data
-import train
+import settings
 
-DIGITS = data.load_digits("sklearn")[0]
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+CPU = torch.device("cpu")
 
 
-def settings(preset="laptop", **changes):
-    """All settings of a preset, small batches, `changes` over them."""
-    config = train.make_config(train.parse_args(["--preset", preset, "--batch-size", "12"]))
-    return config | changes
-
-
-def closed_url():
+def closed_url() -> str:
     """An address of this machine where nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}/"
+        port = server.getsockname()[1]
+    return f"http://127.0.0.1:{port}/"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [closed_url()])
+    monkeypatch.setattr(torchvision.datasets.STL10, "url", f"{closed_url()}stl10_binary.tar.gz")
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def served(folder):
+    """The address of a server on this machine from which a folder can be downloaded."""
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+
+
+def assert_same_splits(splits, expected):
+    assert splits.keys() == expected.keys()
+    for name, split in expected.items():
+        assert torch.equal(splits[name].images, split.images), name
+        assert torch.equal(splits[name].labels, split.labels), name
+
+
+# ------------------------------------------------------------------------------ seeded randomness
+
+
+def test_every_key_has_random_numbers_of_its_own():
+    keys = [(0, "train", 5), (1, "train", 5), (0, "test", 5), (0, "train", 6), (0, "train", 56)]
+    draws = [torch.rand(3, generator=data.generator(*key)).tolist() for key in keys]
+    assert len({tuple(draw) for draw in draws}) == len(keys)
+    torch.manual_seed(1)
+    assert torch.rand(3, generator=data.generator(0, "train", 5)).tolist() == draws[0]
+
+
+def test_random_numbers_are_those_of_earlier_versions():
+    """Every published number depends on them."""
+    assert data.generator(0, "train", 5).initial_seed() == 4737383280758332460
+    assert data.generator("evaluation", "test").initial_seed() == 4117740966445446365
+
+
+def test_an_epoch_shows_every_image_once():
+    epochs = []
+    for first_step in (0, 10):
+        steps = range(first_step, first_step + 10)
+        batches = [data.batch_indices(0, step, 100, 10) for step in steps]
+        epochs.append(torch.cat(batches).tolist())
+    assert sorted(epochs[0]) == list(range(100))
+    assert sorted(epochs[1]) == list(range(100))
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    """Which steps were asked for before makes no difference; a resumed run starts in the middle."""
+    in_order = [data.batch_indices(0, step, 25, 10) for step in range(8)]
+    backwards = [data.batch_indices(0, step, 25, 10) for step in reversed(range(8))]
+    for batch, expected in zip(reversed(backwards), in_order):
+        assert torch.equal(batch, expected)
+    assert not torch.equal(data.batch_indices(1, 0, 25, 10), in_order[0])
+    # 25 images make two batches of ten; the five that remain are left out of this epoch
+    assert [len(batch) for batch in in_order] == [10] * 8
+
+
+# -------------------------------------------------------------------------------- sklearn's digits
 
 
 def test_sklearn_splits():
-    assert [len(DIGITS[name]) for name in ("train", "validation", "test")] == [1297, 250, 250]
+    assert {name: len(split) for name, split in DIGITS.items()} == {
+        "train": 1297,
+        "validation": 250,
+        "test": 250,
+    }
     images = torch.cat([split.images for split in DIGITS.values()])
-    assert images.shape == (1797, 28, 28) and images.dtype == torch.uint8 and images.max() == 255
-    assert not images[:, :4].any() and not images[:, :, -4:].any()  # 20×20 in 28×28, as MNIST's
-    # no digit of one split in another (scikit-learn's file has no two pictures alike)
+    assert images.dtype == torch.uint8
+    assert images.shape == (1797, 28, 28)
+    assert images.max() == 255
+    # 20×20 pixels in the middle of 28×28, as in MNIST
+    border = images.clone()
+    border[:, 4:24, 4:24] = 0
+    assert not border.any()
+    # No digit of one split is in another. scikit-learn's file has no two pictures alike.
     assert len(torch.unique(images.flatten(1), dim=0)) == 1797
     assert len(torch.unique(DIGITS["test"].labels)) == 10
 
 
+# ------------------------------------------------------------------------------------------- MNIST
+
+
 def write_idx(path, array):
-    magic = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(magic + array.astype(np.uint8).tobytes())
+    """Write a file in MNIST's format."""
+    magic = struct.pack(">HBB", 0, 8, array.ndim)
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(magic + sizes + array.astype(np.uint8).tobytes())
 
 
 @pytest.fixture
@@ -60,367 +144,560 @@ def mnist_root(tmp_path):
     """A small MNIST in torchvision's layout: 120 training digits, 30 test digits."""
     raw = tmp_path / "root" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    random = np.random.RandomState(0)
-    for name, n in (("train", 120), ("t10k", 30)):
-        write_idx(raw / f"{name}-images-idx3-ubyte", random.randint(0, 256, (n, 28, 28)))
-        write_idx(raw / f"{name}-labels-idx1-ubyte", np.arange(n) % 10)
+    rng = np.random.RandomState(0)
+    for name, count in (("train", 120), ("t10k", 30)):
+        write_idx(raw / f"{name}-images-idx3-ubyte", rng.randint(0, 256, (count, 28, 28)))
+        write_idx(raw / f"{name}-labels-idx1-ubyte", np.arange(count) % 10)
     return tmp_path / "root"
 
 
 def test_mnist_splits(mnist_root):
     splits, source, warning = data.load_digits("auto", str(mnist_root))
-    assert source == "mnist" and warning is None
-    whole = torchvision.datasets.MNIST(str(mnist_root), train=True)
-    assert torch.equal(splits["train"].images, whole.data[:100])  # the first 5/6: 50,000 of 60,000
-    assert torch.equal(splits["validation"].images, whole.data[100:])
+    assert source == "mnist"
+    assert warning is None
+    theirs = torchvision.datasets.MNIST(str(mnist_root), train=True)
+    # the first five sixths, which are 50,000 of 60,000
+    assert torch.equal(splits["train"].images, theirs.data[:100])
+    assert torch.equal(splits["validation"].images, theirs.data[100:])
     assert torch.equal(splits["train"].labels, torch.arange(100) % 10)
+    assert torch.equal(splits["validation"].labels, torch.arange(100, 120) % 10)
+    theirs = torchvision.datasets.MNIST(str(mnist_root), train=False)
+    assert torch.equal(splits["test"].images, theirs.data)
     assert torch.equal(splits["test"].labels, torch.arange(30) % 10)
 
 
-def test_without_mnist_auto_says_in_one_line_what_it_takes_instead(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [closed_url()])
+def gzip_files(folder):
+    """Replace every file of a folder by one that was compressed by hand."""
+    for file in folder.iterdir():
+        Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes(), compresslevel=1))
+        file.unlink()
+
+
+def test_gzipped_mnist_is_read_where_it_lies(mnist_root):
+    """Its bits differ from those of the mirrors, and the folder may be read-only."""
+    unpacked = data.load_digits("mnist", str(mnist_root))[0]
+    raw = mnist_root / "MNIST" / "raw"
+    gzip_files(raw)
+    before = sorted(os.listdir(raw))
+    assert_same_splits(data.load_digits("mnist", str(mnist_root))[0], unpacked)
+    assert sorted(os.listdir(raw)) == before
+
+
+def test_without_mnist_auto_warns_and_takes_sklearns_digits(tmp_path):
     splits, source, warning = data.load_digits("auto", str(tmp_path))
-    assert source == "sklearn" and torch.equal(splits["train"].images, DIGITS["train"].images)
-    assert "scikit-learn's 1,797 digits instead of MNIST" in warning and "\n" not in warning
-    with pytest.raises(OSError, match="MNIST/raw is missing .*download failed.*--digits sklearn"):
-        data.load_digits("mnist", str(tmp_path))
+    assert source == "sklearn"
+    assert_same_splits(splits, DIGITS)
+    assert warning.startswith("scikit-learn's 1,797 digits instead of MNIST: ")
+    assert f"{tmp_path}/MNIST/raw is missing or damaged" in warning
+    assert "\n" not in warning
 
 
-def test_a_silent_mirror_counts_as_unreachable(tmp_path, monkeypatch, request):
+def assert_mnist_is_refused(root, reason: str = ""):
+    """`reason` is a regular expression."""
+    folder = os.path.join(root, "MNIST", "raw")
+    sentence = rf"{folder} is missing or damaged, and its download failed \(.*{reason}.*\); use .*"
+    with pytest.raises(OSError, match=rf"^{sentence}--digits sklearn$") as caught:
+        data.load_digits("mnist", str(root))
+    assert "\n" not in str(caught.value)
+    assert data.load_digits("auto", str(root))[1] == "sklearn"
+
+
+def test_mnist_that_cannot_be_had_costs_one_line(tmp_path):
+    assert_mnist_is_refused(tmp_path, "Connection refused")
+
+
+def test_a_silent_server_counts_as_unreachable(tmp_path, monkeypatch, request):
     request.addfinalizer(functools.partial(socket.setdefaulttimeout, socket.getdefaulttimeout()))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
         socket.setdefaulttimeout(0.3)
-        with pytest.raises(OSError, match="download failed .*timed out"):
-            data.load_digits("mnist", str(tmp_path))
+        assert_mnist_is_refused(tmp_path, "timed out")
 
 
-class FileServer(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
+@pytest.fixture
+def mirror(mnist_root, tmp_path, monkeypatch):
+    """A folder with the small MNIST as it is downloaded, and its address, the second mirror."""
+    folder = tmp_path / "mirror"
+    shutil.copytree(mnist_root / "MNIST" / "raw", folder)
+    gzip_files(folder)
+    sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    mnist = torchvision.datasets.MNIST
+    resources = [(name, sums[name]) for name, _ in mnist.resources]
+    monkeypatch.setattr(mnist, "resources", resources)
+    with served(folder) as url:
+        monkeypatch.setattr(mnist, "mirrors", [closed_url(), url])
+        yield folder
 
 
-@pytest.mark.parametrize("refusal", ["no connection", "not found"])
-def test_the_second_mirror_is_asked_when_the_first_refuses(mnist_root, monkeypatch, refusal):
-    """The second is a loopback server with the four files, gzipped as the mirrors keep them."""
-    served, resources = mnist_root.parent / "served", []
-    served.mkdir()
-    for file in (mnist_root / "MNIST" / "raw").iterdir():
-        body = gzip.compress(file.read_bytes())
-        (served / f"{file.name}.gz").write_bytes(body)
-        resources.append((f"{file.name}.gz", hashlib.md5(body).hexdigest()))
-    handler = functools.partial(FileServer, directory=str(served))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/"
-        mirrors = [closed_url() if refusal == "no connection" else f"{url}elsewhere/", url]
-        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
-        monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
-        splits, source, warning = data.load_digits("auto", str(mnist_root.parent / "new"))
-        server.shutdown()
-    assert source == "mnist" and warning is None
-    for name, split in data.load_digits("mnist", str(mnist_root))[0].items():
-        assert torch.equal(splits[name].images, split.images)
+def test_mnist_is_downloaded_from_a_mirror_that_has_it(mirror, mnist_root, tmp_path):
+    splits, source, warning = data.load_digits("auto", str(tmp_path / "new"))
+    assert source == "mnist"
+    assert warning is None
+    assert_same_splits(splits, data.load_digits("mnist", str(mnist_root))[0])
 
 
-@pytest.mark.parametrize("keep", [6, 16, 1000])  # half a header, the header alone, some of the data
+def test_a_gzipped_file_that_is_cut_off_is_downloaded_again(mirror, mnist_root, tmp_path):
+    raw = tmp_path / "new" / "MNIST" / "raw"
+    shutil.copytree(mirror, raw)
+    file = raw / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-100])
+    splits, _, _ = data.load_digits("mnist", str(tmp_path / "new"))
+    assert_same_splits(splits, data.load_digits("mnist", str(mnist_root))[0])
+
+
+def test_a_download_that_is_not_mnist_is_refused(mirror, tmp_path):
+    for file in mirror.iterdir():
+        file.write_text("<html>Please log in</html>")
+    assert_mnist_is_refused(tmp_path / "new", "corrupted")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2, 6, 16, 1000])  # 16: the header alone
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"])
-def test_damaged_mnist_is_told(mnist_root, monkeypatch, name, keep):
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [closed_url()])
+def test_mnist_that_is_cut_off_is_refused(mnist_root, name, kept_bytes):
     file = mnist_root / "MNIST" / "raw" / name
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(OSError, match=f"{mnist_root}/MNIST/raw is missing or damaged"):
-        data.load_digits("mnist", str(mnist_root))
-    assert data.load_digits("auto", str(mnist_root))[1] == "sklearn"
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    assert_mnist_is_refused(mnist_root)
 
 
-def test_canvas_is_rebuilt_from_its_parts():
-    split, config = data.Split(DIGITS["train"].images[:12], DIGITS["train"].labels[:12]), settings()
-    sampler = data.CanvasSampler(config | {"num_distractors": 6}, split)
-    params = sampler.sample(rng(), torch.arange(40) % 12, canvases=2)
-    canvas, digit_mask, clutter_mask = data.render_canvases(params, config, split.images)
-    assert canvas.shape == digit_mask.shape == (40, 2, 64, 64)
-    assert params["corner"].shape == (40, 2, 6, 2)
-    assert torch.equal(canvas, data.render_canvases(params, config, split.images, masks=False)[0])
-    images = split.images.numpy().astype(int)
-    for b, v in np.ndindex(40, 2):
-        digit, clutter = np.zeros((64, 64), int), np.zeros((64, 64), int)
-        r, c = params["position"][b, v].tolist()
-        digit[r : r + 28, c : c + 28] += images[params["digit"][b]]
-        for m in range(6):
-            sr, sc = params["window"][b, v, m].tolist()
-            window = images[params["source"][b, v, m]][sr : sr + 9, sc : sc + 9]
-            assert window.shape == (9, 9) and (window > 127).sum() >= 5
-            assert params["source"][b, v, m] != params["digit"][b]
-            r, c = params["corner"][b, v, m].tolist()
-            clutter[r : r + 9, c : c + 9] += window
-        expected = np.minimum(digit + clutter, 255)
-        np.testing.assert_array_equal(canvas[b, v], expected.astype(np.float32) / np.float32(255))
-        np.testing.assert_array_equal(digit_mask[b, v], digit > 127)
-        np.testing.assert_array_equal(clutter_mask[b, v], (expected > 127) & ~(digit > 127))
+def test_gzipped_mnist_that_is_cut_off_is_refused(mnist_root):
+    gzip_files(mnist_root / "MNIST" / "raw")
+    file = mnist_root / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_mnist_is_refused(mnist_root)
 
 
-def test_positions_are_uniform_and_inside():
-    sampler = data.CanvasSampler(settings(), DIGITS["train"])
-    params = sampler.sample(rng(1), torch.randint(1297, (20_000,), generator=rng(2)))
-    for places, size in ((params["position"], 28), (params["corner"], 9)):
-        for axis in (0, 1):
-            counts = torch.bincount(places[..., axis].flatten(), minlength=64 - size + 1)
-            assert len(counts) == 64 - size + 1  # never outside
-            assert chisquare(counts.numpy()).pvalue > 0.001
-    assert torch.bincount(params["source"].flatten(), minlength=1297).min() > 0  # from every digit
+# ------------------------------------------------------------------------------------------ STL-10
 
 
-@pytest.mark.parametrize("preset", ["paper", "laptop"])
-def test_matched_layout_hides_position_and_paper_layout_does_not(preset):
-    """A centred Gaussian, blind to the image, cannot tell digit from clutter on `matched`."""
-    config, result = settings(preset), {}
-    coordinate = torch.arange(config["canvas_size"]) - (config["canvas_size"] - 1) / 2
-    distance = (coordinate[:, None] ** 2 + coordinate**2).sqrt() / config["canvas_size"]
-    gaussian = torch.exp(-0.5 * (distance / 0.15) ** 2).expand(2000, -1, -1)
-    for layout in ("paper", "matched"):
-        sampler = data.CanvasSampler(config, DIGITS["test"], layout)
-        params = sampler.sample(rng(3), torch.arange(2000) % 250)
-        assert params["corner"].min() >= 0
-        assert params["corner"].max() <= config["canvas_size"] - 9
-        _, digit, clutter = data.render_canvases(params, config, DIGITS["test"].images)
-        digit, clutter = digit[:, 0], clutter[:, 0]
-        ratio = gaussian[digit].mean() / gaussian[clutter].mean()
-        ink = digit | clutter
-        result[layout] = ratio.item(), roc_auc_score(digit[ink], gaussian[ink])
-    assert 0.95 < result["matched"][0] < 1.05 and 0.48 < result["matched"][1] < 0.52
-    assert result["paper"][0] > 1.3  # why `matched` is the layout that counts
+def write_stl10(root, counts: dict):
+    """Write random images in STL-10's layout; `counts` are like {"train": 20, "test": 16}."""
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    rng = np.random.RandomState(0)
+    for name, count in counts.items():
+        images = rng.randint(0, 256, (count, 3, 96, 96)).astype(np.uint8)
+        images.tofile(folder / f"{name}_X.bin")
+        if name != "unlabeled":
+            labels = 1 + np.arange(count) % 10
+            labels.astype(np.uint8).tofile(folder / f"{name}_y.bin")
 
 
-def test_plan_of_the_crops():
-    g, x = "global", "local"
-    plan, teacher, student, pairs = data.crop_plan("same", 4)
-    assert plan == [(0, g), (0, g), (0, x), (0, x)] and teacher == student == [0, 1, 2, 3]
-    assert sorted(pairs) == [(i, j) for i in range(4) for j in range(4) if i != j]
-    plan, teacher, student, pairs = data.crop_plan("same", 1)
-    assert plan == [(0, g), (0, g)] and teacher == [0] and student == [1] and pairs == [(0, 0)]
-    plan, teacher, student, pairs = data.crop_plan("different", 2)
-    assert plan == [(0, g), (0, g), (1, g), (1, g)] and teacher == [0, 1] and student == [2, 3]
-    assert sorted(pairs) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    plan, teacher, student, pairs = data.crop_plan("different", 1, symmetric=True)
-    assert plan == [(0, g), (1, g)] and teacher == student == [0, 1]
-    assert sorted(pairs) == [(0, 1), (1, 0)]
-    _, _, _, pairs = data.crop_plan("different", 2, symmetric=True)
-    across = [(i, j) for i in (0, 1) for j in (2, 3)]
-    assert sorted(pairs) == sorted(across + [(j, i) for i, j in across])
+@pytest.fixture(scope="module")
+def stl10_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stl10")
+    write_stl10(root, {"unlabeled": 30, "train": 20, "test": 16})
+    return root
 
 
-CASES = [("same", 1), ("same", 2), ("same", 4), ("different", 1), ("different", 4)]
+@pytest.fixture
+def labelled_root(stl10_root, tmp_path):
+    """STL-10 without its unlabelled images."""
+    root = tmp_path / "labelled"
+    shutil.copytree(stl10_root, root)
+    (root / "stl10_binary" / "unlabeled_X.bin").unlink()
+    return root
 
 
-@pytest.mark.parametrize("background", ["black", "texture"])
-@pytest.mark.parametrize("views,crops", CASES)
-def test_a_slice_of_a_batch_is_those_rows_of_the_whole(views, crops, background):
-    config, split = settings(views=views, crops=crops, background=background), DIGITS["train"]
-    maker = data.TrainingViews(config, split)
-    params = maker.sample(step=5)
-    whole, rows = maker.render(params), {name: value[3:8] for name, value in params.items()}
-    assert whole.shape == (len(maker.plan), 12, 3, 56, 56)
-    # a convolution of fewer images may round otherwise
-    assert_close(maker.render(rows), whole[:, 3:8], rtol=0, atol=1e-5)
-    canvases = data.render_canvases(params, config, split.images)
-    for part, canvas in zip(data.render_canvases(rows, config, split.images), canvases):
-        assert torch.equal(part, canvas[3:8])
-    again = data.TrainingViews(config, split)
-    assert torch.equal(whole, again.render(again.sample(step=5)))
-    other = data.TrainingViews(config | {"seed": 1}, split).sample(step=5)
-    for name in ("digit", "position", "centre"):
-        assert not torch.equal(params[name], other[name])
-        assert not torch.equal(params[name], maker.sample(step=6)[name])
+def test_stl10_is_read_as_torchvision_reads_it(stl10_root, monkeypatch):
+    splits, _ = data.load_stl10(str(stl10_root))
+    # torchvision accepts the original files only
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    names_of_files = {
+        "unlabeled": splits["train"],
+        "train": splits["bank"],
+        "test": join(splits["test"], splits["validation"]),
+    }
+    for name, split in names_of_files.items():
+        theirs = torchvision.datasets.STL10(str(stl10_root), name)
+        assert torch.equal(split.images, torch.from_numpy(theirs.data)), name
+        assert split.labels.tolist() == theirs.labels.tolist(), name
+        assert split.images.dtype == torch.uint8
+        assert split.labels.dtype == torch.int64
 
 
-def test_different_views_share_the_digit_and_nothing_else():
-    maker = data.TrainingViews(settings(views="different", crops=4), DIGITS["train"])
-    params = maker.sample(step=0)
-    assert params["digit"].shape == (12,)
-    assert (params["position"][:, 0] != params["position"][:, 1]).any(-1).sum() > 8
-    assert (params["corner"][:, 0] != params["corner"][:, 1]).any(-1).sum() > 30
-    for crop, (canvas, kind) in enumerate(maker.plan):  # local ones on the digit of their canvas
-        centred = (params["centre"][:, crop] == params["position"][:, canvas] + 14.0).all(-1)
-        assert centred.all() == (kind == "local")
+def join(first: data.Split, second: data.Split) -> data.Split:
+    images = torch.cat([first.images, second.images])
+    labels = torch.cat([first.labels, second.labels])
+    return data.Split(images, labels)
 
 
-def test_an_epoch_shows_every_digit_once():
-    seen = torch.cat([data.sample_digits(0, step, 100, 10) for step in range(10)])
-    assert sorted(seen.tolist()) == list(range(100))
-    second = torch.cat([data.sample_digits(0, step, 100, 10) for step in range(10, 20)])
-    assert sorted(second.tolist()) == list(range(100)) and not torch.equal(seen, second)
-    with pytest.raises(ValueError, match="--batch-size 101 is larger.*100"):
-        data.sample_digits(0, 0, 100, 101)
+def test_stl10_splits(stl10_root, labelled_root):
+    splits, warning = data.load_stl10(str(stl10_root))
+    # test: seven of eight images of the test file, as 7,000 of 8,000
+    counts = {name: len(split) for name, split in splits.items()}
+    assert counts == {"train": 30, "bank": 20, "test": 14, "validation": 2}
+    assert set(splits["train"].labels.tolist()) == {-1}
+    assert warning == (
+        "this is not the whole of STL-10: 30 unlabeled images, 20 train images, 16 test images"
+    )
+
+    # trained on the labelled images, the unlabelled ones are not needed
+    splits, warning = data.load_stl10(str(labelled_root), "train")
+    assert torch.equal(splits["train"].images, splits["bank"].images)
+    assert splits["train"].labels.tolist() == [*range(10), *range(10)]
+    assert splits["bank"].labels.tolist() == [*range(10), *range(10)]
+    assert "unlabeled" not in warning
 
 
-def test_crops_are_sampled_from_their_ranges():
-    config = settings(crops=4, batch_size=1000, canvas_size=100)
-    params = data.TrainingViews(config, DIGITS["train"]).sample(0)
-    area = (params["side"] / 100) ** 2
-    assert 0.5 <= area[:, :2].min() < 0.52 and 0.98 < area[:, :2].max() <= 1
-    assert 0.3 <= area[:, 2:].min() < 0.31 and 0.59 < area[:, 2:].max() <= 0.6
-    inside = torch.minimum(params["centre"], 100 - params["centre"]).amin(-1) - params["side"] / 2
-    assert inside[:, :2].min() > -1e-4  # global crops do not leave the canvas
-    assert params["angle"].abs().max() <= np.radians(15) and params["angle"].min() < -0.2
-    blurred = params["sigma"] > 0
-    assert 0.45 < blurred.float().mean() < 0.55
-    assert 0.1 * 56 / 224 <= params["sigma"][blurred].min() < 0.03
-    assert 0.49 < params["sigma"].max() <= 2 * 56 / 224
+def test_the_whole_of_stl10_causes_no_warning(stl10_root, monkeypatch):
+    counts = {"unlabeled": 30, "train": 20, "test": 16}
+    monkeypatch.setattr(data, "STL10_COUNTS", counts)
+    assert data.load_stl10(str(stl10_root))[1] is None
 
 
-def test_local_crops_show_the_digit_in_their_centre():
-    """Rendered without clutter, the ink of a local crop balances around its centre."""
-    config = settings(crops=4, num_distractors=0, batch_size=200)
-    maker = data.TrainingViews(config, DIGITS["train"])
-    crops = data.denormalize(maker.render(maker.sample(0)))[2:, :, 0].flatten(0, 1)
-    place, mass = torch.arange(56) - 27.5, crops.sum((1, 2))
-    for axis in (1, 2):
-        offset = (crops.sum(3 - axis) * place).sum(1) / mass
-        assert offset.mean().abs() < 1 and offset.abs().max() < 10
+def assert_stl10_is_refused(root, split: str = "unlabeled"):
+    sentence = rf"^{root}/stl10_binary is missing or damaged, and cannot be fetched \(.*\); use "
+    with pytest.raises(OSError, match=f"{sentence}--data-root .*with {split}, ") as caught:
+        data.load_stl10(str(root), split)
+    assert "\n" not in str(caught.value)
 
 
-def test_beyond_a_black_canvas_lies_black():
-    config = settings(crops=4, rotation=0.0, blur=(0.0, 0.0), batch_size=100)
-    maker = data.TrainingViews(config, DIGITS["train"])
-    params = maker.sample(0)
-    local = data.denormalize(maker.render(params))[2:, :, 0].transpose(0, 1)  # (100, 2, 56, 56)
-    pixel = (torch.arange(56) + 0.5) / 56 - 0.5
-    place = params["centre"][:, 2:, :, None] + params["side"][:, 2:, None, None] * pixel
-    row, column = ((place < -0.5) | (place > 64.5)).unbind(2)  # not even half a pixel inside
-    beyond = row[..., :, None] | column[..., None, :]
-    assert beyond.sum() > 10_000 and local[beyond].abs().max() < 1e-6
+def test_stl10_that_cannot_be_had_costs_one_line(tmp_path, labelled_root):
+    assert_stl10_is_refused(tmp_path)
+    assert_stl10_is_refused(labelled_root)
 
 
-def full_crop(S, n=1, **changes):
-    crops = {"centre": torch.full((n, 1, 2), S / 2), "side": torch.full((n, 1), float(S))}
-    return crops | {"angle": torch.zeros(n, 1), "sigma": torch.zeros(n, 1)} | changes
+DAMAGE = [
+    pytest.param("unlabeled_X.bin", lambda raw: raw[:-1], id="a byte is missing"),
+    pytest.param("test_X.bin", lambda raw: raw[: -3 * 96 * 96], id="an image is missing"),
+    pytest.param("unlabeled_X.bin", lambda raw: b"", id="no image is left"),
+    pytest.param("test_y.bin", lambda raw: raw[:-1], id="a label is missing"),
+    pytest.param("train_y.bin", lambda raw: b"\x00" + raw[1:], id="label 0"),
+    pytest.param("train_y.bin", lambda raw: raw[:-1] + b"\x0b", id="label 11"),
+]
 
 
-def smooth_image(S=64):
-    return data.gaussian_blur(torch.rand(1, 1, S, S, generator=rng(4)), torch.tensor([2.0]), 2.0)
+@pytest.mark.parametrize("name,change", DAMAGE)
+def test_damaged_stl10_is_refused(stl10_root, tmp_path, name, change):
+    shutil.copytree(stl10_root, tmp_path / "root")
+    file = tmp_path / "root" / "stl10_binary" / name
+    file.write_bytes(change(file.read_bytes()))
+    assert_stl10_is_refused(tmp_path / "root")
 
 
-def test_crop_and_resize_agree_with_torchvision():
-    image = smooth_image()
-    assert_close(data.render_crops(image[None], full_crop(64), 64)[0], image)  # whole: itself
-    crops = full_crop(64, centre=torch.tensor([[[20.0, 40.0]]]), side=torch.tensor([[16.0]]))
-    expected = TF.resize(image[..., 12:28, 32:48], [64, 64], antialias=False)
-    # at the crop's border torchvision repeats the last pixel, ours sees the canvas go on
-    ours = data.render_crops(image[None], crops, 64)[0]
-    assert_close(ours[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2])
+def test_stl10_without_a_file_of_labels_is_refused(stl10_root, tmp_path):
+    shutil.copytree(stl10_root, tmp_path / "root")
+    (tmp_path / "root" / "stl10_binary" / "train_y.bin").unlink()
+    assert_stl10_is_refused(tmp_path / "root")
 
 
-def test_rotation_agrees_with_torchvision():
-    image, angle = smooth_image(), torch.tensor([[np.radians(15.0)]]).float()
-    ours = data.render_crops(image[None], full_crop(64, angle=angle), 64)[0]
-    expected = TF.rotate(image, 15.0, TF.InterpolationMode.BILINEAR)
-    assert_close(ours, expected, rtol=0, atol=1e-4)
-    assert ours[0, 0, 0, 0] == 0  # outside the canvas lies black
+@pytest.fixture
+def archive(labelled_root, tmp_path):
+    """STL-10 as it is downloaded, but without its unlabelled images."""
+    path = tmp_path / "archive" / "stl10_binary.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(labelled_root / "stl10_binary", "stl10_binary")
+    return path
 
 
-def test_blur_agrees_with_torchvision():
-    images, sigma = torch.rand(3, 1, 40, 40, generator=rng(5)), torch.tensor([0.0, 0.7, 2.0])
-    ours = data.gaussian_blur(images.clone(), sigma, 2.5)
-    assert torch.equal(ours[0], images[0])
-    for i in (1, 2):
-        expected = TF.gaussian_blur(images[i], [23, 23], [sigma[i].item()] * 2)
-        assert_close(ours[i], expected, rtol=0, atol=1e-5)
-    crops = full_crop(40, 3, sigma=sigma[:, None])
-    assert_close(data.render_crops(images[:, None], crops, 40, 14.0)[:, 0], ours)
+def test_stl10_is_unpacked_from_its_archive(archive, labelled_root):
+    splits, _ = data.load_stl10(str(archive.parent), "train")
+    assert_same_splits(splits, data.load_stl10(str(labelled_root), "train")[0])
 
 
-def test_shrinking_does_not_alias():
-    """Stripes finer than the small image's pixels become gray, not other stripes."""
-    stripes = torch.zeros(1, 1, 128, 128)
-    stripes[..., ::3] = 1
-    small = data.render_crops(stripes[None], full_crop(128), 32)[0, ..., 2:-2, 2:-2]
-    assert (small - 1 / 3).abs().max() < 0.05
-    aliased = torch.nn.functional.interpolate(stripes, size=32, mode="bilinear")[..., 2:-2, 2:-2]
-    assert (aliased - 1 / 3).abs().max() > 0.1  # what it guards against
+def test_an_archive_that_is_cut_off_is_refused(archive):
+    archive.write_bytes(archive.read_bytes()[:50_000])
+    assert_stl10_is_refused(archive.parent, "train")
 
 
-@pytest.mark.parametrize("image_size", [56, 84, 112, 224])
-def test_resized_images_have_no_rim(image_size):
-    """Brought to another size, a white image is white to its last pixel."""
-    white = torch.ones(1, 3, 96, 96)
-    assert_close(data.resize(white, image_size), torch.ones(1, 3, image_size, image_size))
+def test_stl10_is_downloaded(archive, labelled_root, tmp_path, monkeypatch):
+    stl10 = torchvision.datasets.STL10
+    monkeypatch.setattr(stl10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    with served(archive.parent) as url:
+        monkeypatch.setattr(stl10, "url", f"{url}{archive.name}")
+        splits, _ = data.load_stl10(str(tmp_path / "new"), "train")
+    assert_same_splits(splits, data.load_stl10(str(labelled_root), "train")[0])
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_normalization_is_imagenets_and_invertible(channels):
-    images = torch.rand(2, channels, 5, 5, generator=rng(6)).expand(-1, 3, -1, -1)
-    expected = TF.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert_close(data.normalize(images[:, :channels]), expected)
-    assert_close(data.denormalize(expected), images)
+def test_photographs_are_read_as_numbers_up_to_1(stl10_root):
+    split = data.load_stl10(str(stl10_root))[0]["train"]
+    index = torch.tensor([4, 0, 4])
+    photos = data.read_photos(split, index, CPU)
+    assert photos.dtype == torch.float32
+    assert_close(photos, split.images[index].float() / 255, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("background", ["black", "texture"])
-def test_evaluation_set_is_the_same_whatever_the_batches(background):
-    config, split = settings(background=background), DIGITS["test"]
-    one = next(data.evaluation_batches(config, split, 30, batch_size=30))
-    parts = list(data.evaluation_batches(config, split, 30, batch_size=7))
-    assert [len(p["labels"]) for p in parts] == [7, 7, 7, 7, 2]
-    more = next(data.evaluation_batches(config, split, 260, batch_size=260))
-    other_seed = next(data.evaluation_batches(config | {"seed": 1}, split, 30))
-    for name in one:
-        assert_close(torch.cat([p[name] for p in parts]), one[name], rtol=0, atol=1e-5)
-        assert_close(more[name][:30], one[name], rtol=0, atol=1e-5)  # the first of more
-        assert_close(other_seed[name], one[name], rtol=0, atol=1e-5)
-    index = more["index"].tolist()
-    assert sorted(index[:250]) == [*range(250)] and index[250:] == index[:10]  # again if too few
-    assert np.mean(index[:30]) > 60 and index[:30] != sorted(index[:30])  # not the first ones
-    assert torch.equal(more["labels"], split.labels[more["index"]])
-    again, first = more["images"][250:], more["images"][:10]  # but on canvases of their own
-    assert not torch.equal(again, first)
-    validation = next(data.evaluation_batches(config, split, 30, name="validation"))
-    assert not torch.equal(validation["images"], one["images"])
-    assert not (one["digit"] & one["clutter"]).any()
-    # ink in the resized image lies under the resized masks
-    ink = one["images"][:, 0] > 0.75
-    assert (ink & (one["digit"] | one["clutter"])).sum() > 0.97 * ink.sum()
+# --------------------------------------------------------------------- the data set of the settings
 
 
-def test_a_part_left_out_is_as_if_it_had_never_been_there():
-    """Against canvases rendered anew: without the distractor, or with a hole in the digit."""
-    config, split, index = settings(), DIGITS["test"], torch.arange(20)
-    sampler, size = data.CanvasSampler(config, split, "matched"), config["distractor_size"]
-    params = sampler.sample(rng(1), index)
-    params["piece"] = sampler.sample_pieces(rng(2), index)
-    without, own = data.leave_out(params, config, split.images)
-    assert without.shape == own.shape == (20, 6, 64, 64)
-    for k in range(3):
-        digits = split.images[index].clone()
-        for digit, (row, column) in zip(digits, params["piece"][:, 0, k].tolist()):
-            hole = digit[row : row + size, column : column + size]
-            assert (hole > 127).sum() >= 5  # as of distractors
-            hole[:] = 0
-        images = torch.cat([split.images, digits])  # distractors are cut from whole digits
-        holed = params | {"digit": index + len(split.images)}
-        canvas, rest, _ = data.render_canvases(holed, config, images)
-        assert torch.equal(without[:, k], canvas[:, 0])
-        names, fewer, no_digit = ("source", "window", "corner"), dict(params), dict(params)
-        fewer |= {name: params[name][:, :, [i for i in range(3) if i != k]] for name in names}
-        canvas, digit, _ = data.render_canvases(fewer, config, split.images)
-        assert torch.equal(without[:, 3 + k], canvas[:, 0])
-        assert torch.equal(own[:, k], (digit & ~rest)[:, 0])
-        no_digit |= {name: params[name][:, :, [k]] for name in names}
-        no_digit["digit"] = torch.full_like(index, len(split.images))
-        images = torch.cat([split.images, torch.zeros_like(digits[:1])])
-        alone = data.render_canvases(no_digit, config, images)[2]
-        assert torch.equal(own[:, 3 + k], alone[:, 0])
+def test_what_had_to_be_replaced_is_noted_in_the_settings_once(tmp_path):
+    config = settings.make_config({"data_root": str(tmp_path)}, "laptop")
+    splits, resolved = data.load_dataset(config, CPU)
+    assert_same_splits(splits, DIGITS)
+    assert resolved.digits == "sklearn"
+    assert len(resolved.fallbacks) == 1
+    assert "instead of MNIST" in resolved.fallbacks[0]
+    # the settings that were passed are as before
+    assert config.digits == "auto"
+    assert config.fallbacks == []
+    # the line is not repeated when a run is resumed
+    _, again = data.load_dataset(replace(resolved, digits="auto"), CPU)
+    assert again == resolved
 
 
-def test_parts_of_evaluation_canvases():
-    """At the network's size, and over the same background as the whole canvas."""
-    for background in ("black", "texture"):
-        config = settings(background=background)
-        (batch,) = data.evaluation_batches(config, DIGITS["test"], 40, parts=True)
-        assert batch["without"].shape == (40, 6, 1, 56, 56) and batch["own_ink"].min() >= 5
-        change = (batch["without"] - batch["images"][:, None]).abs()[:, :, 0]
-        near = F.max_pool2d(batch["own"].float().flatten(0, 1), 9, 1, 4).view(change.shape) > 0
-        assert change[near].sum() > 0.97 * change.sum() > 100  # nothing else has changed
-    config = settings(num_distractors=0)
-    (batch,) = data.evaluation_batches(config, DIGITS["test"], 5, parts=True)
-    assert batch["without"].shape == (5, 1, 1, 56, 56)  # a piece of the digit
+def test_mnist_that_is_there_causes_no_fallback(mnist_root):
+    config = settings.make_config({"data_root": str(mnist_root)}, "laptop")
+    splits, resolved = data.load_dataset(config, CPU)
+    assert len(splits["train"]) == 100
+    assert resolved == replace(config, digits="mnist")
+
+
+def stl10_config(root, split: str = "unlabeled") -> settings.Config:
+    flags = {"dataset": "stl10", "data_root": str(root), "split": split}
+    return settings.make_config(flags, "laptop")
+
+
+def test_the_settings_choose_the_part_of_stl10(stl10_root):
+    splits, resolved = data.load_dataset(stl10_config(stl10_root), CPU)
+    assert len(splits["train"]) == 30
+    assert "not the whole of STL-10" in resolved.fallbacks[0]
+    splits, _ = data.load_dataset(stl10_config(stl10_root, "train"), CPU)
+    assert len(splits["train"]) == 20
+
+
+@pytest.mark.parametrize("free_share,device", [(3.01, "cuda"), (2.99, "cpu")])
+def test_photographs_go_to_a_gpu_that_has_room_for_them(
+    stl10_root, monkeypatch, free_share, device
+):
+    nbytes = 30 * 3 * 96 * 96
+    free_bytes = int(free_share * nbytes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 10**12))
+    with PretendedGPU():
+        splits, _ = data.load_dataset(stl10_config(stl10_root), torch.device("cuda"))
+    for split in splits.values():
+        assert split.images.device.type == device
+        assert split.labels.device.type == device
+
+
+def test_photographs_are_not_copied_to_an_apple_gpu(stl10_root):
+    """All of them take 2.8 GB of the memory that it shares with the CPU."""
+    splits, _ = data.load_dataset(stl10_config(stl10_root), torch.device("mps"))
+    assert splits["train"].images.device.type == "cpu"
+
+
+def test_digits_always_go_to_the_gpu(monkeypatch):
+    """Canvases are rendered where the digits are."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**12))
+    config = settings.make_config({"digits": "sklearn"}, "laptop")
+    with PretendedGPU():
+        splits, _ = data.load_dataset(config, torch.device("cuda"))
+    assert splits["train"].images.device.type == "cuda"
+
+
+# ----------------------------------------------------------------------------------- picture files
+
+RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))  # black on the left, white on the right
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    """The bytes of a picture file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def colour_picture() -> Image.Image:
+    grey = Image.fromarray(RAMP)
+    return Image.merge("RGB", [grey, grey.rotate(90), grey.rotate(180)])
+
+
+def good_pictures() -> dict[str, bytes]:
+    """Files that are unusual, but pictures."""
+    colour = colour_picture()
+    grey = Image.fromarray(RAMP)
+    pictures = {
+        "5000×5000": encoded(Image.new("L", (5000, 5000))),
+        "64×20,000": encoded(Image.new("L", (64, 20_000))),
+        "16 bits of grey": encoded(Image.fromarray(RAMP.astype(np.uint16) * 257)),
+        "32 bits of grey": encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
+        "transparent palette": encoded(colour.quantize(16), transparency=bytes(range(16))),
+        "transparent grey": encoded(Image.merge("LA", [grey, grey])),
+        "CMYK": encoded(colour.convert("CMYK"), "JPEG"),
+        "bad EXIF": encoded(colour, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"),
+    }
+    for mode in ("1", "L", "P", "RGBA"):
+        pictures[mode] = encoded(colour.convert(mode))
+    for mode in ("YCbCr", "LAB"):
+        pictures[mode] = encoded(colour.convert(mode), "TIFF")
+    for file_format in ("BMP", "GIF", "JPEG", "PPM", "WEBP"):
+        pictures[file_format] = encoded(colour, file_format)
+    return pictures
+
+
+def bad_pictures() -> dict[str, bytes]:
+    """Files that are no pictures, or too large, or in formats that may start other programs."""
+    colour = colour_picture()
+    png = encoded(colour)
+    pictures = {
+        "20,000×20,000": encoded(Image.new("1", (20_000, 20_000))),
+        "10,000×10,000": encoded(Image.new("1", (10_000, 10_000))),
+        "65,535×65,535 in its header only": png[:16] + b"\0\0\xff\xff" * 2 + png[24:],
+        "floating point": encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
+        "text": b"no picture\n",
+        "JPEG that is cut off": encoded(colour, "JPEG")[:700],
+    }
+    for file_format in ("PCX", "EPS", "PDF"):
+        pictures[file_format] = encoded(colour, file_format)
+    for count in (0, 9, 40, len(png) // 2):
+        pictures[f"the first {count} bytes"] = png[:count]
+    return pictures
+
+
+@pytest.mark.filterwarnings("error")  # Pillow warns about some of them
+def test_unusual_pictures_are_read(tmp_path):
+    for number, (name, content) in enumerate(good_pictures().items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = folder / "x.png"
+        path.write_bytes(content)
+        image = data.read_image(str(path))
+        assert image.mode == "RGB", name
+        assert data.read_folder(str(folder), 64).shape == (1, 64, 64), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
+    for number, (name, content) in enumerate(bad_pictures().items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = str(folder / "x.png")
+        Path(path).write_bytes(content)
+        with pytest.raises(
+            OSError, match="cannot be read as a picture .*use PNG or JPEG"
+        ) as caught:
+            data.read_image(path)
+        message = str(caught.value)
+        assert message.startswith(path), name
+        assert message.isprintable(), name
+        assert len(message) < 500, name
+        with pytest.raises(OSError, match="cannot be read as a picture"):
+            data.read_folder(str(folder), 64)
+
+
+def test_a_picture_that_does_not_exist(tmp_path):
+    with pytest.raises(OSError, match=r"x.png cannot be read as a picture \(no such file\)"):
+        data.read_image(str(tmp_path / "x.png"))
+
+
+def test_colours_are_kept(tmp_path):
+    picture = colour_picture()
+    picture.save(tmp_path / "x.png")
+    np.testing.assert_array_equal(data.read_image(str(tmp_path / "x.png")), picture)
+
+
+def test_a_picture_taken_with_a_turned_camera_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was turned by a quarter
+    picture = Image.fromarray(RAMP[:32])  # 64 wide, 32 high, dark on the left
+    picture.save(tmp_path / "x.png", exif=exif)
+    upright = data.read_image(str(tmp_path / "x.png"))
+    assert upright.size == (32, 64)
+    assert upright.getpixel((16, 0)) == (0, 0, 0)
+    assert upright.getpixel((16, 63)) == (252, 252, 252)
+
+
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert data.read_image(str(tmp_path / "x.gif")).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize(
+    "brightest,white",
+    [(100, 255), (255, 255), (1000, 1023), (4095, 4095), (4096, 65535), (65535, 65535)],
+)
+def test_grey_of_up_to_16_bits_is_scaled_and_not_clipped(tmp_path, brightest, white, file_format):
+    levels = np.linspace(0, brightest, 64).astype(np.uint16)[None].repeat(2, axis=0)
+    Image.fromarray(levels).save(tmp_path / "x", file_format)
+    red = np.asarray(data.read_image(str(tmp_path / "x")))[..., 0]
+    np.testing.assert_allclose(red, levels * (255 / white), atol=0.51)
+
+
+@pytest.mark.parametrize("mode,color", [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))])
+def test_what_is_transparent_lies_on_white(tmp_path, mode, color):
+    Image.new(mode, (9, 9), color).save(tmp_path / "x.png")
+    assert data.read_image(str(tmp_path / "x.png")).getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_a_transparent_entry_of_a_palette_lies_on_white(tmp_path):
+    Image.new("P", (9, 9), 0).save(tmp_path / "x.png", transparency=0)
+    assert data.read_image(str(tmp_path / "x.png")).getpixel((4, 4)) == (255, 255, 255)
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """A file some of whose bytes are overwritten, cut out or doubled at random."""
+    content = bytearray(content)
+    for _ in range(chance.choice((1, 1, 2, 10))):
+        start = chance.randrange(len(content) + 1)
+        end = start + chance.choice((1, 8, 1000, 10**9))
+        old = content[start:end]
+        replacements = [
+            chance.randbytes(len(old)),
+            bytes(len(old)),
+            b"\xff" * len(old),
+            b"",
+            old * 2,
+        ]
+        content[start:end] = chance.choice(replacements)
+    return bytes(content)
+
+
+def peak_megabytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def test_mutated_pictures_are_read_or_refused_in_one_line(tmp_path):
+    sources = [content for content in good_pictures().values() if len(content) < 20_000]
+    chance = random.Random(2)
+    path = str(tmp_path / "x")
+    pictures_read = 0
+    before = peak_megabytes()
+    for number in range(300):
+        Path(path).write_bytes(mutated(sources[number % len(sources)], chance))
+        try:
+            data.read_image(path)
+            pictures_read += 1
+        except OSError as error:
+            assert str(error).startswith(path), number
+            assert "\n" not in str(error), number
+    assert 10 < pictures_read < 290
+    assert peak_megabytes() - before < 300
+
+
+# -------------------------------------------------------------------------------- picture folders
+
+
+def test_pictures_are_found_in_order_below_a_folder(tmp_path):
+    """What a Mac leaves beside a picture, ._NAME, is left out."""
+    for folder in ("f", "d", "e", "c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.JPG").touch()
+        (tmp_path / folder / "._x.JPG").touch()
+    for name in ("b.tif", "a.PNG", "._a.PNG", "notes.txt"):
+        (tmp_path / name).touch()
+    paths = [os.path.relpath(path, tmp_path) for path in data.image_files(str(tmp_path))]
+    assert paths == ["a.PNG", "b.tif", "c/x.JPG", "d/x.JPG", "e/x.JPG", "f/x.JPG"]
+
+
+def test_the_pictures_of_a_folder_are_grey_and_cut_square(tmp_path):
+    stripes = np.zeros((30, 90), dtype=np.uint8)
+    stripes[:, 30:60] = 255  # a white square in the middle
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    Image.new("RGB", (50, 70), (255, 0, 0)).save(tmp_path / "b.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    images = data.read_folder(str(tmp_path), 20)
+    assert images.dtype == torch.uint8
+    assert images.shape == (2, 20, 20)
+    assert images[0, :, 2:-2].min() == 255
+    assert images[1].unique().tolist() == [76]  # the brightness of red
+
+
+@pytest.mark.parametrize("folder", ["empty", "missing"])
+def test_a_folder_without_pictures_is_refused(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    path = str(tmp_path / folder)
+    with pytest.raises(ValueError, match=f"^--background {path}: no images there; use "):
+        data.read_folder(path, 20)

@@ -1,5 +1,6 @@
-"""The study's pages say what study.json says, and study.json what the commands in it give."""
+"""The pages show what study.json holds, and study.json holds what its commands produce."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -11,9 +12,12 @@ import torch
 from scipy import stats
 
 import data
-import metrics
-import train
+import explain
+import report
+import settings
+import views
 import vit
+import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "results"))
@@ -21,329 +25,548 @@ sys.path.insert(0, str(ROOT / "results"))
 import study
 import verdicts
 
+CLAIMS = verdicts.CLAIMS
+
 
 @pytest.fixture(scope="module")
 def committed():
     return study.read_study()
 
 
+# ------------------------------------------------------------------ the committed pages and lines
+
+
 @pytest.mark.parametrize("page", ["results/README.md", "results/tables.md", "README.md"])
-def test_the_pages_are_what_the_runs_give(committed, page):
+def test_the_pages_show_what_the_runs_give(committed, page):
     text = (ROOT / page).read_text()
-    folder = "figures/" if page.startswith("results") else "results/figures/"
-    blocks = verdicts.blocks(committed, folder)
-    assert text == verdicts.fill(text, blocks)
-    lines = [line for line in text.splitlines() if " [" in line and line.startswith("|")]
-    assert len(lines) >= 5  # a changed number does not stay
-    assert verdicts.fill(text.replace(lines[-1], lines[-1] + "9"), blocks) == text
+    figure_folder = "figures/" if page.startswith("results") else "results/figures/"
+    blocks = verdicts.page_blocks(committed, figure_folder)
+    assert verdicts.fill_page(text, blocks) == text
+    # A number that somebody changes by hand is restored.
+    lines = [line for line in text.splitlines() if line.startswith("|") and " [" in line]
+    assert len(lines) >= 5
+    changed = text.replace(lines[-1], lines[-1] + "9")
+    assert verdicts.fill_page(changed, blocks) == text
 
 
 def test_every_run_can_be_traced(committed):
-    """Each line has the command that the grid gives it, and nothing of the machine's folders."""
+    """Each line has the command that the grid gives it, without any folder of the machine."""
     for preset, runs in committed.items():
-        rows, args = study.grid(preset, runs), study.parse_args(["--preset", preset])
-        for (name, seed), line in runs.items():
-            assert study.is_done(args, runs, rows[name][0], name, seed), (name, seed)
-            assert line["device"] and line["precision"] and line["versions"]["torch"]
-            assert len(line["weights"]) == 64 and len(line["curve"]) > 10
-            assert not any(word.startswith("/") for word in shlex.split(line["command"]))
+        args = study.parse_args(["--preset", preset])
+        rows = study.grid(preset, runs)
+        for (row, seed), line in runs.items():
+            job = study.Job(row, seed, rows[row].flags)
+            assert study.is_done(args, job, runs), job
+            assert line["device"]
+            assert line["precision"]
+            assert line["versions"]["torch"]
+            assert len(line["weights"]) == 64
+            assert len(line["curve"]) > 10
+            for word in shlex.split(line["command"]):
+                assert not word.startswith("/")
 
 
-def numpy_primaries(lines, seeds=range(10, 20)):
-    """The sixteen primary quantities, by seed, straight from the lines of study.json."""
-    at = lambda row, f: {l["seed"]: f(l) for l in lines if l["row"] == row and l["seed"] in seeds}
-    of = lambda metric, row="mean": lambda l: l["matched"][row][metric]
-    far = lambda l: np.mean([c["far_background_density"] > 1 for r, c in l["matched"].items()
-                             if r[:5] == "head_"])  # fmt: skip
-    sel, roc, rho = of("selectivity"), of("auroc"), of("patch_faithfulness")
-    log = lambda x, y: {s: np.log(x[s] / y[s]) for s in x.keys() & y.keys()}
-    less = lambda x, y: {s: x[s] - y[s] for s in x.keys() & y.keys()}
-    spread = lambda k: lambda l: l["curve"][k]["mean"]["diversity"]
-    best = lambda l: l["matched"][l["best_head"]]["selectivity"]
-    probes = [log(at(row, lambda l: l["features"]["linear_probe"]),
-                  at(row, lambda l: l["untrained_features"]["linear_probe"]))
-              for row in ("same", "dino-same")]  # fmt: skip
-    tuned = {}
-    for base, name in (("same", "auroc"), ("dino-same", "auroc"), ("batch-32", "selectivity"),
-                       ("batch-256", "selectivity")):  # fmt: skip
-        found = {l["row"]: l["curve"][-1]["mean"][name] for l in lines
-                 if l["seed"] == 0 and l["row"].split("-lr-")[0] == base}  # fmt: skip
-        factor = lambda row: float(row.partition("-lr-")[2] or 1)
-        best_of = max(found, key=found.get, default="none")
-        edges = {min(found, key=factor), max(found, key=factor)} if found else {"none"}
-        tuned[base] = at("none" if best_of in edges else best_of, of(name))
-    different, same = at("different", sel), at("same", sel)
+def best_searched_row(lines, base, metric):
+    """The row with the best learning rate of a search, which must not be at an edge."""
+    rows = {}
+    values = {}
+    for line in lines:
+        name, _, factor = line["row"].partition("-lr-")
+        if name == base and line["seed"] == 0:
+            rows[float(factor or 1)] = line["row"]
+            values[float(factor or 1)] = line["curve"][-1]["mean"][metric]
+    best_factor = max(values, key=values.get)
+    assert min(values) < best_factor < max(values)
+    return rows[best_factor]
+
+
+def recomputed_primaries(lines, seeds):
+    """The sixteen primary quantities by seed, straight from the lines of study.json."""
+
+    def values(row, measure):
+        chosen = [line for line in lines if line["row"] == row and line["seed"] in seeds]
+        return {line["seed"]: measure(line) for line in chosen}
+
+    def map_values(row, metric, map_name="mean"):
+        return values(row, lambda line: line["matched"][map_name][metric])
+
+    def log_ratio(over, under):
+        return {seed: np.log(over[seed] / under[seed]) for seed in over.keys() & under.keys()}
+
+    def difference(over, under):
+        return {seed: over[seed] - under[seed] for seed in over.keys() & under.keys()}
+
+    def share_of_heads_past_ink(line):
+        heads = [cells for name, cells in line["matched"].items() if name.startswith("head_")]
+        return np.mean([head["far_background_density"] > 1 for head in heads])
+
+    def selectivity_of_best_head(line):
+        return line["matched"][line["best_head"]]["selectivity"]
+
+    def probe_over_untrained(row):
+        trained = values(row, lambda line: line["features"]["linear_probe"])
+        untrained = values(row, lambda line: line["untrained_features"]["linear_probe"])
+        return log_ratio(trained, untrained)
+
+    def diversity(epoch):
+        return values("different-long", lambda line: line["curve"][epoch]["mean"]["diversity"])
+
+    def mean(quantity):
+        return np.mean(list(quantity.values())) if quantity else -np.inf
+
+    selectivity_different = map_values("different", "selectivity")
+    selectivity_same = map_values("same", "selectivity")
+    brightness_selectivity = map_values("same", "selectivity", "brightness")
+    faithfulness_different = map_values("different", "patch_faithfulness")
+    faithfulness_same = map_values("same", "patch_faithfulness")
+    brightness_faithfulness = map_values("different", "patch_faithfulness", "brightness")
+    rollout_faithfulness = map_values("different", "patch_faithfulness", "rollout")
+    past_ink = values("different", share_of_heads_past_ink)
+    past_ink_without_registers = values("different-registers-0", share_of_heads_past_ink)
+    probe_nce = probe_over_untrained("same")
+    probe_dino = probe_over_untrained("dino-same")
+    auroc_nce = map_values(best_searched_row(lines, "same", "auroc"), "auroc")
+    auroc_dino = map_values(best_searched_row(lines, "dino-same", "auroc"), "auroc")
+    best_batch_32 = best_searched_row(lines, "batch-32", "selectivity")
+    best_batch_256 = best_searched_row(lines, "batch-256", "selectivity")
+    selectivity_batch_32 = map_values(best_batch_32, "selectivity")
+    selectivity_batch_256 = map_values(best_batch_256, "selectivity")
+    texture = map_values("texture", "far_background_density")
+    best_of_3_heads = values("different", selectivity_of_best_head)
+    best_of_6_heads = values("heads-6", selectivity_of_best_head)
     return {
-        "F1": less(at("different", rho), at("different", of("patch_faithfulness", "brightness"))),
-        "F2": less(at("different", rho), at("same", rho)),
-        "F3": less(at("different", of("patch_faithfulness", "rollout")), at("different", rho)),
-        "F4": less(at("different", far), at("different-registers-0", far)),
-        "C1": min(probes, key=lambda p: np.mean([*p.values()]) if p else -np.inf),
-        "C2": log(tuned["same"], tuned["dino-same"]),
-        "C3": log(same, at("same", of("selectivity", "brightness"))),
-        "C4": {s: np.log(x) for s, x in at("texture", of("far_background_density")).items()},
-        "C5": log(different, same),
-        "C6": less(at("different-long", spread(-1)), at("different-long", spread(1))),
-        "C7": log(at("same-4", sel), at("same-1", sel)),
-        "C8": log(at("different", roc), at("size-28", roc)),
-        "C9": log(different, at("supervised", sel)),
-        "Q1": log(tuned["batch-256"], tuned["batch-32"]),
-        "Q2": log(at("heads-6", best), at("different", best)),
-        "Q3": log(at("pretrained", sel), same),
+        "F1": difference(faithfulness_different, brightness_faithfulness),
+        "F2": difference(faithfulness_different, faithfulness_same),
+        "F3": difference(rollout_faithfulness, faithfulness_different),
+        "F4": difference(past_ink, past_ink_without_registers),
+        "C1": min(probe_nce, probe_dino, key=mean),
+        "C2": log_ratio(auroc_nce, auroc_dino),
+        "C3": log_ratio(selectivity_same, brightness_selectivity),
+        "C4": {seed: np.log(density) for seed, density in texture.items()},
+        "C5": log_ratio(selectivity_different, selectivity_same),
+        "C6": difference(diversity(epoch=-1), diversity(epoch=1)),
+        "C7": log_ratio(map_values("same-4", "selectivity"), map_values("same-1", "selectivity")),
+        "C8": log_ratio(map_values("different", "auroc"), map_values("size-28", "auroc")),
+        "C9": log_ratio(selectivity_different, map_values("supervised", "selectivity")),
+        "Q1": log_ratio(selectivity_batch_256, selectivity_batch_32),
+        "Q2": log_ratio(best_of_6_heads, best_of_3_heads),
+        "Q3": log_ratio(map_values("pretrained", "selectivity"), selectivity_same),
     }
 
 
 def test_the_primaries_recomputed_in_numpy(committed):
-    lines = json.loads(study.STUDY.read_text())
-    expected, judged = numpy_primaries(lines), verdicts.judge(committed["laptop"])
-    second = numpy_primaries(lines, range(30, 60))
-    expected |= {
-        claim: second[claim] for claim in ("F1", "F2", "C8", "Q2") if len(second[claim]) == 30
-    }
-    assert expected.keys() == judged.keys() == verdicts.CLAIMS.keys()
-    for claim, values in expected.items():
-        found = verdicts.primary(committed["laptop"], claim)
-        assert found == pytest.approx(values, abs=1e-9), claim
-        x, result = np.array([*values.values()]), judged[claim]
-        assert result["seeds"] == len(x)
-        if len(x) >= 5:
-            low, high = stats.t.interval(0.95, len(x) - 1, x.mean(), max(stats.sem(x), 1e-300))
-            assert (result["low"], result["high"]) == pytest.approx((low, high), abs=1e-9)
+    lines = json.loads(study.STUDY_FILE.read_text())
+    expected = recomputed_primaries(lines, seeds=range(10, 20))
+    second_sample = recomputed_primaries(lines, seeds=range(30, 60))
+    for name in ("F1", "F2", "C8", "Q2"):
+        if len(second_sample[name]) == 30:
+            expected[name] = second_sample[name]
+    judged = verdicts.judge(committed["laptop"])
+    assert expected.keys() == judged.keys() == CLAIMS.keys()
+    for name, quantity in expected.items():
+        primary = verdicts.primary(committed["laptop"], CLAIMS[name])
+        assert primary == pytest.approx(quantity, abs=1e-9), name
+        values = np.array(list(quantity.values()))
+        assert judged[name].seeds == len(values)
+        if len(values) >= 5:
+            interval = judged[name].interval
+            # scipy returns nan for a standard error of 0, which F4 has.
+            standard_error = max(stats.sem(values), 1e-300)
+            ends = stats.t.interval(0.95, len(values) - 1, values.mean(), standard_error)
+            assert (interval.low, interval.high) == pytest.approx(ends, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["same", "different"])
-def test_small_checkpoints_attend_as_their_runs_do(name, committed):
-    path = ROOT / "results" / "checkpoints" / f"{name}.pth"
+@pytest.mark.parametrize("row", ["same", "different"])
+def test_the_small_checkpoints_attend_as_their_runs_do(row, committed):
+    path = ROOT / "results" / "checkpoints" / f"{row}.pth"
     assert path.stat().st_size < 4e6
-    checkpoint = vit.read_checkpoint(str(path))
-    assert all(value.dtype == torch.float16 for value in checkpoint["teacher"].values())
-    last = checkpoint["metrics"][-1]["validation"]["mean"]["selectivity"]
-    found = verdicts.sample(committed["laptop"], name, verdicts.SELECTIVITY, range(10, 15))
-    seed, (assumed, *_) = checkpoint["config"]["seed"], sorted(found, key=found.get)[2:]
-    assert seed == assumed  # the median
-    line = committed["laptop"][name, seed]
+    checkpoint = weights.read_checkpoint(str(path))
+    assert all(tensor.dtype == torch.float16 for tensor in checkpoint["teacher"].values())
+
+    # It is the run of median selectivity among the first five seeds.
+    runs = committed["laptop"]
+    selectivity = verdicts.sample(runs, row, verdicts.SELECTIVITY, range(10, 15))
+    seed = checkpoint["config"]["seed"]
+    assert seed == sorted(selectivity, key=selectivity.get)[2]
+
+    # Its history is the one in study.json.
     assert checkpoint["epoch"] == 10
-    assert last == pytest.approx(line["curve"][-1]["mean"]["selectivity"], rel=1e-5)
-    network = vit.build_network(checkpoint["config"])
-    network.load_state_dict({key: value.float() for key, value in checkpoint["teacher"].items()})
-    digits = data.load_digits("sklearn")[0]["test"]  # which it never saw
-    batches = data.evaluation_batches(checkpoint["config"], digits, 200)
-    seen = metrics.observe({"trained": network.backbone}, batches)
-    mean = metrics.measure_attention(seen, resamples=0)["mean"]
-    assert mean["digit_density"]["value"] > 3 > mean["background_density"]["value"]
+    last_validation = checkpoint["metrics"][-1]["validation"]["mean"]["selectivity"]
+    last_point = runs[row, seed]["curve"][-1]["mean"]["selectivity"]
+    assert last_validation == pytest.approx(last_point, rel=1e-5)
+
+    # Its network looks at digits that it has not been trained on.
+    config = settings.config_from_checkpoint(checkpoint["config"])
+    network = vit.build_network(config)
+    teacher = {name: tensor.float() for name, tensor in checkpoint["teacher"].items()}
+    network.load_state_dict(teacher)
+    splits, _, _ = data.load_digits("sklearn")
+    batches = views.evaluation_batches(config, splits["test"], 200)
+    observation = explain.observe({"trained": network.backbone}, batches)
+    mean_map = report.measure_attention(observation, resamples=0)["mean"]
+    assert mean_map["digit_density"]["value"] > 3
+    assert mean_map["background_density"]["value"] < 3
 
 
-def settings(preset, name, rows):
+# ----------------------------------------------------------------------------------- the grid
+
+
+def config_of_row(preset, name, row):
     """The settings that train.py makes of the command of a row."""
     args = study.parse_args(["--preset", preset, "--device", "cpu"])
-    command = study.command(args, rows[name][0], name, 0)[0]
-    return train.make_config(train.parse_args(shlex.split(command.split("train.py ")[1])))
+    command = study.train_command(args, study.Job(name, 0, row.flags))
+    _, _, flags = command.partition("train.py ")
+    train_args = settings.parse_args(shlex.split(flags))
+    return settings.make_config(train_args.flags, train_args.preset)
+
+
+def crops_fed_to_student(config):
+    plan = views.crop_plan(config.views, config.crops, config.symmetric)
+    return len(plan.student)
 
 
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
-def test_rows_differ_from_the_preset_in_what_is_compared_alone(preset):
+def test_rows_differ_from_the_preset_only_in_what_they_compare(preset):
     rows = study.grid(preset, {})
-    configs = {name: settings(preset, name, rows) for name in rows}  # train.py accepts them all
-    default = train.make_config(train.parse_args(["--preset", preset]))
-    may = {"loss", "views", "crops", "background", "registers", "heads", "image_size", "weights"}
-    may |= {
+    # train.py accepts the flags of every row.
+    configs = {name: config_of_row(preset, name, row) for name, row in rows.items()}
+    default = settings.make_config(preset=preset)
+    may_differ = {
+        "loss",
+        "views",
+        "crops",
+        "background",
+        "registers",
+        "heads",
+        "depth",
+        "image_size",
+        "weights",
         "batch_size",
         "micro_batch",
         "lr",
         "epochs",
-        "depth",
+        "images_per_epoch",
         "digits",
         "pos_size",
         "device",
-        "images_per_epoch",
     }
-    for name, c in configs.items():
-        assert {key for key in c if c[key] != default[key]} <= may, name
-        dino = c["images_per_epoch"] == 12_800 and c["loss"] == "dino"
-        assert dino or c["images_per_epoch"] == default["images_per_epoch"]
-    fed = set()
-    for name in ("different", "same", "supervised"):
-        c = configs[name]
-        fed.add(len(data.crop_plan(c["views"], c["crops"], c["symmetric"])[2]))
-    assert len(fed) == (1 if preset == "laptop" else 2)
-    claims = {claim for _, _, claims in rows.values() for claim in claims.split()}
-    assert preset == "paper" or claims == set(verdicts.CLAIMS)
+    for name, config in configs.items():
+        default_values = dataclasses.asdict(default)
+        for setting, value in dataclasses.asdict(config).items():
+            assert value == default_values[setting] or setting in may_differ, (name, setting)
+        # Only DINO's loss sees more images an epoch.
+        if config.images_per_epoch != default.images_per_epoch:
+            assert (config.loss, config.images_per_epoch) == ("dino", 12_800), name
+
+    main_rows = ("different", "same", "supervised")
+    crop_counts = {crops_fed_to_student(configs[name]) for name in main_rows}
+    if preset == "laptop":
+        assert crop_counts == {2}
+        assert {claim for row in rows.values() for claim in row.claims} == set(CLAIMS)
+    else:
+        assert len(crop_counts) == 2
 
 
 def test_no_run_starts_from_weights_that_are_not_there_yet():
     args = study.parse_args(["--only", "Q3"])
-    first = {row for row, _ in study.wanted(args, {})}
-    assert "pretraining" in first and "pretrained" not in first
-    command = f" {study.command(args, study.GRID['pretraining'][0], 'pretraining', 0)[0]}"
-    then = study.wanted(args, {("pretraining", 0): {"command": command}})
-    assert ("pretrained", 10) in then and ("pretraining", 0) not in then
+    rows = [job.row for job in study.jobs_to_do(args, runs={})]
+    assert "pretraining" in rows
+    assert "pretrained" not in rows
+    pretraining = study.Job("pretraining", 0, study.GRID["pretraining"].flags)
+    runs = {("pretraining", 0): {"command": study.train_command(args, pretraining)}}
+    jobs = [(job.row, job.seed) for job in study.jobs_to_do(args, runs)]
+    assert ("pretraining", 0) not in jobs
+    assert ("pretrained", 10) in jobs
 
 
-def search_lines(base, found):
-    curve = lambda value: [{"mean": {"selectivity": value, "auroc": value}}]
-    return {(verdicts.rate_row(base, k), 0): {"curve": curve(value)} for k, value in found.items()}
+def search_runs(base, values):
+    """The runs of a search, from {factor of the learning rate: value on validation canvases}."""
+    runs = {}
+    for factor, value in values.items():
+        last_epoch = {"mean": {"selectivity": value, "auroc": value}}
+        runs[verdicts.rate_row(base, factor), 0] = {"curve": [last_epoch]}
+    return runs
 
 
 def test_a_search_goes_on_until_the_best_rate_is_not_at_an_edge():
-    assert study.grid("laptop", {})["batch-32"][1] == [0]
-    runs = search_lines("batch-32", {0.5: 1.1, 1: 1.2, 2: 1.3})
+    assert study.grid("laptop", {})["batch-32"].seeds == [0]
+    runs = search_runs("batch-32", {0.5: 1.1, 1: 1.2, 2: 1.3})
     rows = study.grid("laptop", runs)
-    assert rows["batch-32-lr-4"][1] == [0] and verdicts.best_row(runs, "batch-32") is None
-    assert "--batch-size 32 --lr 0.002" in rows["batch-32-lr-4"][0]
-    runs |= search_lines("batch-32", {4: 1.25})
+    assert verdicts.best_row(runs, "batch-32") is None
+    assert rows["batch-32-lr-4"].seeds == [0]
+    assert "--batch-size 32 --lr 0.002" in rows["batch-32-lr-4"].flags
+
+    runs |= search_runs("batch-32", {4: 1.25})
     rows = study.grid("laptop", runs)
-    assert verdicts.best_row(runs, "batch-32") == "batch-32-lr-2" and "batch-32-lr-8" not in rows
-    assert rows["batch-32-lr-2"][1] == [0, *range(10, 20)] and rows["batch-32"][1] == [0]
+    assert verdicts.best_row(runs, "batch-32") == "batch-32-lr-2"
+    assert "batch-32-lr-8" not in rows
+    assert rows["batch-32-lr-2"].seeds == [0, *range(10, 20)]
+    assert rows["batch-32"].seeds == [0]
 
 
 def test_a_rate_that_diverges_does_not_stop_a_search():
-    runs = search_lines("batch-256", {0.5: 1.3, 1: 1.2})  # and 2 left no line
-    assert study.grid("laptop", runs)["batch-256-lr-0.25"][1] == [0]
-    rows = study.grid("laptop", runs | search_lines("batch-256", {0.25: 1.25}))
-    assert "batch-256-lr-2" not in rows and "batch-256-lr-0.125" not in rows
-    assert rows["batch-256-lr-0.5"][1] == [0, *range(10, 20)]
+    # Twice the rate diverged, so it has no line.
+    runs = search_runs("batch-256", {0.5: 1.3, 1: 1.2})
+    assert study.grid("laptop", runs)["batch-256-lr-0.25"].seeds == [0]
+    runs |= search_runs("batch-256", {0.25: 1.25})
+    rows = study.grid("laptop", runs)
+    assert "batch-256-lr-2" not in rows
+    assert "batch-256-lr-0.125" not in rows
+    assert rows["batch-256-lr-0.5"].seeds == [0, *range(10, 20)]
+
+
+# --------------------------------------------------------------------------------- the verdicts
 
 
 @pytest.mark.parametrize(
-    "claim,low,high,says",
+    "name,low,high,word",
     [
+        # more
         ("C5", 0.01, 0.5, "holds"),
         ("C5", -0.5, -0.01, "the contrary holds"),
         ("C5", -0.05, 0.09, "no relevant effect"),  # ln 1.1 is .095
         ("C5", -0.05, 0.2, "undecided"),
+        # alike
         ("C3", -0.09, 0.09, "holds"),
         ("C3", 0.1, 0.2, "the contrary holds"),
+        ("C3", -0.2, -0.1, "the contrary holds"),
         ("C3", 0.05, 0.2, "undecided"),
+        # less
         ("C4", -0.2, -0.1, "holds"),
         ("C4", 0.1, 0.2, "the contrary holds"),
+        # no less
         ("F3", -0.01, 0.3, "holds"),
         ("F3", -0.3, -0.03, "the contrary holds"),
         ("F3", -0.03, 0.3, "undecided"),
     ],
 )
-def test_one_interval_gives_one_word(claim, low, high, says):
-    assert verdicts.word(claim, low, high) == says
+def test_an_interval_decides_the_verdict(name, low, high, word):
+    assert verdicts.verdict_word(CLAIMS[name], low, high) == word
 
 
-def test_p_by_t_is_the_word_and_exact_p_counts_signs():
+@pytest.mark.parametrize("name", CLAIMS)
+def test_p_is_below_5_percent_where_the_interval_decides(name):
+    claim = CLAIMS[name]
     noise = np.array([-0.05, 0.03, -0.02, 0.05, 0.01, -0.02])
-    for claim in verdicts.CLAIMS:
-        for mean in np.linspace(-0.3, 0.3, 61):
-            p, _ = verdicts.p_values(claim, mean + noise)
-            said = verdicts.word(claim, *verdicts.interval(mean + noise)[1:])
-            equal = verdicts.CLAIMS[claim][3] == "="  # whose contrary has no p
-            assert (p < 0.05) == (said == "holds" or (said == "the contrary holds" and not equal))
-    assert verdicts.flips([1.0, 2.0, 3.0]) == 1 / 8
-    assert verdicts.flips([1.0, 2.0, -1.5]) == 3 / 8  # 4.5, 2.5 and 1.5 are no less than 1.5
+    # The contrary of "no difference" has no p.
+    deciding_words = ["holds"] if claim.expected == "alike" else ["holds", "the contrary holds"]
+    for mean in np.linspace(-0.3, 0.3, 61):
+        p, _ = verdicts.p_values(claim, mean + noise)
+        interval = verdicts.t_interval(mean + noise)
+        word = verdicts.verdict_word(claim, interval.low, interval.high)
+        assert (p < 0.05) == (word in deciding_words)
+
+
+def test_exact_p_counts_the_signs_that_do_as_well():
+    assert verdicts.p_by_flips([1.0, 2.0, 3.0]) == 1 / 8
+    # The sums 4.5, 2.5 and 1.5 are no less than the 1.5 of the data.
+    assert verdicts.p_by_flips([1.0, 2.0, -1.5]) == 3 / 8
     for sign in (1, -1):
         values = sign * np.array([0.1, 0.2, 0.3, 0.2, 0.1])
-        p, exact = verdicts.p_values("C5", values)
-        assert p == pytest.approx(stats.ttest_1samp(values, 0).pvalue) and exact == 2 / 32
-    assert verdicts.p_values("F4", [0.0] * 5) == [1, 1]
+        p, flip_p = verdicts.p_values(CLAIMS["C5"], values)
+        assert p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+        assert flip_p == 2 / 32
+    assert verdicts.p_values(CLAIMS["F4"], [0.0] * 5) == (1, 1)
 
 
-def test_holm_and_the_seeds_that_would_decide(monkeypatch):
-    values = {"F1": [0.1, 0.2, 0.15, 0.12, 0.2], "C5": [0.1, -0.1, 0.12, 0.2, -0.05]}
-    values |= {"F4": [0.0] * 5, "F2": [-0.1, -0.2, -0.3, -0.2, -0.1, 0.3]}
-    found = lambda runs, claim: dict(enumerate(values.get(claim, [])))
-    monkeypatch.setattr(verdicts, "primary", found)
+def test_holm_corrects_for_all_sixteen_claims():
+    p_values = {"F1": 0.004, "F2": 0.001, "C5": 0.0041, "Q1": None, "Q3": 0.9}
+    judged = {name: verdicts.Verdict(seeds=5, p=p) for name, p in p_values.items()}
+    verdicts.set_holm_p(judged)
+    assert judged["F2"].holm_p == pytest.approx(16 * 0.001)
+    assert judged["F1"].holm_p == pytest.approx(15 * 0.004)
+    # 14 × .0041 would be less than the corrected p of a smaller p.
+    assert judged["C5"].holm_p == pytest.approx(15 * 0.004)
+    assert judged["Q3"].holm_p == 1
+    assert judged["Q1"].holm_p is None
+
+
+def test_the_forecast_is_the_first_number_of_seeds_that_decides():
+    values = [0.1, -0.1, 0.12, 0.2, -0.05]
+    claim = CLAIMS["C5"]
+    forecast = verdicts.forecast(claim, values)
+    assert forecast.word == "holds"
+
+    def word_with(seeds):
+        half_width = stats.t.ppf(0.975, seeds - 1) * np.std(values, ddof=1) / seeds**0.5
+        mean = np.mean(values)
+        return verdicts.verdict_word(claim, mean - half_width, mean + half_width)
+
+    assert word_with(forecast.seeds) == "holds"
+    assert word_with(forecast.seeds - 1) == "undecided"
+    contrary = verdicts.forecast(CLAIMS["F2"], [-0.1, -0.2, -0.3, -0.2, -0.1, 0.3])
+    assert contrary.word == "the contrary holds"
+
+
+def test_the_table_of_verdicts_says_how_sure_they_are(monkeypatch):
+    values = {
+        "F1": [0.1, 0.2, 0.15, 0.12, 0.2],
+        "F4": [0.0] * 5,
+        "C5": [0.1, -0.1, 0.12, 0.2, -0.05],
+    }
+    values = {CLAIMS[name]: dict(enumerate(numbers)) for name, numbers in values.items()}
+    monkeypatch.setattr(verdicts, "primary", lambda runs, claim: values.get(claim, {}))
     judged = verdicts.judge({})
-    assert judged["F1"]["holm"] == pytest.approx(16 * judged["F1"]["p"])  # of all claims
-    later = min(judged["C5"]["p"], judged["F2"]["p"])
-    assert judged["F1"]["holm"] < min(1, 15 * later) == judged["C5"]["holm"]
-    assert judged["Q1"] == {"seeds": 0, "word": "open"} and judged["C5"]["word"] == "undecided"
-    (n, then), x = judged["C5"]["needed"], np.array(values["C5"])
-    assert then == "holds" and judged["F2"]["needed"][1] == "the contrary holds"
-    for seeds, decided in ((n, True), (n - 1, False)):
-        half = stats.t.ppf(0.975, seeds - 1) * x.std(ddof=1) / seeds**0.5
-        interval = x.mean() - half, x.mean() + half
-        assert (verdicts.word("C5", *interval) != "undecided") == decided
-    table = verdicts.verdict_table({}, "figures/")
-    line = lambda claim: next(row for row in table.splitlines() if row.startswith(f"| {claim} "))
-    assert "undecided** so far (all seeds alike)" in line("F4") and "**open**" in line("Q1")
-    assert "**holds** so far ¹" in line("F1")  # five flips cannot give less than .06
-    assert f"undecided** so far (as it is, {n} seeds: holds)" in line("C5")
+    assert judged["Q1"] == verdicts.Verdict(seeds=0, word="open")
+    assert judged["C5"].word == "undecided"
+    assert judged["F1"].holm_p == pytest.approx(16 * judged["F1"].p)
+    lines = {line.split(" | ")[0]: line for line in verdicts.verdict_table({}, "f/").splitlines()}
+    assert "**open** |" in lines["| Q1"]
+    assert "**undecided** so far (all seeds alike) |" in lines["| F4"]
+    seeds = judged["C5"].forecast.seeds
+    assert f"**undecided** so far (as it is, {seeds} seeds: holds) |" in lines["| C5"]
+    # Flipping the signs of five values cannot give a p below .06, so the tests disagree.
+    assert "**holds** so far ¹ |" in lines["| F1"]
+    assert "[figure](f/F1.png)" in lines["| F1"]
 
 
 def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
     first = {10: 0.1, 11: -0.1, 12: 0.12, 13: 0.2, 14: -0.05}
     second = {seed: 0.3 + 0.01 * (seed % 3) for seed in range(30, 59)}
-    both = lambda runs, claim, seeds: second if seeds == verdicts.SECOND else first
-    monkeypatch.setattr(verdicts, "primary_of", both)
-    assert verdicts.primary({}, "F1") == first
+
+    def primary_of_seeds(runs, claim, seeds):
+        return second if seeds == verdicts.SECOND else first
+
+    monkeypatch.setattr(verdicts, "primary_of_seeds", primary_of_seeds)
+    assert verdicts.primary({}, CLAIMS["F1"]) == first
     second[59] = 0.3
-    assert verdicts.primary({}, "F1") == second and verdicts.primary({}, "C5") == first
+    assert verdicts.primary({}, CLAIMS["F1"]) == second
+    assert verdicts.primary({}, CLAIMS["C5"]) == first
     line = verdicts.verdict_table({}, "figures/").splitlines()[2]
-    assert "**holds** |" in line and "+0.309 [" in line and "; first ten: +0.054 [" in line
+    assert "**holds** |" in line
+    assert "+0.309 [" in line
+    assert "; first ten: +0.054 [" in line
     line = verdicts.sample_table({}).splitlines()[2]
-    assert line.startswith("| F1, ") and "| +0.054 [" in line and "| +0.309 [" in line
+    assert line.startswith("| F1, ")
+    assert "| +0.054 [" in line
+    assert "| +0.309 [" in line
 
 
-def test_a_row_runs_once_and_again_the_same(tmp_path, monkeypatch, capsys):
+# -------------------------------------------------------------------------------------- the runs
+
+
+@pytest.fixture
+def empty_study(tmp_path, monkeypatch):
+    """A study.json of its own, not there yet, and no download of MNIST."""
+    monkeypatch.setattr(study, "STUDY_FILE", tmp_path / "study.json")
+    monkeypatch.setattr(data, "load_digits", lambda *args: None)
+
+
+def test_a_row_is_run_once_and_a_repetition_is_compared(empty_study, tmp_path, monkeypatch, capsys):
     flags = "--loss nce --views same --crops 1 --image-size 28 --batch-size 32 --epochs 1"
-    row = f"{flags} --images-per-epoch 64 --digits sklearn", range(1), "C3"
-    monkeypatch.setattr(study, "STUDY", tmp_path / "study.json")
-    monkeypatch.setattr(data, "load_digits", lambda *args: None)
-    monkeypatch.setattr(study, "grid", lambda preset, runs: {"tiny": row})
-    runs = str(tmp_path / "runs")
-    args = study.parse_args(["--device", "cpu", "--runs", runs, "--only", "C3"])
-    assert study.run_all(args)
-    [line] = json.loads(study.STUDY.read_text())
-    start = "OMP_NUM_THREADS=1 python train.py --preset laptop"
-    assert f"{start} {row[0]} --seed 0 --device cpu" in line["command"]
-    found = json.loads((tmp_path / "runs/laptop/tiny/seed-0/metrics.json").read_text())
-    selectivity = found["matched"]["mean"]["selectivity"]["value"]
-    assert line["matched"]["mean"]["selectivity"] == pytest.approx(selectivity, rel=1e-5)
-    assert line["curve"][-1]["epoch"] == 1 and line["curve"][-1]["loss"] > 0
-    assert verdicts.number(line, verdicts.SELECTIVITY) == pytest.approx(selectivity, rel=1e-5)
-
-    def never(*job):
-        raise AssertionError("a finished run was done again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(study, "run", never)
-        assert study.run_all(args)
-    assert study.again(args, "tiny", 0)
-    assert "bit for bit" in capsys.readouterr().out
-    monkeypatch.setattr(study, "run", lambda *job, **how: line | {"weights": "0" * 64})
-    assert not study.again(args, "tiny", 0)
-    assert "other weights" in capsys.readouterr().out
-
-
-def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "STUDY", tmp_path / "study.json")
-    monkeypatch.setattr(data, "load_digits", lambda *args: None)
-    rows = {name: ("--loss nce", range(1), "C3") for name in ("bad", "good")}
+    flags += " --images-per-epoch 64 --digits sklearn"
+    rows = {"tiny": study.Row(flags, [0], ["C3"])}
     monkeypatch.setattr(study, "grid", lambda preset, runs: rows)
-    command = "python train.py --loss nce --seed 0 --device cpu --output x"
-    done = {"preset": "laptop", "row": "good", "seed": 0, "command": command}
-    others = done | {"row": "another study's"}
+    folder = tmp_path / "runs"
+    args = study.parse_args(["--device", "cpu", "--runs", str(folder), "--only", "C3"])
+    assert study.run_all(args)
 
-    def run(args, flags, row, *_):
-        study.STUDY.write_text(json.dumps([others]))  # while this run went on
-        return done if row == "good" else None
+    # study.json has the command and the measures of the run.
+    [line] = json.loads(study.STUDY_FILE.read_text())
+    start = "OMP_NUM_THREADS=1 python train.py --preset laptop"
+    assert line["command"].startswith(f"{start} {flags} --seed 0 --device cpu")
+    metrics = json.loads((folder / "laptop/tiny/seed-0/metrics.json").read_text())
+    selectivity = metrics["matched"]["mean"]["selectivity"]["value"]
+    measure = verdicts.read_measure(line, verdicts.SELECTIVITY)
+    assert measure == pytest.approx(selectivity, rel=1e-5)
+    assert line["curve"][-1]["epoch"] == 1
+    assert line["curve"][-1]["loss"] > 0
+
+    # A finished run is not done again, unless its repetition is asked for.
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "run", lambda *job: pytest.fail("a finished run was repeated"))
+        assert study.run_all(args)
+    assert study.run_again(args, "tiny", 0)
+    assert "the same weights, bit for bit" in capsys.readouterr().out
+    other_line = line | {"weights": "0" * 64}
+    monkeypatch.setattr(study, "run", lambda args, job, anew: other_line)
+    assert not study.run_again(args, "tiny", 0)
+    assert "other weights" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="tiny 1"):
+        study.run_again(args, "tiny", 1)
+
+
+def test_a_failed_run_does_not_stop_the_others_and_no_line_is_lost(empty_study, monkeypatch):
+    row = study.Row("--loss nce", [0], ["C3"])
+    monkeypatch.setattr(study, "grid", lambda preset, runs: {"bad": row, "good": row})
+    good_line = {"preset": "laptop", "row": "good", "seed": 0, "command": "python train.py"}
+    line_of_another_study = good_line | {"row": "another study's"}
+
+    def run(args, job):
+        # Another study.py writes its line while this run goes on.
+        study.STUDY_FILE.write_text(json.dumps([line_of_another_study]))
+        return good_line if job.row == "good" else None
 
     monkeypatch.setattr(study, "run", run)
-    assert not study.run_all(study.parse_args(["--only", "C3", "--jobs", "1"]))
-    assert json.loads(study.STUDY.read_text()) == [others, done]
+    args = study.parse_args(["--only", "C3", "--jobs", "1"])
+    assert not study.run_all(args)
+    assert json.loads(study.STUDY_FILE.read_text()) == [line_of_another_study, good_line]
 
 
-def test_a_run_from_weights_of_another_run_is_repeated_elsewhere_from_the_same(monkeypatch):
-    monkeypatch.setattr(
-        study, "grid", lambda preset, runs: {"pretrained": study.GRID["pretrained"]}
-    )
+def test_an_interrupted_run_is_resumed_if_its_command_is_the_same(tmp_path, monkeypatch):
+    args = study.parse_args(["--device", "cpu", "--runs", str(tmp_path)])
+    job = study.Job("same", 10, "--loss nce")
+    command = study.train_command(args, job)
+    folder = Path(study.run_folder(args, job))
+    exit_status = {"--resume": 0, "--preset": 0}
+    first_flags = []
+
+    def run_train(args, job, flags, log_mode):
+        first_flags.append(flags[0])
+        return exit_status[flags[0]]
+
+    monkeypatch.setattr(study, "run_train", run_train)
+    monkeypatch.setattr(study, "study_line", lambda args, job, seconds: "line")
+
+    def run_after(interrupted_command, anew=False):
+        """Return the line of a run whose folder holds another one, interrupted."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ckpt.pth").touch()
+        study.log_file(args, job).write_text(f"{interrupted_command}\nepoch 1\n")
+        first_flags.clear()
+        return study.run(args, job, anew)
+
+    assert run_after(command) == "line"
+    assert first_flags == ["--resume"]
+    assert folder.exists()
+
+    run_after(f"{command} --crops 4")
+    assert first_flags == ["--preset"]
+    assert not folder.exists()
+
+    run_after(command, anew=True)
+    assert first_flags == ["--preset"]
+
+    # Status 2: train.py cannot use the checkpoint, so the run starts from nothing.
+    exit_status["--resume"] = 2
+    assert run_after(command) == "line"
+    assert first_flags == ["--resume", "--preset"]
+
+    # Any other status: the run failed, and its folder is kept.
+    exit_status["--resume"] = 1
+    assert run_after(command) is None
+    assert first_flags == ["--resume"]
+    assert folder.exists()
+
+
+def test_a_repetition_starts_from_the_same_pretrained_weights(monkeypatch):
+    row = study.GRID["pretrained"]
     args = study.parse_args(["--device", "cpu"])
-    flags = study.GRID["pretrained"][0]
-    text, folder = study.command(args, flags, "pretrained", 10)
-    line = {"weights": "a", "command": text, "device": "cpu"}
-    study_of = lambda: {"laptop": {("pretrained", 10): line}}
-    monkeypatch.setattr(study, "read_study", study_of)
-    repeated = []
+    job = study.Job("pretrained", 10, row.flags)
+    command = study.train_command(args, job)
+    line = {"weights": "a", "command": command, "device": "cpu"}
+    monkeypatch.setattr(study, "grid", lambda preset, runs: {"pretrained": row})
+    monkeypatch.setattr(study, "read_study", lambda: {"laptop": {("pretrained", 10): line}})
+    repeated = {}
 
-    def run(*job, anew):
-        repeated.extend(study.command(*job))
+    def run(args, job, anew):
+        repeated["command"] = study.train_command(args, job)
+        repeated["folder"] = study.run_folder(args, job)
         return line
 
     monkeypatch.setattr(study, "run", run)
-    assert study.again(args, "pretrained", 10)
-    assert repeated[1] != folder and repeated[0].replace(repeated[1], folder) == text
+    assert study.run_again(args, "pretrained", 10)
+    # Only the folder of the run itself is another one.
+    folder = study.run_folder(args, job)
+    assert repeated["folder"] != folder
+    assert repeated["command"].replace(repeated["folder"], folder) == command

@@ -1,183 +1,561 @@
-"""Weights of others, in whatever file, names and form they come, give what their own code gives."""
+"""Weights of any published ViT give what their own code gives, and no file can do harm."""
 
 import argparse
-import pathlib
+import contextlib
+import http.server
+import io
+import os
+import pickle
+import random
+import resource
+import socket
 import sys
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from helpers import SHIPPED, config_of
 from PIL import Image
-from test_files import call
-from test_vit import assert_same_weights, probe
+from test_vit import noise, random_direction
 
-import data
+import settings
+import train
 import visualize
-import vit
+import weights
+from vit import VisionTransformer, ViTShape
+from weights import LoadedWeights, load_backbone, read_checkpoint
 
-DIM, DEPTH = 128, 2
+TINY_SHAPE = ViTShape(patch_size=8, dim=64, depth=2, heads=1, pos_size=32)
+DIM = 128  # width of `vit_weights`
+
+# ---------------------------------------------------------------------- what several tests need
 
 
-def vit_weights(patch=8, tokens=1 + 5 * 5, registers=0, scale=False, dim=DIM, depth=DEPTH):
-    """Random weights of a ViT in DINO's names, the same on every machine and version."""
+def random_weights(shape: ViTShape = TINY_SHAPE) -> dict:
+    """Initial weights of a ViT, in DINO's names."""
+    torch.manual_seed(0)
+    return VisionTransformer(shape).state_dict()
+
+
+def vit_weights(
+    patch_size: int = 8,
+    tokens: int = 1 + 5 * 5,
+    registers: int = 0,
+    layer_scale: bool = False,
+    dim: int = DIM,
+    depth: int = 2,
+) -> dict:
+    """Random weights in DINO's names, the same on every machine and version.
+
+    The recorded outputs below depend on the order in which they are drawn.
+    """
     rng = np.random.RandomState(0)
 
     def draw(*shape, std=0.05, mean=0.0):
         return torch.from_numpy(rng.standard_normal(shape) * std + mean).float()
 
-    weights = {"cls_token": draw(1, 1, dim), "pos_embed": draw(1, tokens, dim, std=0.5)}
-    weights |= {"patch_embed.proj.weight": draw(dim, 3, patch, patch)}
-    weights |= {"patch_embed.proj.bias": draw(dim)}
-    for block in range(depth):
-        shapes = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
-        shapes |= {"mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
-        layers = {f"{norm}.weight": draw(dim, mean=1) for norm in ("norm1", "norm2")}
-        layers |= {f"{norm}.bias": draw(dim) for norm in ("norm1", "norm2")}
-        for name, shape in shapes.items():
-            std = 0.1 if name == "attn.qkv" else 0.05
-            layers |= {f"{name}.weight": draw(*shape, std=std), f"{name}.bias": draw(shape[0])}
-        if scale:
-            layers |= {f"ls{number}.gamma": draw(dim, std=0.3, mean=1) for number in (1, 2)}
-        weights |= {f"blocks.{block}.{name}": value for name, value in layers.items()}
-    weights |= {"norm.weight": draw(dim, mean=1), "norm.bias": draw(dim)}
+    state = {
+        "cls_token": draw(1, 1, dim),
+        "pos_embed": draw(1, tokens, dim, std=0.5),
+        "patch_embed.proj.weight": draw(dim, 3, patch_size, patch_size),
+        "patch_embed.proj.bias": draw(dim),
+    }
+    for number in range(depth):
+        block = f"blocks.{number}"
+        state[f"{block}.norm1.weight"] = draw(dim, mean=1)
+        state[f"{block}.norm2.weight"] = draw(dim, mean=1)
+        state[f"{block}.norm1.bias"] = draw(dim)
+        state[f"{block}.norm2.bias"] = draw(dim)
+        state[f"{block}.attn.qkv.weight"] = draw(3 * dim, dim, std=0.1)
+        state[f"{block}.attn.qkv.bias"] = draw(3 * dim)
+        state[f"{block}.attn.proj.weight"] = draw(dim, dim)
+        state[f"{block}.attn.proj.bias"] = draw(dim)
+        state[f"{block}.mlp.fc1.weight"] = draw(4 * dim, dim)
+        state[f"{block}.mlp.fc1.bias"] = draw(4 * dim)
+        state[f"{block}.mlp.fc2.weight"] = draw(dim, 4 * dim)
+        state[f"{block}.mlp.fc2.bias"] = draw(dim)
+        if layer_scale:
+            state[f"{block}.ls1.gamma"] = draw(dim, std=0.3, mean=1)
+            state[f"{block}.ls2.gamma"] = draw(dim, std=0.3, mean=1)
+    state["norm.weight"] = draw(dim, mean=1)
+    state["norm.bias"] = draw(dim)
     if registers:
-        weights["register_tokens"] = draw(1, registers, dim)
-    return weights
+        state["register_tokens"] = draw(1, registers, dim)
+    return state
 
 
-def loaded(tmp_path, content, **how):
-    torch.save(content, tmp_path / "w.pth")
-    return vit.load_backbone(str(tmp_path / "w.pth"), **how)[0]
+def with_prefix(prefix: str, state: dict) -> dict:
+    return {prefix + name: value for name, value in state.items()}
 
 
-def prefixed(prefix, weights):
-    return {prefix + name: value for name, value in weights.items()}
+def without(part_of_name: str, state: dict) -> dict:
+    """The weights whose names do not contain this."""
+    return {name: value for name, value in state.items() if part_of_name not in name}
 
 
-def outputs(network, size, seed=0):
-    """The feature on four random directions; the [CLS] row of each head on one."""
-    image = torch.from_numpy(np.random.RandomState(seed).standard_normal((1, 3, *size))).float()
+def load(folder: Path, content, **kwargs) -> LoadedWeights:
+    """What is loaded from a file with this content."""
+    path = folder / "w.pth"
+    torch.save(content, path)
+    return load_backbone(str(path), **kwargs)
+
+
+def assert_same_weights(backbone: VisionTransformer, expected: dict):
+    """The weights are the expected ones, in float32."""
+    state = backbone.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        assert value.dtype == torch.float32, name
+        assert torch.equal(value, expected[name].float()), name
+
+
+def bytes_of(content, old_format: bool = False) -> bytes:
+    """The bytes of a checkpoint; the format of before 2020 is no zip archive."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=not old_format)
+    return buffer.getvalue()
+
+
+def call(function, *arguments):
+    """An object whose pickle calls a function with these arguments."""
+    return type("Call", (), {"__reduce__": lambda self: (function, arguments)})()
+
+
+# --------------------------------------------------------------------------- DINO's own layouts
+
+
+def test_full_dino_checkpoint_gives_its_teacher(tmp_path):
+    """The layout of facebookresearch/dino's main_dino.py, with all that it holds besides."""
+    student = random_weights()
+    teacher = {name: value + 1 for name, value in student.items()}
+    head = {"head.mlp.0.bias": torch.zeros(3), "head.last_layer.weight_g": torch.ones(3, 1)}
+    content = {
+        "student": with_prefix("module.", with_prefix("backbone.", student) | head),
+        "teacher": with_prefix("backbone.", teacher) | head,
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.001)}]},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_small", lr=0.0005),
+        "dino_loss": {"center": torch.zeros(1, 3)},
+        "step": np.int64(7),
+    }
+    loaded = load(tmp_path, content)
+    assert loaded.backbone.shape == TINY_SHAPE
+    assert loaded.backbone.grid == (4, 4)
+    assert_same_weights(loaded.backbone, teacher)
+    assert loaded.description.startswith("teacher.backbone (not student.module.backbone), ")
+    assert loaded.content["step"] == 7
+    assert loaded.content["args"].arch == "vit_small"
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ViTShape(patch_size=8, dim=128, depth=2, heads=2, pos_size=32),
+        ViTShape(patch_size=7, dim=24, depth=3, heads=1, pos_size=28, mlp_ratio=2, registers=3),
+    ],
+    ids=["plain", "with registers"],
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_bare_weights_in_any_format(tmp_path, prefix, shape, dtype, old_format):
+    state = {name: value.to(dtype) for name, value in random_weights(shape).items()}
+    path = tmp_path / "w.pth"
+    path.write_bytes(bytes_of(with_prefix(prefix, state), old_format))
+    backbone = load_backbone(str(path)).backbone
+    assert backbone.shape == shape
+    assert_same_weights(backbone, state)
+
+
+def test_a_checkpoint_of_an_earlier_version_still_loads():
+    """Its teacher is in float16, and it does not record all settings of today."""
+    loaded = load_backbone(str(SHIPPED / "same.pth"))
+    assert loaded.backbone.shape == ViTShape(
+        patch_size=7, dim=96, depth=2, heads=3, pos_size=56, mlp_ratio=1, registers=4
+    )
+    teacher = {}
+    for name, value in loaded.content["teacher"].items():
+        if name.startswith("backbone."):
+            assert value.dtype == torch.float16
+            teacher[name.removeprefix("backbone.")] = value
+    assert_same_weights(loaded.backbone, teacher)
+    assert loaded.description == "teacher.backbone, 3 heads, grid 8×8"
+
+
+# ----------------------------------------------------------------------- downloads of DINO's files
+
+
+@dataclass
+class DinoServer:
+    """A server with one small file, on loopback, in place of DINO's."""
+
+    server: http.server.HTTPServer
+    folder: Path  # where torch.hub keeps what it downloads
+    body: bytes  # the whole file
+    length: int  # how many of its bytes are sent
+    requests: list[str] = field(default_factory=list)  # paths that were asked for
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def dino_server(tmp_path, monkeypatch):
+    body = bytes_of(random_weights())
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            served.requests.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(served.body)))
+            self.end_headers()
+            self.wfile.write(served.body[: served.length])
+
+        def log_message(self, *args):
+            """Print nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served = DinoServer(server, tmp_path / "hub" / "checkpoints", body, len(body))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{{0}}/{{0}}.pth"
+    monkeypatch.setattr(weights, "DINO_URL", url)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield served
+    served.stop()
+
+
+@pytest.mark.parametrize("name,file", weights.DINO_FILES.items())
+def test_a_file_is_downloaded_once_and_then_found(dino_server, name, file):
+    load_backbone(name)
+    assert dino_server.requests == [f"/{file}/{file}.pth"]
+    dino_server.stop()
+    loaded = load_backbone(name)
+    assert loaded.backbone.shape == TINY_SHAPE
+    assert loaded.description == "weights, 1 heads, grid 4×4"  # nothing is assumed
+    assert os.listdir(dino_server.folder) == [f"{file}.pth"]
+
+
+def test_a_damaged_download_of_an_earlier_day_is_named(dino_server):
+    dino_server.folder.mkdir(parents=True)
+    file = dino_server.folder / "dino_deitsmall8_pretrain.pth"
+    file.write_bytes(dino_server.body[:500])
+    with pytest.raises(ValueError, match=f"{file.name} .*damaged.*use another copy"):
+        load_backbone("dino")
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 100, 400_000])
+def test_a_download_that_was_cut_short_leaves_nothing_and_is_repeated(dino_server, missing_bytes):
+    dino_server.length = len(dino_server.body) - missing_bytes
+    with pytest.raises(OSError, match="--weights dino: .*--weights none .*--weights FILE"):
+        load_backbone("dino")
+    assert os.listdir(dino_server.folder) == []
+    dino_server.length = len(dino_server.body)
+    load_backbone("dino")
+    assert len(dino_server.requests) == 2
+
+
+def test_several_downloads_at_once(dino_server):
+    with ThreadPoolExecutor(6) as threads:
+        assert len(list(threads.map(load_backbone, ["dino"] * 6))) == 6
+    assert os.listdir(dino_server.folder) == ["dino_deitsmall8_pretrain.pth"]
+
+
+@pytest.fixture
+def short_timeout():
+    """A server without an answer in 0.3 seconds counts as silent."""
+    timeout_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.3)
+    yield
+    socket.setdefaulttimeout(timeout_before)
+
+
+@pytest.mark.parametrize("is_silent,reason", [(False, "refused"), (True, "timed out")])
+def test_a_server_that_is_down_or_silent(
+    dino_server, short_timeout, monkeypatch, is_silent, reason
+):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if is_silent:
+            listener.listen()
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(weights, "DINO_URL", f"http://127.0.0.1:{port}/{{0}}")
+        message = f"failed .*{reason}.*--weights none .*--weights FILE"
+        with pytest.raises(OSError, match=message):
+            load_backbone("dino")
+    assert os.listdir(dino_server.folder) == []
+
+
+# --------------------------------------------------------- what the networks' own code computes
+
+
+@dataclass
+class Outputs:
+    """What a network gives for an image of noise."""
+
+    feature: list[float]  # the feature of [CLS], projected onto four random directions
+    cls_rows: list[float]  # each head's attention of [CLS], projected onto a random direction
+
+
+def outputs_of(backbone: VisionTransformer, height: int, width: int) -> Outputs:
+    images = noise(1, 3, height, width)
     with torch.no_grad():
-        feature = network(image)[0].double()
-        row = network.get_last_selfattention(image)[0, :, 0].double()
-    directions = torch.stack([probe(100 + k, len(feature)) for k in range(4)])
-    return directions @ feature, row @ probe(109, row.shape[-1])
+        feature = backbone(images)[0].double()
+        cls_rows = backbone.get_last_selfattention(images)[0, :, 0].double()
+    directions = torch.stack([random_direction(100 + number, len(feature)) for number in range(4)])
+    rows_on_direction = cls_rows @ random_direction(109, cls_rows.shape[-1])
+    return Outputs((directions @ feature).tolist(), rows_on_direction.tolist())
 
 
-def assert_outputs(network, size, says):
-    for found, expected in zip(outputs(network, size), says):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+def assert_outputs(backbone: VisionTransformer, height: int, width: int, expected: Outputs):
+    outputs = outputs_of(backbone, height, width)
+    np.testing.assert_allclose(outputs.feature, expected.feature, atol=1e-5)
+    np.testing.assert_allclose(outputs.cls_rows, expected.cls_rows, atol=1e-5)
 
 
-# What facebookresearch/dinov2's model gives for vit_weights(14, registers=…, scale=True) and an
-# image of that size, with the settings of its hub: registers, height, width.
-DINOV2_SAYS = {
-    (0, 70, 70): ([-0.74913, -0.297109, 2.123124, 1.039653], [0.0445473, -0.0148196]),
-    (0, 112, 112): ([-0.377233, -0.050465, -0.10791, 1.52709], [-0.0098319, 0.0132516]),
-    (0, 42, 84): ([-0.788648, -0.030034, 0.112171, 1.151413], [-0.0285391, -0.0273688]),
-    (4, 70, 70): ([-0.449683, -0.37623, 2.263698, 0.512954], [0.0477299, 0.1621897]),
-    (4, 112, 112): ([-0.281637, -0.119184, -0.20644, 1.510504], [0.0304164, 0.0314437]),
-    (4, 42, 84): ([-0.369067, -0.401863, -0.09414, 0.920106], [0.0220041, 0.1632477]),
+# What facebookresearch/dinov2's model gives for `vit_weights` with patches of 14 and LayerScale,
+# with the settings of its hub: {(registers, height, width): outputs}. All outputs below were
+# recorded once.
+DINOV2_OUTPUTS = {
+    (0, 70, 70): Outputs([-0.74913, -0.297109, 2.123124, 1.039653], [0.0445473, -0.0148196]),
+    (0, 112, 112): Outputs([-0.377233, -0.050465, -0.10791, 1.52709], [-0.0098319, 0.0132516]),
+    (0, 42, 84): Outputs([-0.788648, -0.030034, 0.112171, 1.151413], [-0.0285391, -0.0273688]),
+    (4, 70, 70): Outputs([-0.449683, -0.37623, 2.263698, 0.512954], [0.0477299, 0.1621897]),
+    (4, 112, 112): Outputs([-0.281637, -0.119184, -0.20644, 1.510504], [0.0304164, 0.0314437]),
+    (4, 42, 84): Outputs([-0.369067, -0.401863, -0.09414, 0.920106], [0.0220041, 0.1632477]),
 }
-# What timm's VisionTransformer gives for vit_weights of that grid: heads, height, width.
-TIMM_SAYS = {
-    (2, 40, 40): ([0.16349, -0.414097, -0.586094, 0.381729], [0.0662163, 0.0279105]),
-    (4, 40, 40): (
-        [-0.157442, -0.093835, -0.768717, 0.317409],
-        [0.0900631, 0.0781437, 0.0492414, 0.0236467],
+# What timm's VisionTransformer gives for `vit_weights` of that grid: {(heads, height, width): …}.
+TIMM_OUTPUTS = {
+    (2, 40, 40): Outputs([0.16349, -0.414097, -0.586094, 0.381729], [0.0662163, 0.0279105]),
+    (4, 40, 40): Outputs(
+        [-0.157442, -0.093835, -0.768717, 0.317409], [0.0900631, 0.0781437, 0.0492414, 0.0236467]
     ),
-    (2, 24, 56): ([-0.876395, -0.273304, -0.041816, 0.473641], [0.0776564, 0.1327566]),
+    (2, 24, 56): Outputs([-0.876395, -0.273304, -0.041816, 0.473641], [0.0776564, 0.1327566]),
 }
-# and for those with 4 registers and LayerScale, whose positions have no row of [CLS]
-TIMM_DINOV2_SAYS = ([0.506937, -0.191586, -1.365809, -0.560007], [0.0488596, 0.0306228])
-# and for vit_weights(dim=384, depth=1) with the 12 heads of MoCo v3's ViT-S: 40 × 40
-MOCO_SAYS = (
+# The same, 40 × 40, with 4 registers and LayerScale, whose positions have no row for [CLS].
+TIMM_DINOV2_OUTPUTS = Outputs([0.506937, -0.191586, -1.365809, -0.560007], [0.0488596, 0.0306228])
+# The same, 40 × 40, for vit_weights(dim=384, depth=1) with the 12 heads of MoCo v3's ViT-S.
+MOCO_OUTPUTS = Outputs(
     [-0.12234, -2.068689, -0.326841, 0.729134],
-    [0.1830102, 0.1282085, -0.0358811, -0.2725479, -0.04251, -0.0167602]
-    + [-0.0304434, -0.0315616, 0.0476059, -0.0709577, -0.1220115, 0.0644017],
+    [
+        0.1830102,
+        0.1282085,
+        -0.0358811,
+        -0.2725479,
+        -0.04251,
+        -0.0167602,
+        -0.0304434,
+        -0.0315616,
+        0.0476059,
+        -0.0709577,
+        -0.1220115,
+        0.0644017,
+    ],
 )
 
 
-@pytest.mark.parametrize("registers,height,width", DINOV2_SAYS)
-def test_dinov2_is_dinov2s(tmp_path, registers, height, width):
-    weights = vit_weights(14, registers=registers, scale=True) | {"mask_token": torch.zeros(1, DIM)}
-    network = loaded(tmp_path, weights)
-    assert_outputs(network, (height, width), DINOV2_SAYS[registers, height, width])
-    chunks = {name.replace("blocks.", "blocks.0."): value for name, value in weights.items()}
-    training = {"teacher": prefixed("backbone.", chunks) | {"dino_head.x": torch.zeros(1)}}
-    assert_same_weights(loaded(tmp_path, training), network.state_dict())
+@pytest.mark.parametrize("registers,height,width", DINOV2_OUTPUTS)
+def test_dinov2(tmp_path, registers, height, width):
+    state = vit_weights(14, registers=registers, layer_scale=True)
+    state["mask_token"] = torch.zeros(1, DIM)
+    backbone = load(tmp_path, state).backbone
+    assert_outputs(backbone, height, width, DINOV2_OUTPUTS[registers, height, width])
+
+    # In training its blocks come in chunks.
+    in_chunks = {name.replace("blocks.", "blocks.0."): value for name, value in state.items()}
+    teacher = with_prefix("backbone.", in_chunks) | {"dino_head.x": torch.zeros(1)}
+    assert_same_weights(load(tmp_path, {"teacher": teacher}).backbone, backbone.state_dict())
 
 
-def test_a_run_from_dinov2_with_registers_keeps_how_positions_are_interpolated(tmp_path):
-    network = loaded(tmp_path, vit_weights(14, registers=4, scale=True))
-    config = {name: getattr(network, name) for name in vit.SHAPE}
-    again = loaded(tmp_path, {"config": config, "teacher": network.state_dict()})
-    assert_outputs(again, (42, 84), DINOV2_SAYS[4, 42, 84])
+def test_a_run_that_started_from_dinov2_interpolates_positions_in_the_same_way(tmp_path):
+    backbone = load(tmp_path, vit_weights(14, registers=4, layer_scale=True)).backbone
+    assert backbone.shape.antialias
+    content = {"config": asdict(backbone.shape), "teacher": backbone.state_dict()}
+    loaded = load(tmp_path, content)
+    assert_outputs(loaded.backbone, 42, 84, DINOV2_OUTPUTS[4, 42, 84])
 
 
-def test_positions_of_patches_alone(tmp_path):
-    weights = vit_weights(registers=4, scale=True)
-    weights["reg_token"] = weights.pop("register_tokens")
-    weights["pos_embed"] = weights["pos_embed"][:, 1:].clone()
-    assert_outputs(loaded(tmp_path, weights), (40, 40), TIMM_DINOV2_SAYS)
+def test_dinov2_of_timm_whose_positions_are_those_of_the_patches_alone(tmp_path):
+    state = vit_weights(registers=4, layer_scale=True)
+    state["reg_token"] = state.pop("register_tokens")
+    state["pos_embed"] = state["pos_embed"][:, 1:].clone()
+    assert_outputs(load(tmp_path, state).backbone, 40, 40, TIMM_DINOV2_OUTPUTS)
 
 
-@pytest.mark.parametrize("heads,height,width", TIMM_SAYS)
-def test_ibot_mae_deit_and_moco_are_timms(tmp_path, heads, height, width):
+def layout_of(library: str, state: dict) -> dict:
+    """The content of a library's file, which holds these weights among others."""
+    narrow = vit_weights(tokens=17, dim=64, depth=1)
+    if library == "iBOT":
+        return {"state_dict": state | {"masked_embed": torch.ones(1, DIM)}}
+    if library == "MAE":
+        decoder = with_prefix("decoder_", narrow)
+        decoder |= {"mask_token": torch.ones(1, 1, 64), "decoder_pos_embed": narrow["pos_embed"]}
+        return {"model": state | decoder, "args": argparse.Namespace(model="mae_vit_base")}
+    if library == "DeiT":
+        classifier = state | {"head.weight": torch.ones(3, DIM)}
+        return {"model": classifier, "model_ema": classifier}
+    moco = with_prefix("module.base_encoder.", narrow)
+    moco |= {"module.predictor.0.weight": torch.ones(1)}
+    moco |= with_prefix("module.momentum_encoder.", state)
+    return {"arch": "vit_small", "state_dict": moco}
+
+
+@pytest.mark.parametrize("library", ["iBOT", "MAE", "DeiT", "MoCo v3"])
+@pytest.mark.parametrize("heads,height,width", TIMM_OUTPUTS)
+def test_ibot_mae_deit_and_moco(tmp_path, library, heads, height, width):
     grid = None if height == width else (height // 8, width // 8)
-    weights = vit_weights(tokens=1 + height * width // 64)
-    head, other = {"head.weight": torch.ones(3, DIM)}, vit_weights(tokens=17, dim=64, depth=1)
-    decoder = {"mask_token": torch.ones(1, 1, 64), "decoder_pos_embed": other["pos_embed"]}
-    decoder |= prefixed("decoder_", other)
-    moco = prefixed("module.base_encoder.", other) | {"module.predictor.0.weight": torch.ones(1)}
-    for content in (
-        {"state_dict": weights | {"masked_embed": torch.ones(1, DIM)}},
-        {"model": weights | decoder, "args": argparse.Namespace(model="mae_vit_base_patch16")},
-        {"model": weights | head, "model_ema": weights | head},
-        {"arch": "vit_small", "state_dict": moco | prefixed("module.momentum_encoder.", weights)},
-    ):
-        network = loaded(tmp_path, content, heads=heads, grid=grid)
-        assert_outputs(network, (height, width), TIMM_SAYS[heads, height, width])
+    state = vit_weights(tokens=1 + (height // 8) * (width // 8))
+    loaded = load(tmp_path, layout_of(library, state), heads=heads, grid=grid)
+    assert_outputs(loaded.backbone, height, width, TIMM_OUTPUTS[heads, height, width])
 
 
-def test_heads_of_moco_and_of_the_largest(tmp_path):
-    weights = vit_weights(dim=384, depth=1)
+def test_moco_has_12_heads(tmp_path):
+    state = vit_weights(dim=384, depth=1)
+    encoder = state | {"head.x": state["norm.bias"]}
+    content = {"state_dict": with_prefix("module.momentum_encoder.", encoder)}
+    loaded = load(tmp_path, content)
+    assert "12 heads, grid 5×5 (assumed" in loaded.description
+    assert_outputs(loaded.backbone, 40, 40, MOCO_OUTPUTS)
+
+    # Without its prefix nothing tells that the weights are MoCo's.
+    assert "6 heads (assumed" in load(tmp_path, state).description
+
+
+def test_the_widest_networks_have_16_heads(tmp_path):
+    state = vit_weights(dim=1280, depth=1, tokens=5)
+    state = {name: value.half() for name, value in state.items()}
+    assert load(tmp_path, state).backbone.shape.heads == 16
+
+
+HUGGING_FACE_NAMES = {
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "blocks.": "encoder.layer.",
+    "attn.proj": "attention.output.dense",
+}
+HUGGING_FACE_VIT_NAMES = HUGGING_FACE_NAMES | {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "norm.": "layernorm.",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+HUGGING_FACE_DINOV2_NAMES = HUGGING_FACE_NAMES | {
+    "norm.": "layernorm.",
+    "register_tokens": "embeddings.register_tokens",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
+
+
+def in_names_of_hugging_face(state: dict, names: dict) -> dict:
+    """Weights in Hugging Face's names; query, key and value are layers of their own there."""
+    renamed = {}
+    for name, value in state.items():
+        for dino_name, their_name in names.items():
+            name = name.replace(dino_name, their_name)
+        if "attn.qkv" in name:
+            for part, rows in zip(("query", "key", "value"), value.chunk(3)):
+                part_name = name.replace("attn.qkv", f"attention.attention.{part}")
+                renamed[part_name] = rows.clone()
+        else:
+            renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "vit."])
+def test_vit_of_hugging_face(tmp_path, prefix):
+    state = in_names_of_hugging_face(vit_weights(), HUGGING_FACE_VIT_NAMES)
+    state = with_prefix(prefix, state)
+    state |= {"pooler.dense.weight": torch.ones(DIM, DIM), "classifier.bias": torch.ones(3)}
+    assert_same_weights(load(tmp_path, state).backbone, vit_weights())
+
+
+@pytest.mark.parametrize(
+    "registers,prefix", [(0, ""), (0, "dinov2."), (4, "dinov2_with_registers.")]
+)
+def test_dinov2_of_hugging_face(tmp_path, registers, prefix):
+    state = vit_weights(14, registers=registers, layer_scale=True)
+    state = in_names_of_hugging_face(state, HUGGING_FACE_DINOV2_NAMES)
+    state["embeddings.mask_token"] = torch.ones(1, DIM)
+    backbone = load(tmp_path, with_prefix(prefix, state)).backbone
+    assert_outputs(backbone, 42, 84, DINOV2_OUTPUTS[registers, 42, 84])
+
+
+# ------------------------------------------------------------------------- wrappers, and the choice
+
+ONE_BLOCK = vit_weights(depth=1)
+SMALLER_GRID = vit_weights(depth=1, tokens=10)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "backbone.",
+        "encoder.",
+        "model.",
+        "vit.",
+        "base_encoder.",
+        "momentum_encoder.",
+        "teacher.",
+        "student.",
+        "teacher_backbone.",
+        "student_backbone.",
+        "_orig_mod.module.backbone.",
+        "model.vit.",
+        "student_backbone.vit.",
+        "module.model.encoder.backbone.",
+        "momentum_backbone.",
+        "dinov2.",
+    ],
+)
+def test_weights_behind_any_prefix(tmp_path, prefix):
+    head_and_loss = {"head.weight": torch.ones(3, DIM), "criterion.center": torch.ones(3)}
+    content = with_prefix(prefix, ONE_BLOCK) | head_and_loss
+    assert_same_weights(load(tmp_path, content).backbone, ONE_BLOCK)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "teacher",
+        "momentum",
+        "state_dict_ema",
+        "model_ema",
+        "student",
+        "model",
+        "state_dict",
+        "model_state_dict",
+        "net",
+    ],
+)
+def test_weights_under_any_key(tmp_path, key):
     content = {
-        "state_dict": prefixed(
-            "module.momentum_encoder.", weights | {"head.x": weights["norm.bias"]}
-        )
+        "optimizer": {"state": ONE_BLOCK},
+        key: with_prefix("module.", ONE_BLOCK),
+        "epoch": 3,
     }
-    network = loaded(tmp_path, content)
-    assert "12 heads, grid 5×5 (assumed" in network.about
-    assert_outputs(network, (40, 40), MOCO_SAYS)
-    # nothing says so any more
-    assert "6 heads (assumed; --heads)" in loaded(tmp_path, weights).about
-    huge = {name: value.half() for name, value in vit_weights(dim=1280, depth=1, tokens=5).items()}
-    assert loaded(tmp_path, huge).heads == 16
+    loaded = load(tmp_path, content)
+    assert_same_weights(loaded.backbone, ONE_BLOCK)
+    assert loaded.description.startswith(f"{key}.module, 2 heads (assumed")
 
-
-WEIGHTS, OTHERS = vit_weights(depth=1), vit_weights(depth=1, tokens=10)
-PREFIXES = """module. _orig_mod. backbone. encoder. model. vit. base_encoder. momentum_encoder.
-    teacher. student. teacher_backbone. student_backbone. _orig_mod.module.backbone. model.vit.
-    student_backbone.vit. module.model.encoder.backbone. momentum_backbone. dinov2."""
-KEYS = "teacher momentum state_dict_ema model_ema student model state_dict model_state_dict net"
-
-
-@pytest.mark.parametrize("prefix", PREFIXES.split())
-def test_behind_any_prefix(tmp_path, prefix):
-    around = {"head.weight": torch.ones(3, DIM), "criterion.center": torch.ones(3)}
-    assert_same_weights(loaded(tmp_path, prefixed(prefix, WEIGHTS) | around), WEIGHTS)
-
-
-@pytest.mark.parametrize("key", KEYS.split())
-def test_in_any_container(tmp_path, key):
-    content = {"optimizer": {"state": WEIGHTS}, key: prefixed("module.", WEIGHTS), "epoch": 3}
-    network = loaded(tmp_path, content)
-    assert_same_weights(network, WEIGHTS)
-    assert network.about.startswith(f"{key}.module, 2 heads (assumed")
-    content["net" if key == "model" else "model"] = content  # a dict that holds itself
-    assert_same_weights(loaded(tmp_path, content), WEIGHTS)
+    # a dict that holds itself
+    content["net" if key == "model" else "model"] = content
+    assert_same_weights(load(tmp_path, content).backbone, ONE_BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -191,160 +569,461 @@ def test_in_any_container(tmp_path, key):
         ("state_dict.backbone", "state_dict.momentum_backbone"),
     ],
 )
-@pytest.mark.parametrize("first", [0, 1])
-def test_the_teacher_is_taken_and_it_is_said(tmp_path, student, teacher, first):
-    content, networks = {}, [(student, OTHERS), (teacher, WEIGHTS)]
-    for place, weights in (networks[first], networks[1 - first]):
+@pytest.mark.parametrize("teacher_is_first", [False, True])
+def test_the_moving_average_is_taken_and_the_description_says_so(
+    tmp_path, student, teacher, teacher_is_first
+):
+    networks = [(student, SMALLER_GRID), (teacher, ONE_BLOCK)]
+    if teacher_is_first:
+        networks.reverse()
+    content = {}
+    for place, state in networks:
         key, _, prefix = place.partition(".")
-        weights = prefixed(f"{prefix}." if prefix else "", weights)
-        content[key] = content.get(key, {}) | weights
-    network = loaded(tmp_path, content)
-    assert_same_weights(network, WEIGHTS)
-    assert network.about.startswith(f"{teacher} rather than {student}, ")
+        if prefix:
+            state = with_prefix(f"{prefix}.", state)
+        content[key] = content.get(key, {}) | state
+    loaded = load(tmp_path, content)
+    assert_same_weights(loaded.backbone, ONE_BLOCK)
+    assert loaded.description.startswith(f"{teacher} (not {student}), ")
 
 
-def hugging_face(weights, names):
-    """In Hugging Face's names, of which `names` has those that ViT and Dinov2 do not share."""
-    there = {}
-    for name, value in weights.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        if "attn.qkv" in name:
-            for part, rows in zip(("query", "key", "value"), value.chunk(3)):
-                there[name.replace("attn.qkv", f"attention.attention.{part}")] = rows.clone()
-        else:
-            there[name] = value
-    return there
+# ------------------------------------------------------------ what shapes do not tell, refusals
 
 
-HF = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "encoder.layer."}
-HF |= {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
-HF |= {"attn.proj": "attention.output.dense"}
-HF_VIT = HF | {"norm1": "layernorm_before", "norm2": "layernorm_after", "norm.": "layernorm."}
-HF_VIT |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-HF_DINOV2 = HF | {"norm.": "layernorm.", "register_tokens": "embeddings.register_tokens"}
-HF_DINOV2 |= {f"ls{k}.gamma": f"layer_scale{k}.lambda1" for k in (1, 2)}
+def test_assumed_heads_and_grid_are_described(tmp_path):
+    state = vit_weights(tokens=17)
+    assert load(tmp_path, state).description == (
+        "weights, 2 heads (assumed; override with --heads), "
+        "grid 4×4 (assumed; override with --grid)"
+    )
+    loaded = load(tmp_path, state, heads=4, grid=(2, 8))
+    assert loaded.description == "weights, 4 heads, grid 2×8"
+    assert loaded.backbone.shape.heads == 4
+    assert loaded.backbone.grid == (2, 8)
 
 
-@pytest.mark.parametrize("prefix", ["", "vit."])
-def test_vit_of_hugging_face(tmp_path, prefix):
-    theirs = prefixed(prefix, hugging_face(vit_weights(), HF_VIT))
-    theirs |= {"pooler.dense.weight": torch.ones(DIM, DIM), "classifier.bias": torch.ones(3)}
-    assert_same_weights(loaded(tmp_path, theirs), vit_weights())
+def test_heads_of_a_run_are_known_whatever_is_given(tmp_path):
+    content = {"config": {"heads": 4}, "teacher": with_prefix("backbone.", vit_weights())}
+    loaded = load(tmp_path, content, heads=8)
+    assert loaded.backbone.shape.heads == 4
+    assert loaded.description == "teacher.backbone, 4 heads, grid 5×5"
 
 
 @pytest.mark.parametrize(
-    "registers,prefix", [(0, ""), (0, "dinov2."), (4, "dinov2_with_registers.")]
+    "kwargs", [{"heads": 5}, {"heads": -1}, {"grid": (3, 5)}, {"grid": (99999, 1)}], ids=str
 )
-def test_dinov2_of_hugging_face(tmp_path, registers, prefix):
-    weights = vit_weights(14, registers=registers, scale=True)
-    theirs = hugging_face(weights, HF_DINOV2) | {"embeddings.mask_token": torch.ones(1, DIM)}
-    network = loaded(tmp_path, prefixed(prefix, theirs))
-    assert_outputs(network, (42, 84), DINOV2_SAYS[registers, 42, 84])
+def test_heads_and_grids_that_do_not_fit_are_refused_in_one_line(tmp_path, kwargs):
+    with pytest.raises(ValueError, match="w.pth") as error:
+        load(tmp_path, vit_weights(tokens=17), **kwargs)
+    assert "\n" not in str(error.value)
+
+
+def refused_layouts() -> dict:
+    """{what the message names: content} of files whose network is not that of vit.py."""
+    state = vit_weights()
+    swiglu = without("mlp", state) | {"blocks.0.mlp.w12.weight": torch.ones(3, DIM)}
+    return {
+        "dist_token": vit_weights(tokens=27) | {"dist_token": torch.ones(1, 1, DIM)},
+        "blocks.0.mlp.w12.weight": swiglu,
+        "blocks.1.attn.rel_pos": state | {"blocks.1.attn.rel_pos": torch.ones(3)},
+        "norm_pre.weight": state | {"norm_pre.weight": torch.ones(DIM)},
+        "blocks.0.ls1": state | {"blocks.0.ls1x.gamma": torch.ones(DIM)},
+        # without a bias of q, k and v; for gray images; for a grid that is no square
+        "blocks.0.attn.qkv.bias": without("qkv.bias", state),
+        "patch_embed.proj.weight": state | {"patch_embed.proj.weight": torch.ones(DIM, 1, 8, 8)},
+        "28 positions, no grid 5×5; use --grid": vit_weights(tokens=29),
+        # names of torchvision, of other projects, and of no tensors at all
+        "keys: class_token, conv_proj.weight": {
+            "class_token": torch.ones(1, 1, DIM),
+            "conv_proj.weight": torch.ones(DIM, 3, 8, 8),
+        },
+        "keys: model.transformer.x": {"model": {"transformer.x": torch.ones(3)}, "epoch": 3},
+        "keys: epoch, history": {"epoch": 3, "history": []},
+    }
+
+
+REFUSED_LAYOUTS = refused_layouts()
+
+
+@pytest.mark.parametrize("named", REFUSED_LAYOUTS)
+def test_what_would_change_the_network_is_refused_by_name(tmp_path, named):
+    with pytest.raises(ValueError, match="w.pth: unsupported checkpoint; the README ") as error:
+        load(tmp_path, REFUSED_LAYOUTS[named])
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_final_norm_maps_are_the_same_and_a_new_one_is_described(tmp_path):
+    """MAE's fine-tuned networks have a norm of the patches' mean in its place."""
+    complete = load(tmp_path, vit_weights())
+    mean_of_patches = {"fc_norm.weight": torch.ones(DIM), "fc_norm.bias": torch.ones(DIM)}
+    loaded = load(tmp_path, without("norm.", vit_weights()) | mean_of_patches)
+    images = noise(1, 3, 40, 40)
+    attention = complete.backbone.get_last_selfattention(images)
+    assert torch.equal(loaded.backbone.get_last_selfattention(images), attention)
+
+    x = complete.backbone.before_last_block(images)
+    cls = complete.backbone.blocks[-1](x, num_queries=1)[:, 0]
+    torch.testing.assert_close(loaded.backbone(images), F.layer_norm(cls, (DIM,), eps=1e-6))
+    assert "no final norm" in loaded.description
+    assert "no final norm" not in complete.description
+
+
+# ----------------------------------------------------------------------------------- reading files
 
 
 def test_safetensors(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    path = str(tmp_path / "model.safetensors")
-    save_file(vit_weights() | {"head.bias": torch.ones(3)}, path)
-    assert_same_weights(vit.load_backbone(path)[0], vit_weights())
-    whole = pathlib.Path(path).read_bytes()
-    for content in (b"", whole[:5], whole[:500], whole[:-9], b"\xff" * 99):
-        pathlib.Path(path).write_bytes(content)
-        with pytest.raises(ValueError, match="model.safetensors"):
-            vit.load_backbone(path)
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(vit_weights() | {"head.bias": torch.ones(3)}, path)
+    assert_same_weights(load_backbone(str(path)).backbone, vit_weights())
+
+    complete = path.read_bytes()
+    for content in (b"", complete[:5], complete[:500], complete[:-9], b"\xff" * 99):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="model.safetensors is not"):
+            load_backbone(str(path))
 
 
-def test_safetensors_without_its_library(tmp_path, monkeypatch):
+def test_safetensors_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    (tmp_path / "w.safetensors").write_bytes(b"x")
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"x")
     with pytest.raises(ValueError, match="w.safetensors needs .*pip install safetensors"):
-        vit.load_backbone(str(tmp_path / "w.safetensors"))
+        load_backbone(str(path))
 
 
-def without(name):
-    return {key: value for key, value in vit_weights().items() if name not in key}
-
-
-REFUSED = {  # what the message names
-    "dist_token": vit_weights(tokens=27) | {"dist_token": torch.ones(1, 1, DIM)},
-    "blocks.0.mlp.w12.weight": without("mlp") | {"blocks.0.mlp.w12.weight": torch.ones(3, DIM)},
-    "blocks.1.attn.rel_pos": vit_weights() | {"blocks.1.attn.rel_pos": torch.ones(3)},
-    "norm_pre.weight": vit_weights() | {"norm_pre.weight": torch.ones(DIM)},
-    "blocks.0.attn.qkv.bias": without("qkv.bias"),
-    "patch_embed.proj.weight": vit_weights()
-    | {"patch_embed.proj.weight": torch.ones(DIM, 1, 8, 8)},
-    "blocks.0.ls1": vit_weights() | {"blocks.0.ls1x.gamma": torch.ones(DIM)},
-    "keys: class_token, conv_proj.weight": {
-        "class_token": torch.ones(1, 1, DIM),
-        "conv_proj.weight": torch.ones(DIM, 3, 8, 8),
-    },
-    "keys: model, epoch, transformer.x": {"model": {"transformer.x": torch.ones(3)}, "epoch": 3},
-    "28 positions, no grid 5×5; use --grid": vit_weights(tokens=29),
-}
-
-
-@pytest.mark.parametrize("named,content", REFUSED.items())
-def test_what_changes_the_network_is_refused_by_name(tmp_path, named, content):
-    with pytest.raises(ValueError) as error:
-        loaded(tmp_path, content)
-    assert named in str(error.value) and "\n" not in str(error.value)
-
-
-def test_without_a_last_norm_maps_are_the_same_and_features_say_so(tmp_path):
-    network, whole = loaded(tmp_path, without("norm.")), loaded(tmp_path, vit_weights())
-    image = torch.rand(1, 3, 40, 40)
-    attention = whole.get_last_selfattention(image)
-    assert torch.equal(network.get_last_selfattention(image), attention)
-    x = whole.blocks[-1](whole.before_last_block(image), 1)[:, 0]
-    torch.testing.assert_close(network(image), F.layer_norm(x, (DIM,), eps=1e-6))
-    assert "no last norm" in network.about and "no last norm" not in whole.about
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path, tmp_path / "missing.pth"):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such file; use"):
+            load_backbone(str(path))
 
 
 def test_paths_and_arrays_beside_the_weights_are_not_made(tmp_path):
-    paths = [pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b"), pathlib.Path("c")]
-    arrays = [np.zeros(3, kind) for kind in ("f4", "i8", "u1", "?", "U3")]
-    content = {"teacher": vit_weights(), "args": argparse.Namespace(paths=paths), "x": arrays}
-    assert_same_weights(loaded(tmp_path, content | {"best": np.float32(0.5)}), vit_weights())
-    read = vit.read_checkpoint(tmp_path / "w.pth")
-    assert {type(value) for value in read["args"].paths + read["x"]} == {vit.Unread}
-    assert read["best"] == 0.5
+    paths = [PurePosixPath("a"), PureWindowsPath("b"), Path("c")]
+    arrays = [np.zeros(3, code) for code in ("f4", "i8", "u1", "?", "U3")]
+    content = {
+        "teacher": vit_weights(),
+        "args": argparse.Namespace(paths=paths),
+        "arrays": arrays,
+        "best": np.float32(0.5),
+    }
+    loaded = load(tmp_path, content)
+    assert_same_weights(loaded.backbone, vit_weights())
+    values = loaded.content["args"].paths + loaded.content["arrays"]
+    assert {type(value) for value in values} == {weights.Unread}
+    assert loaded.content["best"] == 0.5
 
 
-@pytest.mark.parametrize("content", [torch.nn.Linear(3, 3), {"x": call(open, "no")}])
-def test_a_type_that_is_refused_is_named(tmp_path, content):
-    with pytest.raises(ValueError, match="(linear.Linear|io.open), .*state_dict.. alone"):
-        loaded(tmp_path, content)
+LAUGHS = 0  # lists in lists, with 2⁶⁰ numbers
+for _ in range(60):
+    LAUGHS = [LAUGHS, LAUGHS]
 
 
-def drawn(tmp_path, capsys, *flags):
-    """What visualize.py prints of w.pth and one picture, and its status."""
-    Image.linear_gradient("L").resize((40, 40)).save(tmp_path / "a.png")
-    files = [str(tmp_path / "w.pth"), "--images", str(tmp_path / "a.png"), "--image-size", "40"]
-    status = visualize.main([*files, "--device", "cpu", "--output", str(tmp_path), *flags])
-    return status, "".join(capsys.readouterr())
+@pytest.mark.parametrize(
+    "value",
+    [{1}, "no", LAUGHS, [torch.zeros(3)], b"x"],
+    ids=["set", "text", "laughs", "list", "bytes"],
+)
+def test_a_value_that_nobody_reads_does_no_harm(tmp_path, value):
+    state = random_weights()
+    assert_same_weights(load(tmp_path, state | {"x": value}).backbone, state)
 
 
-def test_flags_for_what_no_shape_can_tell(tmp_path, capsys):
-    torch.save(vit_weights(tokens=17), tmp_path / "w.pth")
-    says = "w.pth: weights, 2 heads (assumed; --heads), grid 4×4 (assumed; --grid), "
-    status, printed = drawn(tmp_path, capsys)
-    assert status == 0 and says + "normalised by ImageNet\n" in printed
-    status, printed = drawn(
-        tmp_path, capsys, "--heads", "4", "--grid", "2x8", "--normalise", "half"
+@pytest.mark.parametrize(
+    "content,name",
+    [(torch.nn.Linear(3, 3), "linear.Linear"), ({"x": call(open, "no")}, "io.open")],
+    ids=["a whole network", "a call"],
+)
+def test_a_class_that_could_run_code_is_named(tmp_path, content, name):
+    with pytest.raises(ValueError, match=rf"{name}, .*state_dict\(\) alone"):
+        load(tmp_path, content)
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """Harmless are bits of the archive that hold nothing, such as its dates."""
+    path = tmp_path / "ckpt.pth"
+    config = asdict(config_of("--preset laptop --device cpu"))
+    complete = bytes_of(
+        {"config": config, "step": 2, "teacher": random_weights(replace(TINY_SHAPE, dim=8))}
     )
-    assert status == 0 and "w.pth: weights, 4 heads, grid 2×8, normalised by 0.5\n" in printed
-    for flags in (["--heads", "5"], ["--heads", "-1"], ["--grid", "3x5"], ["--grid", "99999x1"]):
-        status, printed = drawn(tmp_path, capsys, *flags)
-        assert status == 2 and printed.count("\n") == 1 and "w.pth" in printed, flags
-    for grid in ("4", "0x4", "-2x-8", "axb"):
-        with pytest.raises(SystemExit):
-            drawn(tmp_path, capsys, f"--grid={grid}")
+    path.write_bytes(complete)
+    expected = bytes_of(read_checkpoint(path))
+    rng = random.Random(0)
+    refusals = 0
+    for _ in range(200):
+        flipped = bytearray(complete)
+        flipped[rng.randrange(len(complete))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            content = read_checkpoint(path)
+        except ValueError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+        else:
+            assert bytes_of(content) == expected
+    assert refusals > 50
 
 
-def test_half_is_another_mean_and_deviation(tmp_path):
-    network, image = loaded(tmp_path, vit_weights()), torch.rand(1, 3, 40, 40)
-    expected = network(image * 2 - 1)
-    visualize.expect_half(network)
-    torch.testing.assert_close(network(data.normalize(image)), expected, atol=1e-5, rtol=1e-5)
+def test_an_error_is_one_printable_line():
+    assert weights.one_line(ValueError("a\nb\t \x1b[31mc")) == "a b [31mc"
+    assert weights.one_line(MemoryError()) == "MemoryError"
+
+
+# ----------------------------------------------------------------------- files that are no weights
+
+QUICK_RUN = "--preset laptop --digits sklearn --device cpu --epochs 1 --batch-size 8 "
+QUICK_RUN += "--images-per-epoch 16"
+
+
+def peak_megabytes() -> int:
+    """The most memory that this process has held since the last `forget_peak`."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def forget_peak():
+    """Linux can forget what other tests of this process needed; elsewhere the tests see less."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def assert_refused(main, command: str, capsys, case: str):
+    """The command ends with status 2, and one printable line that names the file w.pth."""
+    capsys.readouterr()
+    assert main(command.split()) == 2, case
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, (case, message)
+    assert message.rstrip("\n").isprintable(), (case, message)
+    assert "error: " in message, (case, message)
+    assert "w.pth" in message, (case, message)
+    assert len(message) < 500, (case, message)
+
+
+def assert_all_refused(cases: dict, folder: Path, monkeypatch, capsys):
+    """Every command that reads weights refuses each of the files {name: bytes}.
+
+    None takes long, writes anything, or needs much memory.
+    """
+    monkeypatch.chdir(folder)
+    Image.new("RGB", (64, 64), "white").save("a.png")
+    forget_peak()
+    memory_before = peak_megabytes()
+    for case, content in cases.items():
+        Path("w.pth").write_bytes(content)
+        started = time.process_time()
+        assert_refused(train.main, f"{QUICK_RUN} --weights w.pth", capsys, case)
+        assert_refused(train.main, "--resume w.pth", capsys, case)
+        pictures = "--image-size 32 --output out --images a.png"
+        assert_refused(visualize.main, f"w.pth --device cpu {pictures}", capsys, case)
+        measured = "--weights w.pth --device cpu --digits sklearn"
+        assert_refused(visualize.main, measured, capsys, case)
+        assert time.process_time() - started < 5, case
+        assert sorted(os.listdir()) == ["a.png", "w.pth"], case
+    assert peak_megabytes() - memory_before < 200
+
+
+def zip_bomb(content) -> bytes:
+    """A checkpoint whose records are compressed, so that a small file makes large tensors."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(bytes_of(content))) as plain,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for record in plain.namelist():
+            compressed.writestr(record, plain.read(record))
+    return buffer.getvalue()
+
+
+def claimed_tensor(size: tuple, stride: tuple):
+    """An object whose pickle makes a tensor of any size from the memory of one number."""
+    storage = torch.zeros(1).storage()
+    return call(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, {})
+
+
+def hostile_weights(canary: Path) -> dict:
+    """{name: bytes} of files that would run code, or take memory or time.
+
+    The code would make the file `canary`.
+    """
+    good = random_weights()
+    code = call(open, str(canary), "w")
+    circle = {}
+    circle["circle"] = circle
+    largest = torch.zeros(max(value.numel() for value in good.values()))
+    contents = {
+        "code in a zip": code,
+        "code among weights": good | {"x": code},
+        "laughs": {"x": LAUGHS},
+        "a dict that holds itself": circle,
+        "a lot of memory": good | {"x": call(bytearray, 10**18)},
+        "a claimed size": good | {"pos_embed": claimed_tensor((1, 10**12, 64), (1, 1, 1))},
+        "a claimed size without steps": good
+        | {"pos_embed": claimed_tensor((1, 10**12, 64), (0, 0, 0))},
+        "expanded": {name: torch.zeros(()).expand(value.shape) for name, value in good.items()},
+        "expanded beside the weights": good | {"x": torch.zeros(()).expand(10**12)},
+        "shared memory": {
+            name: largest[: value.numel()].view(value.shape) for name, value in good.items()
+        },
+        "a wide token": good | {"cls_token": torch.zeros(1, 1, 10**6)},
+        "endless width": good | {"pos_embed": torch.zeros(0, 5, 10**12)},
+        "a width for gigabytes": good | {"pos_embed": torch.zeros(0, 5, 4096)},
+        "many blocks": good | {f"blocks.{number}.x": torch.zeros(0) for number in range(2000)},
+        "many blocks of a norm": good
+        | {f"blocks.{number}.norm1.bias": torch.zeros(1) for number in range(2, 2000)},
+        "without memory": good | {"norm.bias": good["norm.bias"].to("meta")},
+    }
+    files = {name: bytes_of(content) for name, content in contents.items()}
+    files["code"] = pickle.dumps(code)
+    files["code in an old file"] = bytes_of(good | {"x": code}, old_format=True)
+    files["zip bomb"] = zip_bomb(good | {"x": [torch.zeros(10**7)]})
+    files["empty zip"] = bytes_of(good)[:30] + b"PK\5\6" + bytes(18)
+    return files
+
+
+def misshapen_weights() -> dict:
+    """{name: bytes} of files that do not hold the weights of a ViT, or not quite."""
+    good = random_weights()
+    qkv_name = "blocks.0.attn.qkv.weight"
+    qkv = good[qkv_name]
+    contents = {
+        "a list": [1, 2],
+        "None": None,
+        "an empty dict": {},
+        "a number": 3,
+        "a number in place of the teacher": {"teacher": 3},
+        "a number in place of the settings": {"config": 3, "teacher": good},
+        "an unknown prefix": with_prefix("x.", good),
+        "numbers in place of names": dict(enumerate(good.values())),
+        "empty tensors": {
+            name: torch.zeros([side % 64 for side in value.shape]) for name, value in good.items()
+        },
+    }
+    for part_of_name in (qkv_name, "blocks", "blocks.0", "pos_embed"):
+        contents[f"without {part_of_name}"] = without(part_of_name, good)
+    for heads in (-1, 7, "x", 10**9, 1.0, [1]):
+        contents[f"{heads!r} heads"] = {"config": {"heads": heads}, "teacher": good}
+
+    values = {
+        "NaN": torch.full_like(qkv, torch.nan),
+        "infinity": torch.full_like(qkv, torch.inf),
+        "minus infinity": torch.full_like(qkv, -torch.inf),
+        "int64": qkv.to(torch.int64),
+        "bool": qkv.to(torch.bool),
+        "complex": qkv.to(torch.complex64),
+        "transposed": qkv.mT,
+        "sparse": qkv.to_sparse(),
+        "sparse in rows": qkv.to_sparse_csr(),
+        "too large for float32": qkv.double() + 1e300,
+        "quantized": torch.quantize_per_tensor(qkv, 1, 0, torch.qint8),
+    }
+    for name, value in values.items():
+        contents[name] = good | {qkv_name: value}
+
+    shapes = [
+        ("x", (3,)),
+        ("x\ny\x1b[31m", (3,)),
+        ("blocks.", (3,)),
+        ("cls_token", ()),
+        ("pos_embed", (1, 0, 64)),
+        ("pos_embed", (1, 1, 64)),
+        ("pos_embed", (1, 11, 64)),
+        ("patch_embed.proj.weight", (64, 3, 9, 0)),
+        ("patch_embed.proj.weight", (64, 3, 1, 8)),
+    ]
+    for name, shape in shapes:
+        contents[f"{name} {shape}"] = good | {name: torch.zeros(shape)}
+    return {name: bytes_of(content) for name, content in contents.items()}
+
+
+def cut_weights() -> dict:
+    """{name: bytes} of files that hold only the beginning of weights, or nothing of the sort."""
+    files = {"empty": b"", "text": b"these are no weights\n" * 99}
+    for old_format in (False, True):
+        complete = bytes_of(random_weights(), old_format)
+        lengths = [len(complete) * part // 8 for part in range(1, 8)] + [len(complete) - 9]
+        for length in lengths:
+            files[f"{length} bytes, old format {old_format}"] = complete[:length]
+    return files
+
+
+@pytest.mark.filterwarnings("ignore")  # of making some of the files
+def test_hostile_weights_are_refused(tmp_path, monkeypatch, capsys):
+    cases = hostile_weights(canary=tmp_path / "canary")
+    assert_all_refused(cases, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.filterwarnings("ignore")  # of making some of the files
+def test_misshapen_weights_are_refused(tmp_path, monkeypatch, capsys):
+    assert_all_refused(misshapen_weights(), tmp_path, monkeypatch, capsys)
+
+
+def test_weights_that_were_cut_off_are_refused(tmp_path, monkeypatch, capsys):
+    assert_all_refused(cut_weights(), tmp_path, monkeypatch, capsys)
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """The content with some of its bytes replaced, cut out or doubled."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 10))):
+        start = rng.randrange(len(content) + 1)
+        end = start + rng.choice((1, 8, 1000, 10**9))
+        old = content[start:end]
+        replacements = [
+            rng.randbytes(len(old)),
+            b"\0" * len(old),
+            b"\xff" * len(old),
+            b"",
+            old * 2,
+        ]
+        content[start:end] = rng.choice(replacements)
+    return bytes(content)
+
+
+def test_mutated_weights_are_read_or_refused(tmp_path):
+    state = random_weights(replace(TINY_SHAPE, dim=8))
+    run = {"config": {"heads": 1}, "teacher": state}
+    sources = [
+        bytes_of(state),
+        bytes_of(state, old_format=True),
+        bytes_of(run),
+        bytes_of(run, old_format=True),
+    ]
+    path = str(tmp_path / "w.pth")
+    rng = random.Random(2)
+    loads = 0
+    forget_peak()
+    memory_before = peak_megabytes()
+    for number in range(400):
+        Path(path).write_bytes(mutated(sources[number % 4], rng))
+        try:
+            load_backbone(path)
+        except ValueError as error:
+            assert path in str(error), number
+            assert "\n" not in str(error), number
+        else:
+            loads += 1
+    assert 10 < loads < 390
+    assert peak_megabytes() - memory_before < 300
+
+
+# --------------------------------------------------------------------- runs that start from weights
+
+
+def test_weights_decide_width_depth_and_patch_of_a_run(tmp_path):
+    """They come before the preset, and what is given need not fit the preset.
+
+    Its patches of 7 do not divide 64, and its width of 96 is not that of the weights.
+    """
+    shape = ViTShape(patch_size=8, dim=48, depth=3, heads=2, pos_size=32)
+    state = random_weights(shape)
+    torch.save(state, tmp_path / "w.pth")
+    flags = f"{QUICK_RUN} --weights {tmp_path}/w.pth --output {tmp_path}/run"
+    run = train.prepare(settings.parse_args(f"{flags} --image-size 64 --heads 16".split()))
+
+    config = asdict(run.config)
+    for name, value in asdict(replace(shape, heads=16)).items():
+        assert config[name] == value, name
+    assert run.student.backbone.shape == replace(shape, heads=16)
+    assert_same_weights(run.student.backbone, state)
+    (fallback,) = run.config.fallbacks
+    assert fallback.startswith("--heads 16 cuts q, k and v of weights that were trained with 1 ")
