@@ -16,9 +16,8 @@ The b images are number `first` to `first` + b - 1 of the batch. A loss is the m
 images, so a caller who computes a batch in pieces weights each piece by b / B.
 
 A loss also says what it needs of the rest: `num_prototypes`, how many prototypes the projection
-head ends in, or None if it ends at its bottleneck; `uses_labels`, whether its target is the labels;
-`targets`, which makes the target of the teacher's outputs; and `chance`, the loss of a network that
-knows nothing, with its name.
+head ends in, or None if it ends at its bottleneck; `uses_labels`, whether its targets are the
+labels; and else `targets`, which makes them of the teacher's outputs.
 """
 
 import math
@@ -49,7 +48,8 @@ class NCELoss(nn.Module):
 
     x is the student's crop i of an image. The positive x+ is the teacher's crop j of the same
     image, the negatives x- are the teacher's crops j of the other B - 1 images of the batch. sim is
-    the cosine, and `temperature` > 0 is tau. A network that finds all images alike scores ln B.
+    the cosine, and `temperature` > 0 is tau. A network that gives all images one projection scores
+    ln B.
     """
 
     num_prototypes = None
@@ -64,6 +64,7 @@ class NCELoss(nn.Module):
         return teacher_outputs
 
     def chance(self, batch_size: int) -> tuple[str, float]:
+        """The loss of a network that knows nothing: its formula, and its value in nats."""
         return "ln(batch)", math.log(batch_size)
 
     def forward(self, student, teacher, pairs: list[tuple[int, int]], first: int = 0):
@@ -121,6 +122,7 @@ class DINOLoss(nn.Module):
         return self.teacher_probabilities(teacher_outputs)
 
     def chance(self, batch_size: int) -> tuple[str, float]:
+        """The loss of a network that knows nothing: its formula, and its value in nats."""
         return "ln(K)", math.log(self.num_prototypes)
 
     @torch.no_grad()
@@ -173,6 +175,7 @@ class SupervisedLoss(nn.Module):
         self.temperature = temperature
 
     def chance(self, batch_size: int) -> tuple[str, float]:
+        """The loss of a network that knows nothing: its formula, and its value in nats."""
         return "ln(classes)", math.log(CLASSES)
 
     def forward(self, student, labels, pairs: list[tuple[int, int]], first: int = 0):

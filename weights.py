@@ -65,10 +65,10 @@ WRAPPERS = (
     # Hugging Face
     r"|vit|dinov2(_with_registers)?"
 )
-# Parts of a network that attention does not need.
+# Parts of a network that attention does not need, a pattern.
 LEFT_OUT = r"\w*(head|decoder|predictor|projector|classifier|criterion)|mask|fc_norm|pooler"
-# Of several networks in a file, the one that is a moving average is taken.
-IS_AVERAGE = r"teacher|momentum|_ema"
+# Of several networks in a file, one that is a moving average is taken: a pattern of its prefix.
+AVERAGE_NAMES = r"teacher|momentum|_ema"
 MAX_DICTS = 9  # nested dicts that are searched for weights; a hostile file may have any number
 REQUIRED = {"cls_token", "pos_embed", "patch_embed.proj.weight"}
 
@@ -223,12 +223,12 @@ def load_backbone(
         has_layer_scale = fold_layer_scale(weights)
         pad_positions(weights, grid)
 
-        config = content.get("config", {})  # of a run of train.py
-        told_heads = config.get("heads") or heads or published_heads(weights, prefix)
+        config = content.get("config") or {}  # of a run of train.py
+        known_heads = config.get("heads") or heads or published_heads(weights, prefix)
         # DINOv2 with registers has LayerScale too, and interpolates with antialiasing.
         is_dinov2_with_registers = "register_tokens" in weights and has_layer_scale
         antialias = config.get("antialias", is_dinov2_with_registers)
-        shape = infer_shape(weights, told_heads, grid, antialias)
+        shape = infer_shape(weights, known_heads, grid, antialias)
         backbone = build_backbone(weights, shape)
     except Exception as error:  # of many kinds, depending on what the file holds instead
         raise ValueError(
@@ -239,7 +239,7 @@ def load_backbone(
     is_known = "heads" in config or source in DINO_FILES
     description = describe_network(prefix, networks)
     description += f", {shape.heads} heads"
-    if not (told_heads or is_known):
+    if not (known_heads or is_known):
         description += " (assumed; override with --heads)"
     description += ", grid {}×{}".format(*backbone.grid)
     if not (grid or is_known):
@@ -288,7 +288,7 @@ def choose_network(networks: dict, content: dict) -> str:
         keys = list(find_tensors(content)) or list(content)
         keys = ", ".join(str(key) for key in keys[:8])
         raise ValueError(f"no {', '.join(sorted(REQUIRED))} among its keys: {keys}, …")
-    averages = [prefix for prefix in candidates if re.search(IS_AVERAGE, prefix)]
+    averages = [prefix for prefix in candidates if re.search(AVERAGE_NAMES, prefix)]
     return averages[0] if averages else candidates[0]
 
 

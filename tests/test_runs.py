@@ -572,7 +572,7 @@ def test_memory_does_not_grow(tmp_path, launch):
     assert quarter >= 10
     second_quarter = np.mean(pages[quarter : 2 * quarter])
     last_quarter = np.mean(pages[-quarter:])
-    assert last_quarter == pytest.approx(second_quarter, rel=0.01)
+    assert last_quarter == pytest.approx(second_quarter, rel=0.03)
 
 
 # ---------------------------------------------------------------------------- damaged checkpoints
