@@ -1,9 +1,10 @@
-"""The paper's two losses, section II.B: NCE, eq. (3), and DINO's cross-entropy, eqs. (1) and (2).
+"""The losses: the paper's two, and supervised learning as their rival.
 
-The student is the network that is trained. The teacher is the moving average of its weights. Each
+The paper's are NCE, eq. (3), and DINO's cross-entropy, eqs. (1) and (2), both in section II.B. The
+student is the network that is trained. The teacher is the moving average of its weights. Each
 sees crops of every image of a batch, and the losses compare a crop that the student saw with a crop
 of the same image that the teacher saw. `pairs` says which: (i, j) compares the student's i-th crop
-with the teacher's j-th. Supervised learning, their rival, compares the student with labels.
+with the teacher's j-th. Supervised learning compares the student with labels.
 
 What the losses are called with, for b of the batch's B images:
 
@@ -17,7 +18,8 @@ images, so a caller who computes a batch in pieces weights each piece by b / B.
 
 A loss also says what it needs of the rest: `num_prototypes`, how many prototypes the projection
 head ends in, or None if it ends at its bottleneck; `uses_labels`, whether its targets are the
-labels; and else `targets`, which makes them of the teacher's outputs.
+labels; and else `targets`, which makes them of the teacher's outputs. `chance`, the loss of a
+network that knows nothing, is drawn beside the curves.
 """
 
 import math

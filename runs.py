@@ -16,12 +16,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from settings import Config, config_from_checkpoint, flag
+from settings import MAY_CHANGE, Config, config_from_checkpoint, flag
 from weights import one_line, read_checkpoint
 
-# Settings that may be changed when a run is resumed. More epochs stretch the schedules of what is
-# still to come; the others do not change what is computed.
-MAY_CHANGE = ("epochs", "device", "data_root", "compile", "checkpoint_minutes")
 # Keys that every checkpoint from which a run can go on has.
 RESUMABLE = {"config", "step", "epoch", "metrics", "epoch_loss", "threads", "optimizer"}
 

@@ -47,14 +47,22 @@ def above(least: float) -> Range:
     return Range(least, is_open=True)
 
 
-def setting(*, paper, laptop, help: str, allowed: list | Range | None = None, earlier=MISSING):
+def setting(
+    *,
+    paper,
+    laptop,
+    help: str,
+    allowed: list | Range | None = None,
+    earlier=MISSING,
+    may_change: bool = False,
+):
     """A field of `Config` that is a flag of train.py.
 
     `paper` and `laptop` are its values in the two presets; None stands for a value that
     `fill_in_derived` computes from the other settings. Section numbers in `help` are the paper's.
     `allowed` are the choices, or the range of a number or of both numbers of a pair. `earlier` is
     for a setting that was added later: the value that runs had before. Without it a checkpoint that
-    lacks the setting is refused.
+    lacks the setting is refused. `may_change` says whether a resumed run may have another value.
     """
     return field(
         metadata={
@@ -63,6 +71,7 @@ def setting(*, paper, laptop, help: str, allowed: list | Range | None = None, ea
             "help": help,
             "allowed": allowed,
             "earlier": earlier,
+            "may_change": may_change,
         }
     )
 
@@ -264,6 +273,7 @@ class Config:
         laptop=False,
         help="compile the blocks, which takes a minute and a C++ compiler",
         earlier=False,
+        may_change=True,
     )
     precision: str = setting(
         paper="auto",
@@ -278,6 +288,7 @@ class Config:
         laptop=10,
         help="length of the run [paper: 20, 10 with stl10 (figures 2, 3); laptop: 10]",
         allowed=at_least(1),
+        may_change=True,
     )
     images_per_epoch: int = setting(
         paper=None,
@@ -342,15 +353,20 @@ class Config:
         help="write the checkpoint this often, besides after every epoch",
         allowed=above(0),
         earlier=10.0,
+        may_change=True,
     )
     seed: int = setting(paper=0, laptop=0, help="decides the initial weights and every image")
     device: str = setting(
-        paper=None, laptop=None, help="where to train [cuda if there is one, else mps, else cpu]"
+        paper=None,
+        laptop=None,
+        help="where to train [cuda if there is one, else mps, else cpu]",
+        may_change=True,
     )
     data_root: str = setting(
         paper="data",
         laptop="data",
         help="folder that holds, or will hold, MNIST/raw/ or stl10_binary/",
+        may_change=True,
     )
 
     # These have no flag.
@@ -362,6 +378,9 @@ class Config:
 
 
 FLAGS = [entry for entry in fields(Config) if entry.metadata]
+# What a resumed run may change. More epochs stretch the schedules of what is still to come; the
+# others do not change what is computed.
+MAY_CHANGE = [entry.name for entry in FLAGS if entry.metadata["may_change"]]
 # What checkpoints of earlier versions did not record, and what it was then.
 EARLIER = {entry.name: entry.metadata["earlier"] for entry in FLAGS}
 EARLIER = {name: value for name, value in EARLIER.items() if value is not MISSING}

@@ -273,15 +273,8 @@ def test_a_run_that_needs_less_memory_is_the_same_run(tmp_path, request, loss, f
         torch.testing.assert_close(teacher[name], value, atol=2e-4, rtol=0)
 
 
-def test_a_step_of_the_papers_network_in_full_precision():
-    check_step_of_the_papers_network("float32")
-
-
-def test_a_step_of_the_papers_network_in_autocast():
-    check_step_of_the_papers_network("bfloat16")
-
-
-def check_step_of_the_papers_network(precision: str):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_of_the_papers_network(precision):
     """ViT-S/8 at 224 px with its head: a step changes every weight, and all stay finite."""
     flags = "--preset paper --weights none --views different --device cpu --batch-size 2"
     config = config_of(f"{flags} --precision {precision}")
@@ -717,15 +710,15 @@ def test_help_in_a_code_page_that_lacks_greek(monkeypatch):
     assert b"? of eq. (3)" in output.buffer.getvalue()  # τ
 
 
-# ------------------------------------------------------------- from training to pictures, as readers
+# ------------------------------------------------------------------- from training to pictures
 
 
-def write_stl10(root: Path, classes: list[int], unlabeled: int, train: int, test: int):
-    """Files in STL-10's layout: noise, whose labels are `classes` (1 to 10) in turn."""
+def write_stl10(root: Path, classes: list[int], counts: dict[str, int]):
+    """Files in STL-10's layout: `counts` images of noise, with `classes` (1 to 10) in turn."""
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
     chance = np.random.RandomState(0)
-    for name, count in {"unlabeled": unlabeled, "train": train, "test": test}.items():
+    for name, count in counts.items():
         images = chance.randint(0, 256, (count, 3, 96, 96)).astype(np.uint8)
         images.tofile(folder / f"{name}_X.bin")
         if name != "unlabeled":
@@ -737,7 +730,7 @@ def write_stl10(root: Path, classes: list[int], unlabeled: int, train: int, test
 def stl10(tmp_path_factory):
     """A folder with a small STL-10."""
     root = tmp_path_factory.mktemp("stl10")
-    write_stl10(root, [1, 6], unlabeled=40, train=40, test=80)
+    write_stl10(root, [1, 6], {"unlabeled": 40, "train": 40, "test": 80})
     return root
 
 
@@ -798,7 +791,7 @@ def test_figure_5_from_training_to_pictures(tmp_path, monkeypatch):
 @pytest.mark.parametrize("classes, images", [([1], 40), (list(range(1, 11)), 12), ([1, 2], 2)])
 def test_little_data_is_measured_as_far_as_can_be(tmp_path, capsys, classes, images):
     """A single class, which no classifier can learn; and hardly any test images."""
-    write_stl10(tmp_path, classes, unlabeled=16, train=20, test=images)
+    write_stl10(tmp_path, classes, {"unlabeled": 16, "train": 20, "test": images})
     assert start(tmp_path / "run", f"--dataset stl10 --data-root {tmp_path} --epochs 1") == 0
     output = capsys.readouterr().out
     assert "k-NN" in output
