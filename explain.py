@@ -61,6 +61,75 @@ def rollout(backbone: VisionTransformer, images):
     return patch_attention(mixture[:, 0], backbone)
 
 
+@torch.no_grad()
+def norm_rollout(backbone: VisionTransformer, images):
+    """Rollout by the size of what tokens pass on: (B, patches), sums to 1. One forward pass.
+
+    Kobayashi et al. 2020 and 2021: in a block, token j gives token i the vector Σ_h α_hij W_h x_j,
+    where α_h is the attention of head h and W_h its value and output projections; token i gives
+    itself this and, by the residual connection, itself. The norms of these vectors, each row
+    divided by its sum, take the place of the attention in `rollout`. Images are (B, 3, H, W),
+    normalized.
+    """
+    x = backbone.prepare_tokens(images)
+    mixture = torch.eye(x.shape[1]).to(x)[None]  # row i: what token i is made of
+    for block in backbone.blocks:
+        num_queries = 1 if block is backbone.blocks[-1] else None  # of the last, [CLS] only
+        norms = passed_on_norms(block, x, num_queries)
+        mixture = (norms / norms.sum(-1, keepdim=True)) @ mixture
+        x = block(x, num_queries)
+    return patch_attention(mixture[:, 0], backbone)
+
+
+def passed_on_norms(block, x, num_queries: int | None):
+    """The norm of what each token passes on to the first tokens in a block: (B, num_queries, N).
+
+    x (B, N, dim) are the block's inputs. What token j passes on through a head is the same for all
+    receivers but for its factor α, so a norm is a quadratic form in the α of the heads. This needs
+    no vector for each pair of tokens.
+    """
+    q, k, v = block.attn.queries_keys_values(block.norm1(x), num_queries)
+    attention = attention_matrix(q, k)  # (B, heads, num_queries, N)
+    # the output projection of each head, (heads, d, dim)
+    projection = block.attn.proj.weight.unflatten(1, (block.attn.heads, -1)).permute(1, 2, 0)
+    passed_on = torch.einsum("bhnd,hdm->bnhm", v, projection)  # (B, N, heads, dim)
+    products = torch.einsum("bnhm,bngm->bnhg", passed_on, passed_on)  # (B, N, heads, heads)
+    squares = torch.einsum("bhij,bgij,bjhg->bij", attention, attention, products)
+    norms = squares.clamp(min=0).sqrt()
+
+    # a token's own part includes the residual connection
+    receivers = torch.arange(norms.shape[1], device=x.device)
+    own_attention = attention[:, :, receivers, receivers]  # (B, heads, num_queries)
+    own = torch.einsum("bhi,bihm->bim", own_attention, passed_on[:, receivers]) + x[:, receivers]
+    norms[:, receivers, receivers] = own.norm(dim=-1)
+    return norms
+
+
+def squared_gradient(backbone: VisionTransformer, pictures, directions: int = 16):
+    """How much the feature changes with a patch's pixels, to first order: (B, patches), sums to 1.
+
+    The mean, over random unit directions r, of the squared gradient of r · feature, summed over a
+    patch's pixels; features are L2-normalized. This estimates the squared norm of the Jacobian.
+    The directions are the same for every picture. One forward and `directions` backward passes.
+    Pictures are (B, 1 or 3, H, W) in [0, 1].
+
+    A gradient map needs such a target from outside: the gradient of the feature's cosine with
+    itself is zero, because at the picture itself that cosine is at its maximum.
+    """
+    rng = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        pictures = pictures.detach().requires_grad_()
+        features = F.normalize(backbone(views.normalize(pictures)), dim=-1)
+        total = 0
+        for number in range(directions):
+            direction = torch.randn(features.shape[1], generator=rng).to(features)
+            projected = features @ F.normalize(direction, dim=0)
+            is_last = number == directions - 1
+            (gradient,) = torch.autograd.grad(projected.sum(), pictures, retain_graph=not is_last)
+            total = total + patch_sums(gradient.square().sum(1), backbone.shape.patch_size)
+    return total / total.sum(-1, keepdim=True)
+
+
 @dataclass
 class Observation:
     """What networks make of evaluation images; CPU tensors, one row for each of n images.
@@ -247,22 +316,68 @@ def blackening_effects(backbone: VisionTransformer, images, has_ink, features):
     `images` (B, 1 or 3, H, W) are in [0, 1], `has_ink` is (B, patches) bool, and `features`
     (B, dim), L2-normalized, are those of the images.
     """
-    patch_size = backbone.shape.patch_size
-    columns = images.shape[3] // patch_size
-    # the number of the patch that each pixel belongs to, (H, W)
-    patch_of_pixel = torch.arange(has_ink.shape[1], device=images.device).view(-1, columns)
-    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 0)
-    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 1)
-
-    effect = torch.zeros(has_ink.shape, device=images.device)
+    effect = features.new_zeros(has_ink.shape)
     # There are some 15 pairs (image, patch with ink) for each canvas.
     for pairs in has_ink.nonzero().split(BLACKENED_IMAGES):
         image, patch = pairs.unbind(1)
-        is_in_patch = patch_of_pixel == patch.view(-1, 1, 1, 1)
-        blackened = images[image].masked_fill(is_in_patch, 0)
+        blackened = blacken(images[image], patch, backbone.shape.patch_size)
         distance = feature_distance(backbone, blackened, features[image])
         effect[image, patch] = distance**2 / 2  # 1 − cosine
     return effect
+
+
+def blacken(images, patch, patch_size: int):
+    """Images (n, channels, H, W), each with its patch of the number in `patch` (n,) blackened."""
+    rows = images.shape[2] // patch_size
+    columns = images.shape[3] // patch_size
+    # the number of the patch that each pixel belongs to, (H, W)
+    patch_of_pixel = torch.arange(rows * columns, device=images.device).view(rows, columns)
+    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 0)
+    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 1)
+    return images.masked_fill(patch_of_pixel == patch.view(-1, 1, 1, 1), 0)
+
+
+@torch.no_grad()
+def direct_effects(backbone: VisionTransformer, images, has_ink):
+    """Effects of blackening patches through their own tokens alone: (depth, B, patches).
+
+    Entry [b] is 1 − cosine when, at the input of block b, only the patch's own token comes from the
+    blackened image and all others from the image as it is (path patching). Entry [0] is the whole
+    effect, since a patch enters the network through its own token. What is missing in entry [b] is
+    what the blocks before b have already mixed into other tokens. 0 for patches without ink.
+
+    Images are (B, 1 or 3, H, W) in [0, 1], `has_ink` is (B, patches) bool.
+    """
+    first_patch = 1 + backbone.shape.registers
+    inputs = block_inputs(backbone, views.normalize(images))
+    features = feature_from_block(backbone, inputs[-1], backbone.shape.depth - 1)
+    effect = features.new_zeros(backbone.shape.depth, *has_ink.shape)
+    for pairs in has_ink.nonzero().split(BLACKENED_IMAGES):
+        image, patch = pairs.unbind(1)
+        blackened = blacken(images[image], patch, backbone.shape.patch_size)
+        changed_inputs = block_inputs(backbone, views.normalize(blackened))
+        row = torch.arange(len(image), device=images.device)
+        for number in range(backbone.shape.depth):
+            x = inputs[number][image]
+            x[row, first_patch + patch] = changed_inputs[number][row, first_patch + patch]
+            changed = feature_from_block(backbone, x, number)
+            effect[number, image, patch] = (changed - features[image]).square().sum(-1) / 2
+    return effect
+
+
+def block_inputs(backbone: VisionTransformer, images) -> list:
+    """The input of every block, (B, N, dim) each, for images (B, 3, H, W), normalized."""
+    inputs = [backbone.prepare_tokens(images)]
+    for block in backbone.blocks[:-1]:
+        inputs.append(block(inputs[-1]))
+    return inputs
+
+
+def feature_from_block(backbone: VisionTransformer, x, number: int):
+    """The unit feature (B, dim) of the input x (B, N, dim) of block number `number`."""
+    for block in backbone.blocks[number:-1]:
+        x = block(x)
+    return F.normalize(backbone.last_feature(x), dim=-1)
 
 
 @torch.no_grad()

@@ -63,6 +63,66 @@ def test_rollout_is_a_product_of_matrices(registers):
 # ----------------------------------------------------------------------------------- observations
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+def test_norm_rollout_is_what_tokens_pass_on(registers):
+    """As Kobayashi et al. write it, with a vector for each pair of tokens, in float64."""
+    backbone = small_backbone(registers).double()
+    images = torch.rand(2, 3, 28, 28).double()
+    x = backbone.prepare_tokens(images)
+    tokens = x.shape[1]
+    product = torch.eye(tokens).double()
+    for block in backbone.blocks:
+        q, k, v = block.attn.queries_keys_values(block.norm1(x))
+        attention = (q @ k.mT / math.sqrt(24 / 3)).softmax(-1)  # (B, heads, N, N)
+        by_head = block.attn.proj.weight.split(8, dim=1)  # (dim, d) each
+        passed_on = torch.zeros(2, tokens, tokens, 24).double()
+        for head, projection in enumerate(by_head):
+            vectors = v[:, head] @ projection.T  # (B, N, dim)
+            passed_on += attention[:, head, :, :, None] * vectors[:, None]
+        for token in range(tokens):
+            passed_on[:, token, token] += x[:, token]
+        norms = passed_on.norm(dim=-1)
+        product = norms / norms.sum(-1, keepdim=True) @ product
+        x = block(x)
+    to_patches = product[:, 0, 1 + registers :]
+    expected = to_patches / to_patches.sum(-1, keepdim=True)
+    torch.testing.assert_close(explain.norm_rollout(backbone, images), expected)
+
+
+class KnownFeature(torch.nn.Module):
+    """Its feature is (1, s), where s is a weighted sum of the first channel over each patch."""
+
+    def __init__(self, weights: list[float]):
+        super().__init__()
+        self.shape = ViTShape(patch_size=2)
+        self.weights = torch.tensor(weights)
+
+    def forward(self, images):
+        s = metrics.patch_sums(images[:, 0], 2) @ self.weights
+        return torch.stack([torch.ones_like(s), s], dim=-1)
+
+
+def test_squared_gradients_of_a_known_feature():
+    """The feature's gradient at a patch is proportional to the patch's weight."""
+    network = KnownFeature([0.0, 1.0, -2.0, 0.0])
+    pictures = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    maps = explain.squared_gradient(network, pictures)
+    torch.testing.assert_close(maps, torch.tensor([[0.0, 0.2, 0.8, 0.0]]).expand(3, -1))
+
+
+def test_squared_gradients_do_not_depend_on_the_batch_or_on_gradients_being_off():
+    backbone = small_backbone().double()
+    pictures = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        together = explain.squared_gradient(backbone, pictures)
+    alone = torch.cat([explain.squared_gradient(backbone, picture[None]) for picture in pictures])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together.sum(-1), torch.ones(3))
+    more = explain.squared_gradient(backbone, pictures, directions=64)
+    assert not torch.equal(more, together)
+    assert (more - together).abs().max() < 0.05  # an estimate of the same thing
+
+
 def in_pieces(batches, size: int):
     """The same evaluation images in batches of `size` rows."""
     for batch in batches:
@@ -302,6 +362,40 @@ def test_maps_are_not_faithful_to_a_network_to_which_nothing_matters():
     values = metrics.faithfulness(maps, effects)
     assert values["patch_faithfulness"].tolist() == [0, 0]
     assert values["object_faithfulness"][0] == 0
+
+
+def direct_effects_of(backbone):
+    """Direct effects of two canvases and of one blank one, and the whole effects."""
+    images = torch.zeros(3, 1, 28, 28, dtype=torch.float64)
+    images[:2] = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
+    has_ink = metrics.patch_sums(images[:, 0], PATCH_SIZE) > 0
+    features = F.normalize(backbone(views.normalize(images)), dim=-1)
+    whole = explain.blackening_effects(backbone, images, has_ink, features)
+    return explain.direct_effects(backbone, images, has_ink), whole
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_the_direct_effect_at_the_first_block_is_the_whole_effect(registers):
+    direct, whole = direct_effects_of(small_backbone(registers).double())
+    assert direct.shape == (3, 3, 16) and (whole[:2] > 0).all()
+    torch.testing.assert_close(direct[0], whole)
+    assert (direct[:, 2] == 0).all()  # the blank one has no patch to blacken
+    assert not torch.allclose(direct[1], whole, rtol=0.01)
+
+
+def test_everything_is_direct_if_the_first_blocks_mix_nothing():
+    backbone = small_backbone().double()
+    for block in backbone.blocks[:-1]:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    direct, whole = direct_effects_of(backbone)
+    torch.testing.assert_close(direct[-1], whole)
+
+
+def test_nothing_is_direct_if_the_last_block_reads_no_patch():
+    backbone = small_backbone().double()
+    torch.nn.init.zeros_(backbone.blocks[-1].attn.proj.weight)
+    direct, whole = direct_effects_of(backbone)
+    assert (whole[:2] > 0).all() and direct[-1].max() < 1e-12 < direct[1].max()
 
 
 def test_a_patch_without_ink_is_not_blackened():

@@ -287,6 +287,46 @@ def test_canvases_without_distractors_have_no_object_faithfulness():
     assert values["object_faithfulness"].isnan().all()
 
 
+def ordered_pairs(maps, effects, ink, among=None) -> tuple[float, float]:
+    """The sum over the pairs of one image, and their number."""
+    maps, effects, ink = (torch.tensor([values]) for values in (maps, effects, ink))
+    among = torch.ones_like(ink, dtype=torch.bool) if among is None else torch.tensor([among])
+    wins, pairs = metrics.equal_ink(maps, effects, ink, among)
+    return wins.item(), pairs.item()
+
+
+def test_pairs_of_equal_ink_by_hand():
+    """Of four patches, the first three have ink within 5% of each other: three pairs."""
+    ink = [100.0, 96.0, 95.0, 50.0]
+    effects = [0.3, 0.2, 0.1, 0.9]
+    assert ordered_pairs([0.5, 0.3, 0.2, 0.0], effects, ink) == (3, 3)
+    assert ordered_pairs([0.2, 0.3, 0.5, 0.0], effects, ink) == (0, 3)
+    assert ordered_pairs([0.5, 0.2, 0.3, 0.0], effects, ink) == (2, 3)
+    assert ordered_pairs([0.2, 0.2, 0.2, 0.4], effects, ink) == (1.5, 3)  # ties count ½
+    assert ordered_pairs([0.5, 0.3, 0.2, 0.0], [0.3, 0.3, 0.1, 0.9], ink) == (2.5, 3)
+    among = [True, True, False, True]
+    assert ordered_pairs([0.5, 0.3, 0.2, 0.0], effects, ink, among) == (1, 1)
+
+
+def test_without_two_patches_of_equal_ink_there_is_no_pair():
+    assert ordered_pairs([0.5, 0.5], [0.1, 0.2], [100.0, 94.9]) == (0, 0)
+    assert ordered_pairs([1.0], [0.1], [100.0]) == (0, 0)
+    assert ordered_pairs([0.5, 0.5], [0.1, 0.2], [10.0, 10.0], [False, True]) == (0, 0)
+
+
+def test_a_map_of_the_dose_orders_pairs_of_equal_ink_by_chance():
+    """If effects are ink times something else, ink itself says nothing within a pair."""
+    ink = 1 + torch.rand(400, 30, generator=generator(11))
+    importance = torch.rand(400, 30, generator=generator(12))
+    effects = ink * importance
+    among = torch.ones(400, 30, dtype=torch.bool)
+    wins, pairs = metrics.equal_ink(ink, effects, ink, among)
+    assert (wins.sum() / pairs.sum()).item() == pytest.approx(0.5, abs=0.03)
+    assert metrics.spearman(ink, effects, among).mean() > 0.2  # over all pairs it seems to
+    wins, pairs = metrics.equal_ink(importance, effects, ink, among)
+    assert (wins.sum() / pairs.sum()).item() > 0.95
+
+
 # --------------------------------------------------------------------------------------- intervals
 
 
