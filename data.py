@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import os
 import tarfile
+import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -146,18 +147,30 @@ def load_digits(source: str = "auto", data_root: str = "data"):
 def load_mnist(data_root: str):
     """MNIST's training and test Split; torchvision downloads what is missing."""
     folder = os.path.join(data_root, "MNIST", "raw")
-    try:
-        return read_mnist(folder)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error):  # missing, cut off or damaged
-        torchvision.datasets.MNIST(data_root, download=True)
-        return read_mnist(folder)
+    missing = [
+        name
+        for name in mnist_files()
+        if not os.path.isfile(f"{folder}/{name}") and not os.path.isfile(f"{folder}/{name}.gz")
+    ]
+    if missing:
+        os.makedirs(folder, exist_ok=True)
+        # torchvision would write over files that are there, so it works in a folder of its own.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            torchvision.datasets.MNIST(scratch, download=True)
+            for name in missing:
+                os.replace(f"{scratch}/MNIST/raw/{name}", f"{folder}/{name}")
+    return read_mnist(folder)
+
+
+def mnist_files() -> list[str]:
+    """The names of MNIST's files: images and labels for training, images and labels for testing."""
+    return [name.removesuffix(".gz") for name, _ in torchvision.datasets.MNIST.resources]
 
 
 def read_mnist(folder: str):
     """MNIST's training and test Split, from its four files in `folder`, unpacked or gzipped."""
-    names = [name.removesuffix(".gz") for name, _ in torchvision.datasets.MNIST.resources]
     train_images, train_labels, test_images, test_labels = (
-        read_idx(os.path.join(folder, name)) for name in names
+        read_idx(os.path.join(folder, name)) for name in mnist_files()
     )
     return Split(train_images, train_labels.long()), Split(test_images, test_labels.long())
 

@@ -395,7 +395,7 @@ def verdict(result: dict) -> str:
         return f"{text} {as_sentence(result['collapse'])}" if result["collapse"] else text
     question = "Does it look at the digit or at anything bright?"
     if result["collapse"]:
-        return f"{question} At neither: {result['collapse']}."
+        return f"{question} At neither. {as_sentence(result['collapse'])}"
     table = result["matched"]
     selectivity = table["mean"]["selectivity"]
     if selectivity["value"] is None:

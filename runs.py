@@ -70,6 +70,8 @@ def read_run(path: str, flags: dict) -> tuple[dict, Config]:
     is_ours = isinstance(checkpoint, dict) and checkpoint.keys() >= RESUMABLE
     if not is_ours or not isinstance(checkpoint["config"], dict):
         raise ValueError(f"--resume {path}: use a ckpt.pth of train.py")
+    if checkpoint["config"].get("texture_pool"):
+        raise ValueError(f"--resume {path}: its --texture-pool no longer exists; start a new run")
     try:
         config = config_from_checkpoint(checkpoint["config"])
     except ValueError as error:
@@ -168,6 +170,7 @@ class StopRequest:
     def __init__(self):
         self.requested = False
         self.signal_number = signal.SIGTERM  # also if only another rank got a signal
+        # True while the work can be left at once: then a signal raises InterruptedError.
         self.raises_at_once = False
 
     def receive(self, number: int, frame=None):
@@ -176,6 +179,7 @@ class StopRequest:
         self.signal_number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.raises_at_once:
+            self.raises_at_once = False
             raise InterruptedError
 
     @contextlib.contextmanager
@@ -190,18 +194,6 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def interruptible(self):
-        """Within this context a signal ends the work at once.
-
-        This is for work that changes nothing, and that a resumed run does again.
-        """
-        with contextlib.suppress(InterruptedError):
-            self.raises_at_once = True
-            yield
-            self.raises_at_once = False  # while an error would still be caught here
-        self.raises_at_once = False
 
 
 # -------------------------------------------------------------------------------- devices, errors

@@ -29,9 +29,9 @@ class Range:
 
     def advice(self) -> str:
         if self.is_open:
-            return f"use a finite number above {self.least:g}"
+            return f"use a finite number above {self.least:g}, at most {self.most:g}"
         if self.most == LARGEST:
-            return f"use {self.least:g} or more"
+            return f"use {self.least:g} or more, at most {self.most:g}"
         return f"use {self.least:g} to {self.most:g}"
 
 
@@ -110,6 +110,7 @@ class Config:
         laptop="clutter",
         help="clutter: digits among fragments of others; stl10: photographs (II.C)",
         allowed=["clutter", "stl10"],
+        earlier="clutter",
     )
     split: str = setting(
         paper="unlabeled",
@@ -178,7 +179,7 @@ class Config:
         paper=(0.1, 2.0),
         laptop=(0.1, 2.0),
         help="range of the blur's sigma, in pixels of a crop of 224 (III.B)",
-        allowed=between(0, 224),
+        allowed=between(0, 1000),
     )
 
     # The network
@@ -280,6 +281,7 @@ class Config:
         laptop="auto",
         help="number format of autocast; auto takes the best one that is fast on the device",
         allowed=["auto", "float32", "bfloat16", "float16"],
+        earlier="auto",
     )
 
     # The length of the run, and the optimiser
@@ -361,12 +363,14 @@ class Config:
         laptop=None,
         help="where to train [cuda if there is one, else mps, else cpu]",
         may_change=True,
+        earlier="cpu",
     )
     data_root: str = setting(
         paper="data",
         laptop="data",
         help="folder that holds, or will hold, MNIST/raw/ or stl10_binary/",
         may_change=True,
+        earlier="data",
     )
 
     # These have no flag.
@@ -384,7 +388,7 @@ MAY_CHANGE = [entry.name for entry in FLAGS if entry.metadata["may_change"]]
 # What checkpoints of earlier versions did not record, and what it was then.
 EARLIER = {entry.name: entry.metadata["earlier"] for entry in FLAGS}
 EARLIER = {name: value for name, value in EARLIER.items() if value is not MISSING}
-EARLIER |= {"antialias": False, "fallbacks": []}
+EARLIER |= {"preset": "laptop", "antialias": False, "fallbacks": []}
 
 
 def flag(name: str) -> str:
@@ -467,8 +471,11 @@ def describe_default(entry) -> str:
 
 
 def numbers_with_commas(text: str) -> list[int]:
-    """[1, 5, 10] for "10,1,5"; argparse makes a message of the ValueError for anything else."""
-    return sorted(int(number) for number in text.split(","))
+    """[1, 5, 10] for "10,1,5"; argparse prints the error for anything else."""
+    try:
+        return sorted(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: use whole numbers, such as 1,5,10") from error
 
 
 # ----------------------------------------------------------------------------- making and checking
@@ -549,10 +556,11 @@ def check_range(entry, value):
     if not isinstance(allowed, Range):
         return
     low, high = value if isinstance(value, tuple) else (value, value)
+    text = f"{low:g} {high:g}" if isinstance(value, tuple) else value
     if low > high:
-        raise ValueError(f"{flag(entry.name)} {low:g} {high:g}: use LOW and HIGH in this order")
+        raise ValueError(f"{flag(entry.name)} {text}: the first number must not exceed the second")
     if not allowed.contains(low, high):
-        raise ValueError(f"{flag(entry.name)} {value}: {allowed.advice()}")
+        raise ValueError(f"{flag(entry.name)} {text}: {allowed.advice()}")
 
 
 def check_batch(config: Config, ranks: int):
@@ -575,7 +583,8 @@ def check_batch(config: Config, ranks: int):
             f"--micro-batch {config.micro_batch}: use a divisor of {images_per_rank}, or 0"
         )
     if any(not 0 <= epoch <= config.epochs for epoch in config.keep_epochs):
-        raise ValueError(f"--keep-epochs {config.keep_epochs}: use 0 to {config.epochs}")
+        numbers = ",".join(map(str, config.keep_epochs))
+        raise ValueError(f"--keep-epochs {numbers}: use epochs from 0 to {config.epochs}")
 
 
 def check_images(config: Config):
@@ -601,12 +610,8 @@ def check_images(config: Config):
 def config_from_checkpoint(saved: dict) -> Config:
     """The settings that a checkpoint of train.py holds; keys that are unknown here are ignored.
 
-    Raises ValueError if settings are missing, or if the run used one that no longer exists.
+    Raises ValueError if settings are missing.
     """
-    if saved.get("texture_pool"):
-        raise ValueError(
-            "its run used --texture-pool, which no longer exists; use its weights alone"
-        )
     values = {}
     missing = []
     for entry in fields(Config):
@@ -617,5 +622,10 @@ def config_from_checkpoint(saved: dict) -> Config:
         else:
             missing.append(entry.name)
     if missing:
-        raise ValueError(f"it lacks the settings {', '.join(missing)}; use another copy of it")
+        raise ValueError(f"it lacks these settings: {', '.join(missing)}; use another copy of it")
+    if values["init_std"] is None:  # what earlier versions wrote for 1/√inputs
+        values["init_std"] = 0.0
+    if saved.get("texture_pool"):
+        line = f"its run had {saved['texture_pool']} textures in all; now every canvas has its own"
+        values["fallbacks"] = [*values["fallbacks"], line]
     return Config(**values)

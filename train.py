@@ -596,10 +596,15 @@ def measure_epoch(
 
     A signal ends the validation at once: nothing changes in it, and the resumed run does it again.
     """
-    with stop.interruptible():  # a signal leaves this block
-        if not stop.requested:
-            return line | {"validation": validation(state)}
-    return None
+    if stop.requested:
+        return None
+    try:
+        stop.raises_at_once = True
+        line = line | {"validation": validation(state)}
+        stop.raises_at_once = False
+    except InterruptedError:
+        return None
+    return line
 
 
 def check_finite(is_finite, scaler: torch.amp.GradScaler, step: int):
@@ -666,7 +671,7 @@ def prepare(args, folder: str | None = None) -> Run:
     weights_shape = {}
     if args.resume:
         if args.output:
-            raise ValueError("--resume: use it without --output")
+            raise ValueError("--output: a resumed run goes on in its own folder; leave it out")
         path = runs.checkpoint_path(args.resume)
         checkpoint, config = runs.read_run(path, args.flags)
         start_description = f"step {checkpoint['step']} of {path}"

@@ -13,6 +13,7 @@ about; views.png, what the two branches were fed; and tsne.png, the features (fi
 import argparse
 import glob
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -355,7 +356,8 @@ def plot_tsne(model: Model, evaluation: report.Evaluation, path: str):
     """tsne.png: test features in the plane, coloured by class (section III.A, perplexity 20)."""
     features = evaluation.features
     if len(features) <= 20:
-        print(f"no tsne.png: perplexity 20 takes more than {len(features)} test images")
+        count = len(features)
+        print(f"no tsne.png: t-SNE needs more than 20 test images, and there are only {count}")
         return
     has_collapsed = (features == features[0]).all()
     if has_collapsed:  # t-SNE would divide by zero
@@ -403,17 +405,19 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         loaded = weights.load_backbone(source, args.heads, args.grid)
         backbone = loaded.backbone
         content = loaded.content
-        normalisation = "ImageNet's mean and deviation"
+        normalisation = "ImageNet's mean and standard deviation"
         if args.normalise == "half" and "config" not in content:
             expect_half(backbone)
-            normalisation = "mean and deviation 0.5"
-        print(f"{source}: {loaded.description}, normalised by {normalisation}")
+            normalisation = "a mean and standard deviation of 0.5"
+        print(f"{source}: {loaded.description}, pictures normalised with {normalisation}")
 
     epoch = content.get("epoch")
     history = content.get("metrics")
     is_ours = "config" in content and epoch is not None and history is not None
     is_run = is_ours and like is None
     if is_run:
+        if not all("validation" in line for line in history):
+            raise ValueError(f"{source}: its log is of a version that is too old to be drawn")
         try:
             config = settings.config_from_checkpoint(content["config"])
         except ValueError as error:
@@ -506,11 +510,11 @@ def example_images(model: Model, count: int) -> list[Example]:
 
 
 def rows_x_columns(text: str) -> tuple[int, int]:
-    """(4, 6) for "4x6"; argparse makes a message of the ValueError for anything else."""
-    rows, columns = map(int, text.split("x"))
-    if min(rows, columns) < 1:
-        raise ValueError(text)
-    return rows, columns
+    """(4, 6) for "4x6"; argparse prints the error for anything else."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: use rows x columns, such as 14x28")
+    return int(match[1]), int(match[2])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -359,7 +359,9 @@ def infer_shape(
     # A block has 12 tensors, 9 without the biases of its linear layers. A hostile file may name
     # thousands of blocks, and have few tensors for each, to make us build a huge network.
     if not is_possible or len(weights) <= 9 * depth:
-        raise ValueError(f"{depth} blocks, width {dim}, heads {heads}, {tokens} tokens")
+        raise ValueError(
+            f"there is no ViT with {depth} blocks, width {dim}, {heads} heads and {tokens} tokens"
+        )
 
     if grid is None:
         side = math.isqrt(tokens - 1)
@@ -383,11 +385,13 @@ def build_backbone(weights: dict, shape: ViTShape) -> VisionTransformer:
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims
         backbone = VisionTransformer(shape)
     if unknown := sorted(weights.keys() - backbone.state_dict().keys()):
-        raise ValueError(f"{', '.join(unknown[:4])} would change the network")
+        raise ValueError(f"{', '.join(unknown[:4])}: not a part of the ViT here")
     positions = weights["pos_embed"].shape[1] - 1
     rows, columns = backbone.grid
     if positions != rows * columns:
-        raise ValueError(f"{positions} positions, no grid {rows}×{columns}; use --grid RxC")
+        raise ValueError(
+            f"{positions} positions do not fill a grid of {rows}×{columns}; use --grid RxC"
+        )
     # A file may lack the last norm. Attention does not depend on it; features get an untrained one.
     new_norm = nn.LayerNorm(weights["cls_token"].numel()).state_dict(prefix="norm.")
     backbone.load_state_dict(new_norm | weights, strict=True, assign=True)

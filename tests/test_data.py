@@ -237,13 +237,17 @@ def test_mnist_is_downloaded_from_a_mirror_that_has_it(mirror, mnist_root, tmp_p
     assert_same_splits(splits, data.load_digits("mnist", str(mnist_root))[0])
 
 
-def test_a_gzipped_file_that_is_cut_off_is_downloaded_again(mirror, mnist_root, tmp_path):
-    raw = tmp_path / "new" / "MNIST" / "raw"
-    shutil.copytree(mirror, raw)
-    file = raw / "t10k-images-idx3-ubyte.gz"
-    file.write_bytes(file.read_bytes()[:-100])
-    splits, _, _ = data.load_digits("mnist", str(tmp_path / "new"))
-    assert_same_splits(splits, data.load_digits("mnist", str(mnist_root))[0])
+def test_a_download_leaves_the_files_that_are_there_alone(mirror, mnist_root):
+    """One is missing, and another holds what the user put there."""
+    raw = mnist_root / "MNIST" / "raw"
+    before = data.load_digits("mnist", str(mnist_root))[0]
+    (raw / "train-labels-idx1-ubyte").unlink()
+    own = raw / "t10k-labels-idx1-ubyte"
+    own.write_bytes(own.read_bytes()[:-1] + b"\7")
+    splits, _, _ = data.load_digits("mnist", str(mnist_root))
+    assert torch.equal(splits["train"].labels, before["train"].labels)
+    assert splits["test"].labels[-1] == 7 and before["test"].labels[-1] != 7
+    assert len(list(raw.iterdir())) == 4  # and nothing else is left behind
 
 
 def test_a_download_that_is_not_mnist_is_refused(mirror, tmp_path):

@@ -598,7 +598,7 @@ def test_intervals_are_compared_as_they_are_printed():
 def test_the_verdict_on_a_network_that_has_collapsed():
     collapse = warning_after(3, {"mean_cosine": 0.999})
     text = report.verdict(result_of(ABOVE_BRIGHTNESS) | {"collapse": collapse})
-    assert "At neither: the network has collapsed" in text
+    assert "At neither. The network has collapsed" in text
     assert "At the digit" not in text
 
 

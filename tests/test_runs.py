@@ -385,14 +385,14 @@ def test_a_run_that_has_ended_goes_on_with_more_epochs(tmp_path, flags):
         ("run", "--epochs 3 --loss dino", "--loss dino: the run has nce; leave it as it is"),
         ("run", "--epochs 3 --blur 0 1", "--blur (0.0, 1.0): the run has (0.1, 2.0)"),
         ("run", "--epochs 3 --temperature nan", "--temperature nan: the run has 0.1"),
-        ("run", "--epochs 3 --output x", "--resume: use it without --output"),
+        ("run", "--epochs 3 --output x", "--output: a resumed run goes on in its own folder"),
         ("run", "--epochs 3 --checkpoint-minutes 0", "--checkpoint-minutes 0.0: use a finite"),
         ("nowhere", "", "nowhere: no such file"),
         ("list.pth", "", "--resume list.pth: use a ckpt.pth of train.py"),
         ("weights.pth", "", "--resume weights.pth: use a ckpt.pth of train.py"),
         ("lacking.pth", "", "--resume lacking.pth: use a ckpt.pth of train.py"),
-        ("texture_pool.pth", "", "--resume texture_pool.pth: its run used --texture-pool"),
-        ("no_crops.pth", "", "--resume no_crops.pth: it lacks the settings crops"),
+        ("texture_pool.pth", "", "--resume texture_pool.pth: its --texture-pool no longer exists"),
+        ("no_crops.pth", "", "--resume no_crops.pth: it lacks these settings: crops"),
     ],
 )
 def test_a_run_that_cannot_go_on_is_left_as_it_is(

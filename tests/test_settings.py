@@ -246,9 +246,9 @@ BAD_SETTINGS = [
     ("--lr nan", "--lr nan: use a finite number above 0"),
     ("--lr 0", "--lr 0.0: use a finite number above 0"),
     ("--checkpoint-minutes inf", "--checkpoint-minutes inf: use a finite number above 0"),
-    ("--blur 0 inf", "--blur (0.0, inf): use 0 to"),
-    ("--blur 2 1", "--blur 2 1: use LOW and HIGH in this order"),
-    ("--global-crops-scale nan 1", "--global-crops-scale (nan, 1.0): use 0.001 to 1"),
+    ("--blur 0 inf", "--blur 0 inf: use 0 to"),
+    ("--blur 2 1", "--blur 2 1: the first number must not exceed the second"),
+    ("--global-crops-scale nan 1", "--global-crops-scale nan 1: use 0.001 to 1"),
     # settings that do not fit each other
     ("--image-size 50", "--image-size 50: use a multiple of the patch size 7, such as 49"),
     ("--heads 7", "--heads 7: use a divisor of the width 24"),
@@ -262,7 +262,7 @@ BAD_SETTINGS = [
         "--batch-size 1298: use no more than the 1,297 images of the data set",
     ),
     ("--micro-batch 5", "--micro-batch 5: use a divisor of 8, or 0"),
-    ("--keep-epochs 1,99", "--keep-epochs [1, 99]: use"),
+    ("--keep-epochs 1,99", "--keep-epochs 1,99: use"),
     ("--dataset stl10 --views different", "--views different: use same"),
     ("--dataset stl10 --loss supervised", "--split unlabeled: use train"),
     (
@@ -363,12 +363,22 @@ def test_a_texture_pool_that_was_not_used_does_not_matter(earlier):
     assert settings.config_from_checkpoint(saved) == config_of("--preset laptop")
 
 
+def test_a_texture_pool_that_was_used_is_recorded_as_replaced():
+    saved = asdict(config_of("--preset laptop")) | {"texture_pool": 3}
+    (line,) = settings.config_from_checkpoint(saved).fallbacks
+    assert line.startswith("its run had 3 textures in all")
+
+
+def test_initial_weights_of_an_earlier_version():
+    """It wrote None for 1/√inputs."""
+    saved = asdict(config_of("--preset laptop")) | {"init_std": None}
+    settings.check_config(settings.config_from_checkpoint(saved), weights_shape={})
+
+
 def test_settings_of_a_checkpoint_that_cannot_be_used():
     saved = asdict(config_of("--preset laptop"))
-    with pytest.raises(ValueError, match="--texture-pool, which no longer exists"):
-        settings.config_from_checkpoint(saved | {"texture_pool": 3})
     del saved["lr"], saved["crops"]
-    with pytest.raises(ValueError, match="it lacks the settings crops, lr"):
+    with pytest.raises(ValueError, match="it lacks these settings: crops, lr"):
         settings.config_from_checkpoint(saved)
 
 

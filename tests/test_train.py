@@ -621,7 +621,7 @@ def test_a_collapse_is_warned_of_once_and_is_in_the_log_and_in_the_verdict(
     assert errors.count("warning: the network has collapsed") == 1
     assert errors.index("epoch 2/3") < errors.index("warning: the network")
     assert errors.index("warning: the network") < errors.index("epoch 3/3")
-    assert "At neither: the network has collapsed" in " ".join(output.split())
+    assert "At neither. The network has collapsed" in " ".join(output.split())
     collapses = [line["collapse"] for line in log_of(tmp_path)]
     assert collapses[:2] == [None, None]
     assert all(collapse.startswith("the network has collapsed") for collapse in collapses[2:])

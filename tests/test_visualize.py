@@ -469,12 +469,12 @@ def test_what_was_assumed_about_weights_is_printed_and_can_be_overridden(tmp_pat
     assert look(*draw, output=tmp_path) == 0
     assert (
         f"{path}: weights, 2 heads (assumed; override with --heads), grid 4×4 (assumed; override "
-        f"with --grid), normalised by ImageNet's mean and deviation\n"
+        f"with --grid), pictures normalised with ImageNet's mean and standard deviation\n"
     ) in capsys.readouterr().out
     flags = ["--heads", "4", "--grid", "2x8", "--normalise", "half"]
     assert look(*draw, *flags, output=tmp_path) == 0
     printed = capsys.readouterr().out
-    assert f"{path}: weights, 4 heads, grid 2×8, normalised by mean and deviation 0.5\n" in printed
+    assert f"{path}: weights, 4 heads, grid 2×8, pictures normalised with a " in printed
     for flags in (["--heads", "5"], ["--heads", "-1"], ["--grid", "3x5"], ["--grid", "99999x1"]):
         assert str(path) in error_of(look(*draw, *flags, output=tmp_path), capsys)
     for grid in ("4", "0x4", "-2x-8", "axb"):
@@ -648,7 +648,7 @@ def test_few_photographs_are_measured_as_far_as_possible(tmp_path, capsys, class
         assert min(Image.open(run / name).size) > 200, name
     is_drawn = (run / "tsne.png").exists()
     assert is_drawn == (test_images == 40)
-    assert is_drawn != ("no tsne.png: perplexity 20 takes more than" in printed)
+    assert is_drawn != ("no tsne.png: t-SNE needs more than" in printed)
 
     result = strict_json(run / "metrics.json")
     rows = {"mean", "head_1", "head_2", "head_3", "rollout", "untrained"}
@@ -709,7 +709,18 @@ def test_a_checkpoint_that_lacks_a_setting_is_refused(run_folder, tmp_path, caps
     path = tmp_path / "lacking.pth"
     torch.save(checkpoint, path)
     error = error_of(look(path, output=tmp_path), capsys)
-    assert f"{path}: it lacks the settings {name}; use another copy of it" in error
+    assert f"{path}: it lacks these settings: {name}; use another copy of it" in error
+
+
+def test_the_log_of_a_first_version_is_refused(run_folder, tmp_path, capsys):
+    """Its lines have no "validation"."""
+    checkpoint = read(run_folder)
+    for line in checkpoint["metrics"]:
+        del line["validation"]
+    path = tmp_path / "old.pth"
+    torch.save(checkpoint, path)
+    error = error_of(look(path, output=tmp_path), capsys)
+    assert f"{path}: its log is of a version that is too old to be drawn" in error
 
 
 def test_attention_that_is_not_finite_names_its_checkpoint(run_folder, tmp_path, capsys):

@@ -631,7 +631,7 @@ def refused_layouts() -> dict:
         # without a bias of q, k and v; for gray images; for a grid that is no square
         "blocks.0.attn.qkv.bias": without("qkv.bias", state),
         "patch_embed.proj.weight": state | {"patch_embed.proj.weight": torch.ones(DIM, 1, 8, 8)},
-        "28 positions, no grid 5×5; use --grid": vit_weights(tokens=29),
+        "28 positions do not fill a grid of 5×5; use --grid": vit_weights(tokens=29),
         # names of torchvision, of other projects, and of no tensors at all
         "keys: class_token, conv_proj.weight": {
             "class_token": torch.ones(1, 1, DIM),
