@@ -130,10 +130,10 @@ def load_digits(source: str = "auto", data_root: str = "data"):
     except Exception as error:  # damaged files and failed downloads raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = f"{data_root}/MNIST/raw is missing or damaged, and its download failed ({reason})"
+        way_out = "use --data-root with the folder that holds MNIST/raw"
         if source == "mnist":
-            ways_out = "use --data-root with the folder that holds MNIST/raw, or --digits sklearn"
-            raise OSError(f"{reason}; {ways_out}") from error
-        warning = f"scikit-learn's 1,797 digits instead of MNIST: {reason}"
+            raise OSError(f"{reason}; {way_out}, or --digits sklearn") from error
+        warning = f"scikit-learn's 1,797 digits instead of MNIST: {reason[:200]}; {way_out}"
         return read_sklearn_digits(), "sklearn", warning
     training_count = len(train) * 5 // 6  # 50,000 of 60,000
     splits = {

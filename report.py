@@ -393,7 +393,7 @@ def verdict(result: dict) -> str:
     if "matched" not in result:
         text = "These are photographs: there are no masks to measure attention against."
         return f"{text} {as_sentence(result['collapse'])}" if result["collapse"] else text
-    question = "Does it look at the digit or at anything bright?"
+    question = "Does it look at the digit, or just at anything bright?"
     if result["collapse"]:
         return f"{question} At neither. {as_sentence(result['collapse'])}"
     table = result["matched"]
@@ -417,9 +417,11 @@ def verdict(result: dict) -> str:
     elif selectivity["high"] < 1:
         answer = "At the clutter more than at the digit."
     elif beats_position:
-        answer = "At anything bright: attention is no more selective than brightness alone."
+        answer = (
+            "At anything bright: attention is not clearly more selective than brightness alone."
+        )
     else:
-        answer = "Attention is no more selective than position alone explains."
+        answer = "Attention is not clearly more selective than position alone explains."
     text = (
         f"{question} {answer} Attention is {selectivity['value']:.2f} times as dense on the digit "
         f"as on the clutter; brightness alone would give {brightness:.2f}."

@@ -738,7 +738,7 @@ def print_start(run: Run, args):
     if runs.rank() == 0:
         print(f"preset {config.preset} ({reason}): {report.describe(config)}")
         print(
-            f"{config.epochs} epochs of {config.images_per_epoch:,} images on {config.device}, "
+            f"epochs: {config.epochs}, of {config.images_per_epoch:,} images, on {config.device}, "
             f"ranks: {runs.world_size()}, into {run.folder}"
         )
         print(f"starting from {run.start_description}", flush=True)

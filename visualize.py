@@ -107,8 +107,9 @@ def save_figure(figure, path: str, title: str, models: list[Model]):
     for number, model in enumerate(models, 1):
         label = f"[{number}] {model.name}: " if len(models) > 1 else ""
         lines.append(label + model.describe())
+    # What was replaced, each once. The reason, after the colon, is in the warning that is printed.
     fallbacks = [line for model in models for line in model.config.fallbacks]
-    lines += dict.fromkeys(fallbacks)  # each once
+    lines += dict.fromkeys(line.partition(":")[0] for line in fallbacks)
     characters = int(15 * figure.get_figwidth())
     wrapped = [title]
     for line in lines:
@@ -626,12 +627,14 @@ def visualize(args: argparse.Namespace):
         draw_pictures(models, examples, make_folder(args))
         return
 
+    warnings_printed = set()
     for model in models:
         model.backbone.to(device)
         model.splits, config = data.load_dataset(model.config, device)
-        for line in config.fallbacks:
-            if line not in model.config.fallbacks:
-                print(f"warning: {line}", file=sys.stderr)
+        new_fallbacks = set(config.fallbacks) - set(model.config.fallbacks)
+        for line in sorted(new_fallbacks - warnings_printed):
+            print(f"warning: {line}", file=sys.stderr)
+        warnings_printed |= new_fallbacks
         model.config = config
     if len(models) == 1:
         visualize_one(models[0], args)

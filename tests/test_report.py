@@ -542,15 +542,18 @@ def photographs_result() -> dict:
     [
         (ABOVE_BRIGHTNESS, "At the digit. Attention is 1.90 times as dense on the digit"),
         # its interval touches that of brightness
-        ((1.5, 1.35, 1.6), "At anything bright: attention is no more selective than brightness"),
-        ((1.0, 0.95, 1.05), "Attention is no more selective than position alone explains."),
+        ((1.5, 1.35, 1.6), "At anything bright: attention is not clearly more selective than"),
+        (
+            (1.0, 0.95, 1.05),
+            "Attention is not clearly more selective than position alone explains.",
+        ),
         ((0.8, 0.7, 0.9), "At the clutter more than at the digit. Attention is 0.80 times"),
         ((None, None, None), "This cannot be told: no canvas has both a digit and clutter."),
     ],
 )
 def test_the_verdict_in_plain_words(mean, answer):
     text = report.verdict(result_of(mean))
-    assert text.startswith(f"Does it look at the digit or at anything bright? {answer}")
+    assert text.startswith(f"Does it look at the digit, or just at anything bright? {answer}")
     assert "But head" not in text
     if mean[0] is not None:
         assert "as dense on the digit as on the clutter; brightness alone would give 1.30." in text
@@ -575,7 +578,7 @@ def test_the_verdict_on_attention_that_avoids_the_ink(mean):
 def test_the_verdict_requires_more_than_position_explains():
     # above brightness, but not above the maps of other images
     text = report.verdict(result_of(ABOVE_BRIGHTNESS, shuffled=(1.8, 1.7, 1.9)))
-    assert "Attention is no more selective than position alone explains." in text
+    assert "Attention is not clearly more selective than position alone explains." in text
 
 
 def test_the_verdict_says_if_auroc_does_not_agree():
@@ -690,7 +693,7 @@ def test_the_report_is_short_and_begins_with_the_verdict(heads):
     lines = lines_of([result])
     text = "\n".join(lines)
     assert len(lines) <= 27 + heads
-    assert text.index("or at anything bright? At the digit.") < text.index("selectivity  ")
+    assert text.index("or just at anything bright? At the digit.") < text.index("selectivity  ")
     assert "-0.40 [-0.41, -0.38] " in text
     assert text.count("k-NN 43.4%, linear probe 43.4%") == 2  # of trained and untrained features
     assert "attention to 1,000 test images, canvases in the matched layout" in text
