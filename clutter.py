@@ -14,7 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import read_folder, to_device
+from data import Split, read_folder, to_device
+from settings import Config
 
 DIGIT_SIZE = 28  # MNIST's, pixels
 MIN_WINDOW_INK = 5  # ink pixels that a distractor must hold
@@ -34,7 +35,7 @@ class CanvasSampler:
     canvas, so that position says almost nothing about which is which.
     """
 
-    def __init__(self, config, digits, layout: str = "paper"):
+    def __init__(self, config: Config, digits: Split, layout: str = "paper"):
         self.config = config
         self.layout = layout
         self.ink = digits.images.cpu() > INK_LEVEL  # (N, 28, 28)
@@ -127,7 +128,7 @@ class CanvasSampler:
         return torch.stack([window // columns, window % columns], -1)[:, None]
 
 
-def render_canvases(params: dict, config, images, masks: bool = True):
+def render_canvases(params: dict, config: Config, images, masks: bool = True):
     """Canvases and their masks from what `CanvasSampler.sample` drew, or any rows of that.
 
     `images` (N, 28, 28) uint8 are the digits of the same split. Returns, on their device, canvas
@@ -157,7 +158,7 @@ def render_canvases(params: dict, config, images, masks: bool = True):
     return canvas.clamp_(max=255).div_(255), digit_mask, clutter_mask
 
 
-def leave_out(params: dict, config, images):
+def leave_out(params: dict, config: Config, images):
     """Each canvas without one of its parts, and the ink of that part.
 
     This is for asking what a network's feature depends on: how far does it move if the part is not
@@ -226,7 +227,7 @@ class Background:
     Raises ValueError or OSError for a folder whose images cannot be read.
     """
 
-    def __init__(self, config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device):
         self.background = config.background
         self.size = config.canvas_size
         if self.background not in ("black", "texture"):

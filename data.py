@@ -22,6 +22,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
+from settings import Config
+
 STL10_COUNTS = {"unlabeled": 100_000, "train": 5000, "test": 8000}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 # Some of Pillow's other formats start other programs (EPS runs Ghostscript).
@@ -84,8 +86,8 @@ def batch_indices(seed: int, step: int, count: int, batch_size: int):
 # --------------------------------------------------------------------------------------- data sets
 
 
-def load_dataset(config, device: torch.device):
-    """The data set that the settings ask for (config: settings.Config), on the device if it fits.
+def load_dataset(config: Config, device: torch.device):
+    """The data set that the settings ask for , on the device if it fits.
 
     Returns {"train", "validation", "test", …: Split}, and the settings, in which `digits` now names
     what "auto" came to and `fallbacks` has a line on what was replaced, if anything was.

@@ -28,12 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from settings import Config
+
 CENTER_MOMENTUM = 0.9  # of the moving average of the teacher's logits, as in DINO
 CLASSES = 10  # MNIST's digits, and the object classes of STL-10
 
 
-def make_loss(config) -> nn.Module:
-    """The loss that the settings ask for (config: settings.Config)."""
+def make_loss(config: Config) -> nn.Module:
+    """The loss that the settings ask for."""
     if config.loss == "nce":
         return NCELoss(config.temperature)
     if config.loss == "dino":

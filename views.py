@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from clutter import DIGIT_SIZE, Background, CanvasSampler, leave_out, render_canvases
 from data import Split, batch_indices, generator, read_photos, to_device
+from settings import Config
 
 # ImageNet's mean and standard deviation, which DINO's weights expect: (3, 1, 1) each.
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -90,7 +91,7 @@ def sample_crops(
     batch: int,
     position,
     canvas_size: int,
-    config,
+    config: Config,
 ) -> dict:
     """Parameters of C = len(crops) crops of each of B = `batch` images (section III.B).
 
@@ -287,7 +288,11 @@ class TrainingViews:
     """
 
     def __init__(
-        self, config, split: Split, split_name: str = "train", device: torch.device | None = None
+        self,
+        config: Config,
+        split: Split,
+        split_name: str = "train",
+        device: torch.device | None = None,
     ):
         if config.batch_size > len(split):
             raise ValueError(
@@ -384,7 +389,7 @@ class EvaluationBatch:
 
 
 def evaluation_batches(
-    config, split: Split, count: int, layout: str = "matched", split_name: str = "test"
+    config: Config, split: Split, count: int, layout: str = "matched", split_name: str = "test"
 ) -> Iterator[EvaluationBatch]:
     """`count` whole canvases or photographs of a split, the same for every seed.
 
@@ -403,7 +408,7 @@ def evaluation_batches(
 
 
 def left_out_batches(
-    config, split: Split, count: int, split_name: str = "test"
+    config: Config, split: Split, count: int, split_name: str = "test"
 ) -> Iterator[EvaluationBatch]:
     """The canvases of `evaluation_batches`, layout "matched", and the same without each part.
 
@@ -426,7 +431,7 @@ def evaluation_order(split: Split, split_name: str):
 
 
 def evaluation_params(
-    config, split: Split, count: int, layout: str, split_name: str
+    config: Config, split: Split, count: int, layout: str, split_name: str
 ) -> Iterator[dict]:
     """Sample the parameters of `count` canvases, in dicts of up to EVALUATION_ROWS rows.
 
@@ -447,7 +452,7 @@ def evaluation_params(
 
 
 def render_evaluation_canvases(
-    params: dict, config, split: Split, background: Background
+    params: dict, config: Config, split: Split, background: Background
 ) -> EvaluationBatch:
     """The batch that `params` describe, with its masks."""
     canvas, digit_mask, clutter_mask = render_canvases(params, config, split.images)

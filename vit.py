@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from losses import make_loss
+from settings import Config
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,8 @@ class Prototypes(nn.Module):
         return F.linear(x, self.weight_v) * scale
 
 
-def build_network(config) -> nn.Sequential:
-    """Backbone and head with random weights (config: settings.Config).
+def build_network(config: Config) -> nn.Sequential:
+    """Backbone and head with random weights.
 
     They follow from config.seed, with which torch's global generator is seeded.
     """
