@@ -25,7 +25,8 @@ def patch_sums(images, patch_size: int):
 
     Of a mask this is the number of its pixels in each patch.
     """
-    return F.avg_pool2d(images.float(), patch_size, divisor_override=1).flatten(-2)
+    images = images if images.is_floating_point() else images.float()
+    return F.avg_pool2d(images, patch_size, divisor_override=1).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------- maps alone
@@ -140,7 +141,8 @@ def best_jaccard(digit, patch_area: int):
 def spearman(a, b, among):
     """Rank correlation of a and b (…, k) over the entries `among` (…, k) bool: (…), −1 to 1.
 
-    Ties share their mean rank. 0 if either is constant; NaN for fewer than two entries.
+    Ties share their mean rank. 0 if either is constant; NaN for fewer than two entries, or if one
+    of them is NaN.
     """
     values = torch.stack([a, b]).masked_fill(~among, torch.inf)
     ranked = values.sort(dim=-1).values
@@ -150,23 +152,31 @@ def spearman(a, b, among):
     mean = (rank * among).sum(-1, keepdim=True) / among.sum(-1, keepdim=True)
     centred_a, centred_b = (rank - mean) * among
     rho = F.cosine_similarity(centred_a, centred_b, dim=-1)
-    return rho.where(among.sum(-1) > 1, torch.nan)
+    has_nan = values.isnan().any(0).any(-1)
+    return rho.where((among.sum(-1) > 1) & ~has_nan, torch.nan)
 
 
 def faithfulness(maps, effects) -> dict:
     """Whether maps (n, patches) point to what the feature depends on: {name: (n,)}.
 
-    `effects` (explain.Effects) are of the same n images. `patch_faithfulness` is the rank
-    correlation, over an image's patches with ink, of the map with the effect of blackening the
-    patch. `object_faithfulness` is the same over an image's distractors, of the map's mass on their
-    ink with the distance that the feature moves when they are left out.
+    `effects` (observe.CanvasEffects) are of the same n images. `equal_ink` and `ink_pairs` are what
+    the function `equal_ink` returns, NaN for an image without pairs. `patch_faithfulness` is the
+    rank correlation, over an image's patches with ink, of the map with the effect of blackening the
+    patch, and `direct_faithfulness` that with the direct effect at the last block.
+    `object_faithfulness` is the same over an image's distractors, of the map's mass on their ink
+    with the distance that the feature moves when they are left out.
     """
+    wins, pairs = equal_ink(maps, effects.blackening, effects.intensity, effects.has_ink)
+    direct = effects.direct[:, -1]
     object_ink = effects.part_ink[:, effects.pieces :]  # (n, distractors, patches)
     # summed in float64 and rounded, so that ties stay ties
     object_mass = (maps.double()[:, None] * object_ink).sum(-1).float()
     has_ink = object_ink.sum(-1) > 0
     return {
+        "equal_ink": wins.where(pairs > 0, torch.nan),
+        "ink_pairs": pairs.where(pairs > 0, torch.nan),
         "patch_faithfulness": spearman(maps, effects.blackening, effects.has_ink),
+        "direct_faithfulness": spearman(maps, direct, effects.has_ink & direct.isfinite()),
         "object_faithfulness": spearman(
             object_mass, effects.distances[:, effects.pieces :], has_ink
         ),
@@ -194,6 +204,19 @@ def equal_ink(maps, effects, ink, among, tolerance: float = 0.05):
     effect_order = (effects[:, i] - effects[:, j]).sign()
     agreement = (1 + map_order * effect_order) / 2
     return (agreement * is_pair).double().sum(-1), is_pair.double().sum(-1)
+
+
+def relevance_gain(most_first, least_first):
+    """Symmetric relevance gain (SRG, Blücher et al. 2024) of maps: (n,), about −1 to 1.
+
+    Patches are left out in ten equal steps up to all but one. `most_first` (n, 10) are the cosines
+    of the feature with the original if those with most of the map go first, `least_first` (n, 10)
+    if those with least do. A good map has a low curve in the one order and a high one in the other,
+    so the area between the curves is the measure; a random map has 0 in expectation. Both curves
+    begin at 1, with nothing left out.
+    """
+    gap = least_first - most_first
+    return (gap.sum(-1) - gap[:, -1] / 2) / gap.shape[-1]  # by the trapezoidal rule
 
 
 # --------------------------------------------------------------------------------------- intervals
@@ -229,12 +252,13 @@ def interval_cell(means, values) -> dict:
     finite becomes None, since JSON has no NaN.
     """
     resampled = means[1:][means[1:].isfinite()]
+    images = int((~values.isnan()).sum())
     low = high = math.nan
-    if len(resampled):
+    if len(resampled) and images > 1:  # of one image all resamples are alike
         low, high = np.percentile(resampled, [2.5, 97.5])
     cell = {"value": float(means[0]), "low": float(low), "high": float(high)}
     cell = {name: number if math.isfinite(number) else None for name, number in cell.items()}
-    return cell | {"images": int((~values.isnan()).sum())}
+    return cell | {"images": images}
 
 
 # ---------------------------------------------------------------------------------------- features

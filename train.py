@@ -4,7 +4,7 @@
     python train.py --loss nce --views different
 
 Student and teacher are one network with two sets of weights, and nobody tells them what a digit is.
-The paper asks where the attention of such a network goes; explain.py and report.py measure that.
+The paper asks where the attention of such a network goes; evaluate.py measures that.
 Section and equation numbers are the paper's.
 """
 
@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import explain
+import evaluate
 import metrics
+import observe
 import report
 import runs
 import settings
@@ -402,9 +403,9 @@ class Validation:
 
     def __init__(self, config: Config, splits: dict, device: torch.device):
         held_out = splits["validation"]
-        count = report.VALIDATION_IMAGES
+        count = evaluate.VALIDATION_IMAGES
         self.config = config
-        images, bank = report.validation_batches(config, splits)
+        images, bank = evaluate.validation_batches(config, splits)
         self.images = list(images)
         self.bank = list(bank)
         self.left_out = []
@@ -425,12 +426,12 @@ class Validation:
         """What a line of the log says under "validation"."""
         result = self.losses(state)
         teacher = {"trained": state.teacher.backbone}
-        bank = explain.observe(teacher, self.bank, maps=False)
-        observation = explain.observe(teacher, self.images)
+        bank = observe.observe(teacher, self.bank, maps=False)
+        observation = observe.observe(teacher, self.images)
         effects = None
         if self.left_out:
-            effects = explain.observe_effects(state.teacher.backbone, self.left_out)
-        return result | report.validate(observation, bank, effects)
+            effects = observe.observe_effects(state.teacher.backbone, self.left_out)
+        return result | evaluate.validate(observation, bank, effects)
 
     def losses(self, state: TrainingState) -> dict:
         """The loss; for DINO also how spread out the teacher's distributions are.
@@ -536,7 +537,7 @@ def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> li
             line = epoch_line(run, step, epoch_loss, timer)
             line = measure_epoch(line, state, validation, stop)
             if line is not None:
-                line["collapse"] = report.collapse_warning(config, [*history, line])
+                line["collapse"] = evaluate.collapse_warning(config, [*history, line])
                 history.append(line)
                 publish_epoch(run, state, history)
                 epoch_loss.zero_()
@@ -736,7 +737,7 @@ def print_start(run: Run, args):
     else:
         reason = "CUDA is available" if torch.cuda.is_available() else "there is no CUDA"
     if runs.rank() == 0:
-        print(f"preset {config.preset} ({reason}): {report.describe(config)}")
+        print(f"preset {config.preset} ({reason}): {evaluate.describe(config)}")
         print(
             f"epochs: {config.epochs}, of {config.images_per_epoch:,} images, on {config.device}, "
             f"ranks: {runs.world_size()}, into {run.folder}"
@@ -766,8 +767,8 @@ def train_and_report(args) -> int:
         checkpoint = os.path.join(run.folder, "ckpt.pth")
         metrics_path = os.path.join(run.folder, "metrics.json")
         backbone = state.teacher.backbone
-        evaluation = report.evaluate(checkpoint, config, history, backbone, run.splits)
-        report.write_metrics([evaluation.result], metrics_path)
+        evaluation = evaluate.evaluate(checkpoint, config, history, backbone, run.splits)
+        evaluate.write_metrics([evaluation.result], metrics_path)
         print(report.format_report([evaluation.result], metrics_path))
         print(f"Next: python visualize.py {checkpoint}")
     return 0

@@ -12,6 +12,7 @@ about; views.png, what the two branches were fed; and tsne.png, the features (fi
 
 import argparse
 import glob
+import math
 import os
 import re
 import socket
@@ -19,7 +20,8 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
 import matplotlib
@@ -36,6 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import effects
+import evaluate
 import explain
 import metrics
 import report
@@ -45,6 +49,7 @@ import views
 import vit
 import weights
 from losses import make_loss
+from observe import TokenEffects, concatenate, measure_tokens, name_of, row_of
 from settings import Config
 from vit import VisionTransformer
 
@@ -55,7 +60,7 @@ DATA_SETTINGS += ("canvas_size", "num_distractors", "distractor_size")
 # Flags of the command line that override the settings of a checkpoint.
 OVERRIDES = ("image_size", "digits", "background", "data_root")
 PICTURES_PER_PAGE = 20
-RANDOM_DRAWS = 20  # random fifths of the patches that a picture's token effects are compared with
+MAP_NAMES = (*explain.MAPS, "effect", "heads")  # of --maps
 STL10_CLASSES = (
     "airplane",
     "bird",
@@ -79,6 +84,7 @@ class Model:
     """A network to look at, and the settings under which it is looked at."""
 
     name: str  # what it is called in figures and tables: its file, or the flag that named it
+    path: str  # of its file, or "none"
     config: Config
     backbone: VisionTransformer
     epoch: int | None = None  # None: not from a run of train.py
@@ -87,15 +93,52 @@ class Model:
     is_measured: bool = False  # runs of train.py are measured, and what --weights names
 
     def describe(self) -> str:
-        return report.describe(self.config, self.epoch, is_run=self.history is not None)
+        return evaluate.describe(self.config, self.epoch, is_run=self.history is not None)
 
 
 @dataclass
 class Example:
-    """An image to draw maps of: a picture (3, H, W) in [0, 1], and its masks if there are any."""
+    """An image to draw maps of, in [0, 1], and its masks if there are any."""
 
-    picture: Tensor
+    picture: Tensor  # (1 or 3, H, W)
     masks: tuple[Tensor, ...] = ()  # of digit and clutter, (H, W) bool
+
+
+@dataclass
+class GridColumn:
+    """A column of a figure: an array for each row, and what is drawn over or under them.
+
+    Arrays are pictures (H, W, 3) in [0, 1], or maps (rows, columns), each coloured from 0 (black)
+    to its own maximum.
+    """
+
+    arrays: list
+    outlines: list[tuple] = field(default_factory=list)  # [(color, a mask (H, W) for each row)]
+    notes: list[str] = field(default_factory=list)  # what stands under each array
+
+
+@dataclass
+class MapsOfExample:
+    """What one network makes of one example."""
+
+    maps: dict[str, Tensor]  # {name: (rows, columns)}: maps, "effect", and "head 1" and so on
+    # {name: rank correlation of a map with the effect}, if that was asked for; NaN if it has none
+    correlations: dict[str, float]
+    token_effects: TokenEffects | None = None  # of a picture
+
+
+@dataclass
+class LookedAt:
+    """A network, what it was shown, and what it, or its earlier epochs, made of that.
+
+    A figure has a row for each example.
+    """
+
+    model: Model
+    examples: list[Example]
+    maps: list[MapsOfExample]
+    names: list[str] = field(default_factory=list)  # of the maps that are drawn
+    best: dict[str, str] = field(default_factory=dict)  # {name of the map to believe: why}
 
 
 # ----------------------------------------------------------------------------------------- drawing
@@ -122,10 +165,10 @@ def save_figure(figure, path: str, title: str, models: list[Model]):
     tqdm.write(f"wrote {path}")
 
 
-def extent_in_column(array, row: int) -> tuple[float, float, float, float]:
+def extent_in_column(array, row: float) -> tuple[float, float, float, float]:
     """Left, right, bottom, top of an array in a column of `plot_grid`, where it is at most 1 wide.
 
-    `array` is (height, width, …).
+    `array` is (height, width, …); `row` is the height of its centre.
     """
     height, width = array.shape[:2]
     half_height = 0.47 * height / max(height, width)
@@ -134,34 +177,39 @@ def extent_in_column(array, row: int) -> tuple[float, float, float, float]:
 
 
 def plot_grid(
-    columns: dict, path: str, title: str, models: list[Model], row_names=(), outlines=None
+    columns: dict[str, GridColumn], path: str, title: str, models: list[Model], row_names=()
 ):
-    """Pictures and maps in columns: {heading: a list with an array for each row}.
-
-    Arrays are pictures (H, W, 3) in [0, 1], or maps (rows, columns), each coloured from 0 (black)
-    to its own maximum. `outlines` {heading: [(color, masks (H, W), one for each row)]} are drawn
-    over the arrays of that heading.
-    """
-    rows = len(next(iter(columns.values())))
-    size = (max(6, 1.4 * len(columns)), 1.45 * rows + 1)
-    # One axis for each column, a unit high for each row: an axis for every picture takes ten times
+    """Pictures and maps in columns, {heading: GridColumn}, which all have as many rows."""
+    rows = len(next(iter(columns.values())).arrays)
+    shapes = [np.shape(array)[:2] for column in columns.values() for array in column.arrays]
+    tallest = max(height / max(height, width) for height, width in shapes)
+    has_notes = any(column.notes for column in columns.values())
+    pitch = 0.94 * tallest + (0.21 if has_notes else 0.06)  # from row to row
+    size = (max(6, 1.4 * len(columns)), 1.45 * rows * pitch + 1)
+    # One axis for each column, `pitch` high for each row: an axis for every picture takes ten times
     # as long. "compressed": no gaps between pictures, however wide the title is.
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout="compressed")
-    for axis, (heading, arrays) in zip(axes[0], columns.items()):
+    for axis, (heading, column) in zip(axes[0], columns.items()):
         axis.set_title(heading, fontsize=8)
-        for row, array in enumerate(arrays):
+        for row, array in enumerate(column.arrays):
             array = np.asarray(array)
-            axis.imshow(array, cmap="inferno", vmin=0, extent=extent_in_column(array, row))
-        for color, masks in (outlines or {}).get(heading, ()):
-            draw_outlines(axis, masks, color)
-        axis.set(xlim=(-0.5, 0.5), ylim=(rows - 0.5, -0.5))
+            extent = extent_in_column(array, row * pitch)
+            axis.imshow(array, cmap="inferno", vmin=0, extent=extent)
+            if column.notes:
+                bottom = extent[2]
+                note = column.notes[row]
+                axis.text(0, bottom + 0.02, note, ha="center", va="top", fontsize=7)
+        for color, masks in column.outlines:
+            draw_outlines(axis, masks, color, pitch)
+        top = -0.47 * tallest - 0.03
+        axis.set(xlim=(-0.5, 0.5), ylim=(top + rows * pitch, top))
         axis.axis("off")
     for row, name in enumerate(row_names):
-        axes[0, 0].text(-0.56, row, name, rotation=90, ha="right", va="center", fontsize=8)
+        axes[0, 0].text(-0.56, row * pitch, name, rotation=90, ha="right", va="center", fontsize=8)
     save_figure(figure, path, title, models)
 
 
-def draw_outlines(axis, masks: list[Tensor], color: str):
+def draw_outlines(axis, masks: list[Tensor], color: str, pitch: float):
     """The outline of each row's mask (H, W) in a column of `plot_grid`."""
     for row, mask in enumerate(masks):
         if mask.any():
@@ -171,7 +219,7 @@ def draw_outlines(axis, masks: list[Tensor], color: str):
                 colors=color,
                 linewidths=0.7,
                 origin="upper",
-                extent=extent_in_column(mask, row),
+                extent=extent_in_column(mask, row * pitch),
             )
 
 
@@ -196,84 +244,139 @@ def plot_views(model: Model, path: str, images: int = 4):
             heading = f"{branch}, {position}\n{size}"
             if model.config.views == "different":
                 heading += f", canvas {'ab'[canvas]}"
-            columns[heading] = list(crops[number])
+            columns[heading] = GridColumn(list(crops[number]))
     plot_grid(columns, path, "What each branch is fed", [replace(model, epoch=None)])
 
 
-def plot_attention(
-    models: list[Model], examples: list[list[Example]], path: str, epochs: dict | None = None
-):
-    """Where each network looks: the input, the mean of the heads, each head; a row for each image.
-
-    `examples` has a list for each model. `epochs` {name: backbone} of one run, if there are at
-    least two, give each image a row for each epoch.
-    """
+def plot_attention(networks: list[LookedAt], path: str, row_names: Sequence[str] = ()):
+    """The input and the maps of each network, a row for each example."""
     columns = {}
-    outlines = {}
     last_pictures = None
-    for number, (model, model_examples) in enumerate(zip(models, examples), 1):
-        label = f"[{number}]\n" if len(models) > 1 else ""
-        backbones = list(epochs.values()) if epochs else [model.backbone]
-        rows = [(example, backbone) for example in model_examples for backbone in backbones]
-
+    for number, network in enumerate(networks, 1):
+        label = f"[{number}]\n" if len(networks) > 1 else ""
         # the input, unless it is the same as the last network's
-        pictures = [example.picture.movedim(0, -1).cpu() for example, _ in rows]
-        if last_pictures is None or not all(map(torch.equal, last_pictures, pictures)):
-            heading = "input" if number == 1 else f"{label}input"
-            columns[heading] = pictures
-            masks = zip(*(example.masks for example, _ in rows))  # of all digits, of all clutter
-            outlines[heading] = list(zip(MASK_COLORS, masks))
+        pictures = [as_rgb(example.picture) for example in network.examples]
+        is_new = last_pictures is None or not all(map(torch.equal, last_pictures, pictures))
+        label_of_pictures = label if columns else ""
+        if is_new:
+            masks = zip(*(example.masks for example in network.examples))  # all digits, all clutter
+            outlines = list(zip(MASK_COLORS, masks))
+            columns[f"{label_of_pictures}input"] = GridColumn(pictures, outlines)
             last_pictures = pictures
 
-        # the maps
-        maps = [maps_of(backbone, example) for example, backbone in rows]
-        for heading in maps[0]:
-            arrays = [row_maps[heading] for row_maps in maps]
-            if not all(array.isfinite().all() for array in arrays):
-                raise FloatingPointError(f"{model.name}: the attention is NaN or infinite")
-            columns[f"{label}{heading}"] = arrays
+        for name in heads_spelled_out(network.names, network.model.backbone.shape.heads):
+            arrays = [of_example.maps[name] for of_example in network.maps]
+            heading = name.replace("_", " ")
+            if name in network.best:
+                heading += f"\n({network.best[name]})"
+            notes = [correlation_note(of_example, name) for of_example in network.maps]
+            # Of several networks, what depends on none of them is drawn once.
+            if len(networks) > 1 and name in explain.CONTROLS:
+                if is_new:
+                    columns[f"{label_of_pictures}{heading}"] = GridColumn(arrays)
+            else:
+                columns[f"{label}{heading}"] = GridColumn(arrays, notes=notes if any(notes) else [])
+    plot_grid(
+        columns, path, attention_title(networks), [network.model for network in networks], row_names
+    )
 
-    title = "Where [CLS] of the last block looks; each map from 0 (black) to its own maximum"
-    if any(outlines.values()):
+
+def as_rgb(picture: Tensor) -> Tensor:
+    """A picture (1 or 3, H, W) as matplotlib draws it: (H, W, 3)."""
+    return picture.expand(3, -1, -1).movedim(0, -1).cpu()
+
+
+def heads_spelled_out(names: list[str], heads: int) -> list[str]:
+    """The names of maps, with "heads" replaced by "head 1" and so on."""
+    spelled = []
+    for name in names:
+        if name == "heads":
+            spelled += [f"head {number}" for number in range(1, heads + 1)]
+        else:
+            spelled.append(name)
+    return spelled
+
+
+def correlation_note(of_example: MapsOfExample, name: str) -> str:
+    """What stands under a map: its rank correlation with the effect."""
+    correlation = of_example.correlations.get(name)
+    if correlation is None:
+        return ""
+    return "–" if math.isnan(correlation) else f"{correlation:.2f}"
+
+
+def attention_title(networks: list[LookedAt]) -> str:
+    """What stands above maps."""
+    title = "Where the network looks; each map from 0 (black) to its own maximum"
+    has_masks = [bool(example.masks) for network in networks for example in network.examples]
+    if any(has_masks):
+        title += ". The digit is outlined in green, clutter in red"
+    if any("effect" in network.names for network in networks):
+        change = "a window of patches is left out"
+        if all(has_masks):
+            change = "a patch is blackened"
+        elif any(has_masks):
+            change = "a patch is blackened (of photographs: a window is left out)"
         title += (
-            "\nThe digit is outlined in green, clutter in red. "
-            "Effect: how much the feature changes if a patch is blackened"
+            f"\nEffect: how much the feature changes if {change}. "
+            f"Under the maps: their rank correlation with the effect"
         )
-    row_names = []
-    if epochs and len(epochs) > 1:
-        row_names = list(epochs) * len(examples[0])
-    plot_grid(columns, path, title, models, row_names, outlines)
+    return title
 
 
 @torch.no_grad()
-def maps_of(backbone: VisionTransformer, example: Example) -> dict[str, Tensor]:
-    """What [CLS] attends to in an example: {heading: (rows, columns)}.
+def maps_of(
+    backbone: VisionTransformer,
+    example: Example,
+    names: Sequence[str],
+    index: int = 0,
+    with_srg: bool = False,
+) -> MapsOfExample:
+    """The named maps of an example, and how they go with the effect if that is named.
 
-    With masks also what the feature depends on: the effect of blackening each patch with ink.
+    The effect is that of blackening a patch with ink. Without masks it is that of leaving a window
+    of patches out; then `token_effects` are measured as well, with the SRG of each map if
+    `with_srg`. `index` is the picture's number.
     """
     images = example.picture[None].to(backbone.cls_token.device)
-    normalized = views.normalize(images)
     patch_size = backbone.shape.patch_size
-    heads, features = explain.cls_attention(backbone, normalized)
-    maps = {}
-    if backbone.shape.heads > 1:
-        maps["mean of heads"] = heads.mean(1)
-    if example.masks:
+    grid = effects.patch_grid(backbone, images)
+    maps = {name: explain.MAPS[name](backbone, images) for name in names if name in explain.MAPS}
+    heads, features = explain.cls_attention(backbone, images)
+    heads = {f"head {number}": head for number, head in enumerate(heads.unbind(1), 1)}
+    if "heads" in names:
+        maps |= heads
+
+    correlations = {}
+    token_effects = None
+    if "effect" in names and example.masks:
         ink = torch.stack(example.masks).any(0)[None]
-        has_ink = metrics.patch_sums(ink, patch_size) > 0
-        maps["effect"] = explain.blackening_effects(backbone, images, has_ink, features)
-    maps["rollout"] = explain.rollout(backbone, normalized)
-    for number, head in enumerate(heads.unbind(1), 1):
-        maps[f"head {number}"] = head
-    grid = [side // patch_size for side in images.shape[2:]]
-    return {heading: values[0].unflatten(-1, grid).cpu() for heading, values in maps.items()}
+        has_ink = metrics.patch_sums(ink.to(images.device), patch_size) > 0
+        effect = effects.blackening_effects(backbone, images, has_ink, features)
+        for name, values in maps.items():
+            # on the CPU, since Apple's GPUs have no float64
+            correlation = metrics.spearman(values.cpu(), effect.cpu(), has_ink.cpu())
+            correlations[name] = correlation.item()
+        maps["effect"] = effect
+    elif "effect" in names:
+        rows = {row_of(name): values for name, values in maps.items()}
+        srg_rows = []
+        if with_srg:
+            srg_rows = [row_of(name) for name in evaluate.PHOTO_MAPS]
+        number = torch.tensor([index])
+        effect, token_effects = measure_tokens(backbone, images, rows, number, srg_rows)
+        for name in maps:
+            correlations[name] = token_effects.patch_faithfulness[row_of(name)].item()
+        maps["effect"] = effect[:, effects.window_of_patches(grid)]
+    maps = {name: values[0].unflatten(-1, grid).cpu() for name, values in maps.items()}
+    return MapsOfExample(maps, correlations, token_effects)
 
 
 def plot_curves(model: Model, path: str):
     """curves.png: the lines of log.jsonl against epochs, on validation images."""
     lines = [line["validation"] for line in model.history]
     heads = [row for row in lines[0] if row.startswith("head_")]
-    names = ["selectivity", "auroc", "pointing", "patch_faithfulness", "entropy"]
+    names = ["selectivity", "auroc", "pointing", "equal_ink", "patch_faithfulness", "entropy"]
     names = [name for name in names if name in lines[0]["mean"]]
     if len(heads) > 1:
         names.append("diversity")
@@ -297,6 +400,7 @@ def plot_curves(model: Model, path: str):
     columns = 1 if len(heads) <= 6 else 2
     legend.legend(handles, labels, loc="center", fontsize=9, ncols=columns)
     titles = {
+        "equal_ink": "equal ink: pairs ordered right",
         "patch_faithfulness": "patch faithfulness",
         "entropy": "entropy (1: uniform)",
         "diversity": "diversity of the heads, bits",
@@ -335,13 +439,13 @@ def plot_metric_curves(axis, model: Model, metric: str, heads: list[str]):
         styles["shuffled"] = {"color": "purple", "linestyle": "--"}
     for row, style in styles.items():
         values = np.array([line.get(row, {}).get(metric) for line in lines], float)
-        axis.plot(epochs, values, **style, label=row.replace("_", " "))
+        axis.plot(epochs, values, **style, label=report.title_of(row))
     untrained = lines[0]["mean"][metric]
     if untrained is not None:  # it is None where there is no clutter
         axis.axhline(untrained, **REFERENCE_LINE, label="untrained")
     if metric == "selectivity":
         axis.axhline(1, **CHANCE_LINE, label="ink, uniform")
-    if metric == "auroc":
+    if metric in ("auroc", "equal_ink"):
         axis.axhline(0.5, **CHANCE_LINE, label="ink, uniform")
 
 
@@ -353,7 +457,7 @@ def plot_knn_curve(axis, model: Model):
     axis.axhline(accuracy[0], **REFERENCE_LINE)
 
 
-def plot_tsne(model: Model, evaluation: report.Evaluation, path: str):
+def plot_tsne(model: Model, evaluation: evaluate.Evaluation, path: str):
     """tsne.png: test features in the plane, coloured by class (section III.A, perplexity 20)."""
     features = evaluation.features
     if len(features) <= 20:
@@ -439,11 +543,11 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         )
     for name, value in asdict(backbone.shape).items():
         setattr(config, name, value)
-    return Model(source, config, backbone.eval(), epoch, history, is_measured=is_run)
+    return Model(source, source, config, backbone.eval(), epoch, history, is_measured=is_run)
 
 
 def random_backbone(like: Model | None) -> VisionTransformer:
-    """A ViT with random weights: that of the run beside it before its first step, or ViT-S/8."""
+    """A ViT with random weights, of the shape of the run beside it, or else ViT-S/8."""
     if like is not None:
         return vit.build_network(like.config).backbone
     torch.manual_seed(0)
@@ -469,7 +573,7 @@ def list_images(names: list[str]) -> list[str]:
         if not pictures:
             raise ValueError(f"--images {name}: no pictures there; use another folder, or files")
         paths += pictures
-    return paths
+    return list({os.path.realpath(path): path for path in paths}.values())  # each file once
 
 
 def open_image(path: str, image_size: int, patch_size: int) -> Tensor:
@@ -487,7 +591,7 @@ def open_image(path: str, image_size: int, patch_size: int) -> Tensor:
 def kept_epochs(model: Model) -> dict[str, VisionTransformer]:
     """{"epoch 1": backbone, …}: the epochs that a run kept beside its checkpoint, itself last."""
     backbones = {model.epoch: model.backbone}
-    folder = glob.escape(os.path.dirname(model.name))
+    folder = glob.escape(os.path.dirname(model.path))
     for path in glob.glob(os.path.join(folder, "epoch-*.pth")):
         kept = weights.load_backbone(path)
         epoch = kept.content.get("epoch")
@@ -501,10 +605,11 @@ def kept_epochs(model: Model) -> dict[str, VisionTransformer]:
 def example_images(model: Model, count: int) -> list[Example]:
     """The first test images, with their masks if any; canvases are in the matched layout."""
     batch = next(views.evaluation_batches(model.config, model.splits["test"], count))
-    pictures = batch.images.expand(-1, 3, -1, -1).clamp(0, 1)
+    pictures = batch.images.clamp(0, 1)
     if batch.digit is None:
         return [Example(picture) for picture in pictures]
-    return [Example(*image) for image in zip(pictures, zip(batch.digit, batch.clutter))]
+    masks = zip(batch.digit, batch.clutter)
+    return [Example(picture, of_picture) for picture, of_picture in zip(pictures, masks)]
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -516,6 +621,17 @@ def rows_x_columns(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r}: use rows x columns, such as 14x28")
     return int(match[1]), int(match[2])
+
+
+def map_names(text: str) -> list[str]:
+    """["attention", "effect"] for "attention,effect"; argparse prints the error for other names."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MAP_NAMES:
+            raise argparse.ArgumentTypeError(
+                f"{name!r}: use some of {','.join(MAP_NAMES)}, with commas between them"
+            )
+    return list(dict.fromkeys(names))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -542,6 +658,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         metavar="FILE",
         help="draw the attention over these pictures, or over all in a folder, instead",
+    )
+    parser.add_argument(
+        "--maps",
+        type=map_names,
+        metavar="NAME,…",
+        help=f"the columns of the figure: {', '.join(MAP_NAMES)} [brightness, attention, the map to "
+        "believe, effect, heads]; pictures without effect are drawn fast, and not reported on",
     )
     parser.add_argument(
         "--image-size", type=int, help="side of the input in pixels [as trained, else 224]"
@@ -624,7 +747,7 @@ def visualize(args: argparse.Namespace):
         examples = open_pictures(models, list_images(args.images))
         for model in models:
             model.backbone.to(device)
-        draw_pictures(models, examples, make_folder(args))
+        draw_pictures(models, examples, args)
         return
 
     warnings_printed = set()
@@ -642,26 +765,69 @@ def visualize(args: argparse.Namespace):
         compare(models, args)
 
 
-def print_not_measured(model: Model):
-    print(
-        f"{model.name} does not come from train.py, so it is drawn on the paper's canvases but not "
-        f"measured; measure it with --weights {model.name}"
-    )
+def names_to_compute(args: argparse.Namespace, controls: Sequence[str]) -> list[str]:
+    """The maps that --maps names, or else all those among which the best is looked for."""
+    return args.maps or [*explain.NETWORK_MAPS, *controls, "effect", "heads"]
+
+
+def names_to_draw(args: argparse.Namespace, best: dict[str, str], with_heads: bool) -> list[str]:
+    """The maps that --maps names, or else a few: brightness, attention, the best map, the effect."""
+    if args.maps:
+        return args.maps
+    names = ["brightness", "attention", *best, "effect"]
+    if with_heads:
+        names.append("heads")
+    return list(dict.fromkeys(names))
+
+
+def best_by_report(result: dict) -> dict[str, str]:
+    """{name of the map to believe: why}; empty if that cannot be told."""
+    row = report.best_map(result)
+    metric = report.headline(report.measured_table(result))
+    return {} if row is None else {name_of(row): f"highest {report.HEADLINES[metric]}"}
+
+
+def best_by_correlation(maps: list[MapsOfExample]) -> dict[str, str]:
+    """{name of the map to believe: why}, for a network that is not measured.
+
+    It is the map with the highest mean of the numbers that stand under the maps.
+    """
+    means = {}
+    for name in explain.NETWORK_MAPS:
+        values = torch.tensor([of_example.correlations.get(name, math.nan) for of_example in maps])
+        if not values.isnan().all():
+            means[name] = values.nanmean().item()
+    return {max(means, key=means.get): "highest here"} if means else {}
 
 
 def visualize_one(model: Model, args: argparse.Namespace):
     """Draw and measure one network."""
     epochs = kept_epochs(model) if model.history else {}
-    count = 8 if len(epochs) < 2 else max(1, 12 // len(epochs))
+    if len(epochs) < 2:
+        epochs = {"": model.backbone}
+    count = 8 if len(epochs) == 1 else max(1, 12 // len(epochs))
     examples = example_images(model, count)
     folder = make_folder(args)
-    plot_attention([model], [examples], os.path.join(folder, "attention.png"), epochs)
-    if not model.is_measured:
+
+    names = names_to_compute(args, ["brightness"])
+    rows = [(backbone, example) for example in examples for backbone in epochs.values()]
+    maps = maps_of_examples(rows, names)
+    network = LookedAt(model, [example for _, example in rows], maps)
+    check_finite(network)
+    evaluation = None
+    if model.is_measured:
+        evaluation = evaluate.evaluate(
+            model.name, model.config, model.history, model.backbone, model.splits
+        )
+        network.best = best_by_report(evaluation.result)
+    else:
         print_not_measured(model)
+        network.best = best_by_correlation(maps)
+    network.names = names_to_draw(args, network.best, with_heads=model.backbone.shape.heads > 1)
+    row_names = list(epochs) * len(examples) if len(epochs) > 1 else []
+    plot_attention([network], os.path.join(folder, "attention.png"), row_names)
+    if evaluation is None:
         return
-    evaluation = report.evaluate(
-        model.name, model.config, model.history, model.backbone, model.splits
-    )
     save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     if model.history:
         plot_views(model, os.path.join(folder, "views.png"))
@@ -669,83 +835,143 @@ def visualize_one(model: Model, args: argparse.Namespace):
     plot_tsne(model, evaluation, os.path.join(folder, "tsne.png"))
 
 
+def maps_of_examples(
+    rows: list[tuple[VisionTransformer, Example]], names: Sequence[str]
+) -> list[MapsOfExample]:
+    """The named maps of each pair of a network and an example."""
+    rows = tqdm(rows, "maps", unit="image", leave=False, disable=None)
+    return [maps_of(backbone, example, names) for backbone, example in rows]
+
+
+def check_finite(network: LookedAt):
+    """Raise FloatingPointError, with the name of the network, if a map is not finite."""
+    for of_example in network.maps:
+        for name, values in of_example.maps.items():
+            if not values.isfinite().all():
+                title = name.replace("_", " ")
+                raise FloatingPointError(f"{network.model.name}: the {title} is NaN or infinite")
+
+
 def compare(models: list[Model], args: argparse.Namespace):
     """Draw several networks side by side, and measure them in one table."""
     examples = [example_images(model, 8) for model in models]
     folder = make_folder(args)
-    plot_attention(models, examples, os.path.join(folder, "attention-compared.png"))
+    names = names_to_compute(args, ["brightness"])
+    networks = []
+    for model, of_model in zip(models, examples):
+        maps = maps_of_examples([(model.backbone, example) for example in of_model], names)
+        networks.append(LookedAt(model, of_model, maps))
+        check_finite(networks[-1])
+
     measured = [model for model in models if model.is_measured]
-    for model in models:
-        if not model.is_measured:
-            print_not_measured(model)
     evaluations = []
-    for number, model in enumerate(measured):
-        # The table of a network has a row for the next one's attention on the same images.
-        other = measured[(number + 1) % len(measured)]
-        has_same_patches = other.backbone.shape.patch_size == model.backbone.shape.patch_size
-        other_backbone = None
-        if other is not model and has_same_patches:
-            other_backbone = other.backbone
-        evaluation = report.evaluate(
-            model.name, model.config, model.history, model.backbone, model.splits, other_backbone
-        )
-        evaluations.append(evaluation)
+    for network in networks:
+        model = network.model
+        if model.is_measured:
+            # The table of a network has a row for the next one's attention on the same images.
+            other = measured[(measured.index(model) + 1) % len(measured)]
+            has_same_patches = other.backbone.shape.patch_size == model.backbone.shape.patch_size
+            other_backbone = None
+            if other is not model and has_same_patches:
+                other_backbone = other.backbone
+            evaluation = evaluate.evaluate(
+                model.name,
+                model.config,
+                model.history,
+                model.backbone,
+                model.splits,
+                other_backbone,
+            )
+            evaluations.append(evaluation)
+            network.best = best_by_report(evaluation.result)
+        else:
+            print_not_measured(model)
+            network.best = best_by_correlation(network.maps)
+        network.names = names_to_draw(args, network.best, with_heads=False)
+
+    plot_attention(networks, os.path.join(folder, "attention-compared.png"))
     if evaluations:
         save_and_print(evaluations, os.path.join(folder, "metrics-compared.json"))
 
 
-def save_and_print(evaluations: list[report.Evaluation], path: str):
+def print_not_measured(model: Model):
+    print(
+        f"{model.name} does not come from train.py, so it is drawn on the paper's canvases but not "
+        f"measured; measure it with --weights {model.name}"
+    )
+
+
+def save_and_print(evaluations: list[evaluate.Evaluation], path: str):
     """Write metrics.json, and print the report."""
     results = [evaluation.result for evaluation in evaluations]
-    report.write_metrics(results, path)
+    evaluate.write_metrics(results, path)
     print(report.format_report(results, path))
 
 
-def open_pictures(models: list[Model], paths: list[str]) -> dict[str, list[Example]]:
-    """{path: the picture for each model}, resized for it."""
-    examples = {}
+def open_pictures(models: list[Model], paths: list[str]) -> list[list[Example]]:
+    """For each model, the pictures, resized for it."""
+    examples = [[] for _ in models]
     for path in tqdm(paths, "reading", unit="picture", leave=False, disable=None):
-        examples[path] = [
-            Example(open_image(path, model.config.image_size, model.backbone.shape.patch_size))
-            for model in models
-        ]
+        for of_model, model in zip(examples, models):
+            shape = model.backbone.shape
+            picture = open_image(path, model.config.image_size, shape.patch_size)
+            of_model.append(Example(picture))
     return examples
 
 
-def draw_pictures(models: list[Model], examples: dict[str, list[Example]], folder: str):
-    """attention-images.png, or pages of it, and a line on each picture and model."""
-    paths = list(examples)
-    bar = tqdm(paths, "drawing", unit="picture", leave=False, disable=None)
-    for start in range(0, len(paths), PICTURES_PER_PAGE):
-        page = paths[start : start + PICTURES_PER_PAGE]
+def draw_pictures(models: list[Model], examples: list[list[Example]], args: argparse.Namespace):
+    """attention-images.png, or pages of it, and what is said of the maps of these pictures."""
+    folder = make_folder(args)
+    names = names_to_compute(args, ["brightness", *explain.PHOTO_CONTROLS])
+    networks = []
+    results = []
+    for model, of_model in zip(models, examples):
+        maps = maps_of_pictures(model, of_model, names, with_srg=not args.maps)
+        network = LookedAt(model, of_model, maps)
+        check_finite(network)
+        if not args.maps:
+            token_effects = concatenate([of_picture.token_effects for of_picture in maps])
+            collapse = None
+            if model.history:
+                collapse = evaluate.collapse_warning(model.config, model.history)
+            result = evaluate.measure_pictures(
+                model.name, model.describe(), token_effects, collapse
+            )
+            network.best = best_by_report(result)
+            results.append(result)
+        with_heads = len(models) == 1 and model.backbone.shape.heads > 1
+        network.names = names_to_draw(args, network.best, with_heads)
+        networks.append(network)
+
+    count = len(examples[0])
+    for start in range(0, count, PICTURES_PER_PAGE):
+        page = slice(start, start + PICTURES_PER_PAGE)
         name = "attention-images.png"
-        if len(paths) > PICTURES_PER_PAGE:
+        if count > PICTURES_PER_PAGE:
             name = f"attention-images-{start // PICTURES_PER_PAGE + 1}.png"
-        page_examples = [[examples[path][number] for path in page] for number in range(len(models))]
-        plot_attention(models, page_examples, os.path.join(folder, name))
-        for path in page:
-            for model, example in zip(models, examples[path]):
-                print_token_effects(model.backbone, path, example)
-        bar.update(len(page))
-    bar.close()
+        on_page = [
+            replace(network, examples=network.examples[page], maps=network.maps[page])
+            for network in networks
+        ]
+        plot_attention(on_page, os.path.join(folder, name))
+    if results:
+        print(report.format_picture_report(results))
 
 
-@torch.no_grad()
-def print_token_effects(backbone: VisionTransformer, path: str, example: Example):
-    """Print whether the patches that attention points to matter more than random ones."""
-    images = views.normalize(example.picture[None].to(backbone.cls_token.device))
-    heads, _ = explain.cls_attention(backbone, images)
-    attention = heads.mean(1)
-    if attention.shape[1] < 5:
-        return  # a fifth of the patches is none
-    maps = [attention, explain.rollout(backbone, images)]
-    rng = torch.Generator().manual_seed(0)
-    effects = explain.token_effects(backbone, images, maps, rng, RANDOM_DRAWS)[0]
-    of_attention, of_rollout = (effects[:2] / effects[2:].mean()).tolist()
-    tqdm.write(
-        f"{path}: removing the most-attended 20% of the patches changes the feature "
-        f"{of_attention:.2f} times as much as removing a random 20% (rollout: {of_rollout:.2f})"
-    )
+def maps_of_pictures(
+    model: Model, examples: list[Example], names: Sequence[str], with_srg: bool
+) -> list[MapsOfExample]:
+    """The named maps of each picture. SRG takes long, so it is that of the first pictures."""
+    count = 0
+    if with_srg:
+        count = evaluate.effect_images(
+            model.backbone, model.config.image_size, evaluate.PHOTO_PASSES, at_least=4
+        )
+    numbered = enumerate(tqdm(examples, "maps", unit="picture", leave=False, disable=None))
+    return [
+        maps_of(model.backbone, example, names, number, with_srg=number < count)
+        for number, example in numbered
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

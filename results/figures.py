@@ -124,11 +124,13 @@ def draw_scatter(runs, path):
         causal_selectivity = values_of(runs, row, verdicts.CAUSAL_SELECTIVITY, seeds)
         rollout_selectivity = values_of(runs, row, verdicts.ROLLOUT_SELECTIVITY, seeds)
         rollout_faithfulness = values_of(runs, row, verdicts.ROLLOUT_FAITHFULNESS, seeds)
-        even_cosine = values_of(runs, row, verdicts.EVEN_COSINE, seeds)
+        # An intervention that only the first runs have: [CLS] attends to all patches alike.
+        even_cosine = verdicts.sample(runs, row, verdicts.EVEN_COSINE, seeds)
+        faithfulness_there = verdicts.sample(runs, row, verdicts.FAITHFULNESS, even_cosine)
         left.plot(selectivity, causal_selectivity, "o", color=color, label=row)
         middle.plot(selectivity, faithfulness, "o", color=color)
         middle.plot(rollout_selectivity, rollout_faithfulness, "x", color=color, alpha=0.6)
-        right.plot(even_cosine, faithfulness, "o", color=color)
+        right.plot(list(even_cosine.values()), list(faithfulness_there.values()), "o", color=color)
 
     # Brightness in the row `different`: a star in the middle, a dashed line on the right.
     selectivity = np.mean(values_of(runs, "different", verdicts.BRIGHTNESS_SELECTIVITY))

@@ -34,7 +34,7 @@ sys.path[:0] = [str(RESULTS), str(ROOT)]
 import figures
 import torch
 import verdicts
-from verdicts import BOTH, FRESH
+from verdicts import BOTH, FRESH, MAP_SEEDS
 
 import data
 import train
@@ -65,8 +65,10 @@ class Row:
 # Rows in the order in which they are run. With same and with different views the student is fed two
 # crops of each image, so that neither learns from more.
 GRID = {
-    "different": Row(DIFFERENT, BOTH, ["F1", "F2", "F3", "F4", "C5", "C8", "C9", "Q2"]),
-    "same": Row(SAME, BOTH, ["F2", "C1", "C2", "C3", "C5", "Q3"]),
+    "different": Row(
+        DIFFERENT, (*BOTH, *MAP_SEEDS), ["F1", "F2", "F3", "F4", "C5", "C8", "C9", "Q2"]
+    ),
+    "same": Row(SAME, (*BOTH, *MAP_SEEDS), ["F2", "C1", "C2", "C3", "C5", "Q3"]),
     "supervised": Row("--loss supervised --views different", FRESH, ["C9"]),
     "dino-same": Row("--loss dino --views same", FRESH, ["C1", "C2"]),
     "texture": Row(f"{SAME} --background texture", FRESH, ["C4"]),
@@ -82,8 +84,8 @@ GRID = {
     "supervised-same": Row("--loss supervised --views same", FIRST_FIVE),
     "dino-different": Row("--loss dino --views different", FIRST_FIVE),
     "size-84": Row(f"{DIFFERENT} --image-size 84", FIRST_FIVE),
-    "depth-4": Row(f"{DIFFERENT} --depth 4", FIRST_FIVE),
-    "depth-6": Row(f"{DIFFERENT} --depth 6", FIRST_FIVE),
+    "depth-4": Row(f"{DIFFERENT} --depth 4", (*FIRST_FIVE, *MAP_SEEDS)),
+    "depth-6": Row(f"{DIFFERENT} --depth 6", (*FIRST_FIVE, *MAP_SEEDS)),
 }
 # At the paper's scale: ViT-S/8 from DINO's weights on one GPU, one seed, the most useful row first.
 PAPER_GRID = {
@@ -343,7 +345,6 @@ def measures_of_run(folder):
     """Return what study.json keeps of a finished run: measures, curve, digest of the weights."""
     text = (folder / "metrics.json").read_text()
     metrics = json.loads(text, parse_float=six_digits)
-    effects = metrics["attention_matters"]
     paper_rows = ("mean", "brightness", "shuffled", "untrained")
     teacher = weights.read_checkpoint(str(folder / "ckpt.pth"))["teacher"]
     return {
@@ -352,12 +353,8 @@ def measures_of_run(folder):
         "best_head": metrics["best_head"],
         "mean_cosine": metrics["mean_cosine"],
         "causal_selectivity": metrics["causal_selectivity"]["value"],
-        "attention_matters": {
-            "features": values_of(effects["features"]),
-            "even": values_of(effects["even"]),
-            "swapped": values_of(effects["swapped"]),
-            "two_canvases": effects["two_canvases"],
-        },
+        "untrained": {row: values_of(cells) for row, cells in metrics["untrained"].items()},
+        "direct_share": [cell["value"] for cell in metrics["direct_share"]],
         "features": values_of(metrics["features"]),
         "untrained_features": values_of(metrics["untrained_features"]),
         "curve": training_curve(folder / "log.jsonl"),

@@ -19,6 +19,8 @@ FRESH = range(10, 20)
 # A second sample, for the claims that the first sample left undecided (plan.md).
 SECOND = range(30, 60)
 BOTH = (*FRESH, *SECOND)
+# Seeds of the first answer on which map to believe, which tests no claim.
+MAP_SEEDS = range(60, 65)
 # A verdict needs this many seeds. It is marked "so far" until all planned seeds are there.
 MINIMUM_SEEDS = 5
 # The number of seeds that would decide a claim is looked for up to here.
@@ -33,6 +35,8 @@ FAITHFULNESS = "matched/mean/patch_faithfulness"
 BRIGHTNESS_FAITHFULNESS = "matched/brightness/patch_faithfulness"
 ROLLOUT_FAITHFULNESS = "matched/rollout/patch_faithfulness"
 UNTRAINED_FAITHFULNESS = "matched/untrained/patch_faithfulness"
+OBJECT_FAITHFULNESS = "matched/mean/object_faithfulness"
+BRIGHTNESS_OBJECT_FAITHFULNESS = "matched/brightness/object_faithfulness"
 FAR_BACKGROUND = "matched/mean/far_background_density"
 CAUSAL_SELECTIVITY = "causal_selectivity"
 EVEN_COSINE = "attention_matters/even/cosine"
@@ -274,7 +278,10 @@ SEARCHES = {
 
 
 def read_measure(line, measure):
-    """Return a measure of one run: by its name below, else by its path in the line."""
+    """Return a measure of one run: by its name below, else by its path in the line.
+
+    None if the version that made the run did not measure it.
+    """
     # The selectivity of the head that was best on the validation canvases.
     if measure == BEST_HEAD:
         return line["matched"][line["best_head"]]["selectivity"]
@@ -290,7 +297,7 @@ def read_measure(line, measure):
         return line["curve"][-1]["mean"]["diversity"]
     value = line
     for key in measure.split("/"):
-        value = value[key]
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
@@ -304,10 +311,14 @@ def far_background_of_heads(line):
 
 
 def sample(runs, row, measure, seeds=FRESH):
-    """Return {seed: value} of a measure, for those runs of a row that have been done."""
+    """Return {seed: value} of a measure, for those runs of a row that have been done and have it."""
     if row.startswith("best "):
         row = best_row(runs, row.removeprefix("best "))
-    return {seed: read_measure(runs[row, seed], measure) for seed in seeds if (row, seed) in runs}
+    values = {}
+    for seed in seeds:
+        if (row, seed) in runs:
+            values[seed] = read_measure(runs[row, seed], measure)
+    return {seed: value for seed, value in values.items() if value is not None}
 
 
 # --------------------------------------------------------------- the searches for learning rates
@@ -678,6 +689,16 @@ METRIC_COLUMNS = {
     "entropy": "matched/mean/entropy",
     "diversity": "matched/mean/diversity",
 }
+# Equal ink of each map, trained and, against its own effects, before training.
+EQUAL_INK_MAPS = {
+    "squared gradient": "squared_gradient",
+    "norm rollout": "norm_rollout",
+    "rollout": "rollout",
+    "attention": "mean",
+    "brightness": "brightness",
+}
+# The rows of the first answer, and how many blocks their networks have.
+MAP_ROWS = {"different": 2, "same": 2, "depth-4": 4, "depth-6": 6}
 PAPER_SCALE_COLUMNS = {
     "selectivity": SELECTIVITY,
     "auroc": AUROC,
@@ -688,22 +709,26 @@ PAPER_SCALE_COLUMNS = {
 }
 
 
+def mean_cells(runs, row, columns, seeds=FRESH):
+    """Return the cells of a row of a table: means with 95% intervals over the seeds."""
+    return [mean_cell(list(sample(runs, row, measure, seeds).values())) for measure in columns]
+
+
 def row_table(runs, columns):
     """Return a table of means with 95% intervals over the fresh seeds, one line per row."""
     rows = dict.fromkeys(row for row, seed in sorted(runs) if seed in FRESH)
     lines = [table_row(["row", "seeds", *columns]), table_rule(len(columns) + 2)]
     for row in rows:
         seed_count = len(sample(runs, row, SELECTIVITY))
-        cells = [f"`{row}`", str(seed_count)]
-        for measure in columns.values():
-            values = list(sample(runs, row, measure).values())
-            cells.append(mean_cell(values))
-        lines.append(table_row(cells))
+        cells = mean_cells(runs, row, columns.values())
+        lines.append(table_row([f"`{row}`", str(seed_count), *cells]))
     return "\n".join(lines)
 
 
 def mean_cell(values):
     """Return a mean with its 95% interval. One value has no interval."""
+    if not values:
+        return "–"
     if len(values) == 1:
         return f"{values[0]:.2f}"
     interval = t_interval(values)
@@ -717,6 +742,76 @@ def paper_scale_section(runs):
     devices = [f"`{row}`: {line['device']}" for (row, _), line in sorted(runs.items())]
     table = row_table(runs, PAPER_SCALE_COLUMNS)
     return f"{table}\n\nDevices: {'; '.join(devices)}."
+
+
+def map_table(runs):
+    """Return a table of how often each map orders two patches with equal ink rightly."""
+    titles = [*EQUAL_INK_MAPS, "attention and direct effect", "direct share at each block"]
+    lines = [table_row(["row", "seeds", *titles]), table_rule(len(titles) + 2)]
+    for row, depth in MAP_ROWS.items():
+        measures = [f"matched/{name}/equal_ink" for name in EQUAL_INK_MAPS.values()]
+        measures.append("matched/mean/direct_faithfulness")
+        cells = mean_cells(runs, row, measures, MAP_SEEDS)
+        cells.append(", ".join(direct_shares(runs, row, depth)))
+        lines.append(map_table_row(runs, row, cells))
+    # The networks of `same` and `different` are the same before training.
+    for row in [name for name in MAP_ROWS if name != "same"]:
+        measures = [f"untrained/{name}/equal_ink" for name in EQUAL_INK_MAPS.values()]
+        cells = [*mean_cells(runs, row, measures, MAP_SEEDS), "–", "–"]
+        lines.append(map_table_row(runs, row, cells, note=" before training"))
+    return "\n".join(lines)
+
+
+def map_table_row(runs, row, cells, note=""):
+    """Return a row of the table of maps."""
+    seed_count = len(sample(runs, row, SELECTIVITY, MAP_SEEDS))
+    return table_row([f"`{row}`{note}", str(seed_count), *cells])
+
+
+def direct_shares(runs, row, depth):
+    """Return the mean over seeds of the direct share at each block, as text."""
+    shares = list(sample(runs, row, "direct_share", MAP_SEEDS).values())  # (seeds, depth)
+    if not shares:
+        return ["–"] * depth
+    return [f"{share:.2f}" for share in np.mean(shares, axis=0)]
+
+
+def dose_table(runs):
+    """Return a table of what stands beside F1 and F2: the same on whole objects.
+
+    An object that is left out is a dose too, but its brightness is not all of it.
+    """
+    compared = {
+        "whole objects, attention − brightness, different views": (
+            ("different", OBJECT_FAITHFULNESS),
+            ("different", BRIGHTNESS_OBJECT_FAITHFULNESS),
+        ),
+        "whole objects, attention, different − same views": (
+            ("different", OBJECT_FAITHFULNESS),
+            ("same", OBJECT_FAITHFULNESS),
+        ),
+    }
+    lines = [
+        "| rank correlation with the effect | seeds 10 to 19 | seeds 30 to 59 |",
+        table_rule(3),
+    ]
+    for text, (first, second) in compared.items():
+        cells = [text]
+        for seeds in (FRESH, SECOND):
+            over = sample(runs, *first, seeds)
+            under = sample(runs, *second, seeds)
+            differences = [over[seed] - under[seed] for seed in over.keys() & under.keys()]
+            cells.append(difference_cell(differences))
+        lines.append(table_row(cells))
+    return "\n".join(lines)
+
+
+def difference_cell(values):
+    """Return the mean of differences with its 95% interval, if there are at least two."""
+    if len(values) < 2:
+        return "–"
+    interval = t_interval(values)
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def reference_table(runs):
@@ -776,6 +871,8 @@ def page_blocks(study, figure_folder):
         "samples": sample_table(runs),
         "paper scale": paper_scale_section(study["paper"]),
         "verdicts": verdict_table(runs, figure_folder),
+        "maps": map_table(runs),
+        "dose": dose_table(runs),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import FEW_IMAGES
 
-import report
+import evaluate
 
 torch.set_num_threads(1)
 
@@ -17,4 +17,4 @@ torch.set_num_threads(1)
 def few_images(monkeypatch):
     """The numbers of an epoch, and those at the end of a run, are made from a few images."""
     for name, count in FEW_IMAGES.items():
-        monkeypatch.setattr(report, name, count)
+        monkeypatch.setattr(evaluate, name, count)

@@ -26,7 +26,7 @@ TINY = (
     "--head-hidden-dim 32 --bottleneck-dim 16 --out-dim 64 --images-per-epoch 16 --epochs 2 "
     "--precision float32 "
 )
-# Constants of report.py that make its numbers from a few images.
+# Constants of evaluate.py that make its numbers from a few images.
 FEW_IMAGES = {
     "TEST_IMAGES": 16,
     "BANK_IMAGES": 16,

@@ -1,7 +1,8 @@
-"""Maps and effects of networks for which both can be computed by hand, or in a second way."""
+"""Maps of networks for which they can be computed by hand, or in a second way."""
 
 import math
-from dataclasses import fields
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,42 +13,154 @@ import explain
 import metrics
 import views
 import vit
+import weights
 from data import Split
-from views import EvaluationBatch, LeftOut
 from vit import VisionTransformer, ViTShape
 
-PATCH_SIZE = 7
-CONFIG = config_of("--preset laptop")
+ALL_MAPS = sorted(explain.MAPS)
+NETWORK_MAPS = sorted(explain.NETWORK_MAPS)
 
 
-def small_backbone(registers: int = 0, pos_size: int = 28) -> VisionTransformer:
+def small_backbone(**changes) -> VisionTransformer:
+    """A ViT of three blocks for images of 28 × 28 pixels, which have 4 × 4 patches.
+
+    Its random weights are large enough for attention that is far from uniform.
+    """
     torch.manual_seed(0)
-    shape = ViTShape(patch_size=7, dim=24, depth=3, heads=3, pos_size=pos_size, registers=registers)
-    return VisionTransformer(shape)
+    shape = ViTShape(patch_size=7, dim=24, depth=3, heads=3, pos_size=28)
+    return VisionTransformer(replace(shape, **changes), init_std=0.0)
 
 
-# -------------------------------------------------------------------------------------------- maps
+def pictures(count: int, height: int = 28, width: int = 28, channels: int = 3, seed: int = 0):
+    """Images of random pixels in [0, 1]."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.rand(count, channels, height, width, generator=rng)
+
+
+# -------------------------------------------------------------------------------------- every map
+
+
+@pytest.mark.parametrize("name", ALL_MAPS)
+@pytest.mark.parametrize(
+    "changes, height, width, channels",
+    [
+        ({}, 28, 28, 1),
+        ({"registers": 2}, 28, 28, 3),
+        ({"depth": 1}, 28, 28, 3),
+        ({"depth": 1, "heads": 1, "registers": 1}, 7, 21, 1),
+        ({}, 21, 63, 3),  # 3 × 9 patches, where positions are stored for 4 × 4
+        ({"pos_size": (14, 35)}, 14, 35, 1),
+        ({}, 7, 7, 3),  # a single patch
+    ],
+)
+def test_a_map_is_a_distribution_over_patches(name, changes, height, width, channels):
+    images = pictures(3, height, width, channels)
+    maps = explain.MAPS[name](small_backbone(**changes), images)
+    patches = (height // 7) * (width // 7)
+    assert maps.shape == (3, patches)
+    assert not maps.requires_grad
+    assert (maps >= 0).all()
+    torch.testing.assert_close(maps.sum(-1).float(), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ALL_MAPS)
+def test_a_map_depends_on_its_image_and_not_on_the_batch(name):
+    backbone = small_backbone(registers=1)
+    images = pictures(5) * torch.linspace(0.2, 1, 5).view(5, 1, 1, 1)
+    maps = explain.MAPS[name](backbone, images)
+    alone = torch.cat([explain.MAPS[name](backbone, image[None]) for image in images])
+    reversed_maps = explain.MAPS[name](backbone, images.flip(0)).flip(0)
+    torch.testing.assert_close(alone, maps, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(reversed_maps, maps, atol=1e-6, rtol=1e-4)
+    if name != "centre":
+        assert (maps[0] - maps[1]).abs().max() > 1e-4  # other images have other maps
+
+
+@pytest.mark.parametrize("name", ALL_MAPS)
+@pytest.mark.parametrize("grey", [0.0, 0.3, 1.0])
+def test_an_image_of_one_grey_level_has_a_map(name, grey):
+    maps = explain.MAPS[name](small_backbone(), torch.full((2, 3, 28, 28), grey))
+    assert maps.isfinite().all()
+    torch.testing.assert_close(maps.sum(-1).float(), torch.ones(2))
+    if name in ("brightness", "contrast"):
+        torch.testing.assert_close(maps.float(), torch.full((2, 16), 1 / 16))
+
+
+def test_values_are_divided_by_their_sum():
+    values = [[1.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]]
+    maps = explain.as_maps(torch.tensor(values))
+    assert maps.tolist() == [[0.25, 0.75, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 1, 0, 0]]
+
+
+def test_what_is_not_a_number_is_not_taken_for_a_map():
+    values = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [0.0, 0.0]])
+    is_nan = explain.as_maps(values).isnan().any(-1)
+    assert is_nan.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("name", NETWORK_MAPS)
+def test_maps_of_weights_that_are_nan_are_nan(name):
+    backbone = small_backbone()
+    with torch.no_grad():
+        backbone.blocks[1].attn.qkv.weight[0, 0] = torch.nan
+    assert explain.MAPS[name](backbone, pictures(2)).isnan().all()
+
+
+@pytest.mark.parametrize("name", NETWORK_MAPS)
+def test_a_map_takes_the_passes_that_are_said_of_it(name):
+    backbone = small_backbone()
+    counts = {"forward": 0, "backward": 0}
+
+    def count_forward(module, inputs, output):
+        counts["forward"] += 1
+
+    def count_backward(module, grad_input, grad_output):
+        counts["backward"] += 1
+
+    backbone.patch_embed.register_forward_hook(count_forward)
+    backbone.patch_embed.register_full_backward_hook(count_backward)
+    explain.MAPS[name](backbone, pictures(2))
+    number, direction = explain.PASSES[name].split()
+    assert counts[direction] == int(number)
+    assert counts["forward"] == 1
+
+
+def test_weights_saved_in_bfloat16_give_finite_maps(tmp_path):
+    state = small_backbone(dim=64, heads=1, depth=2).state_dict()
+    path = tmp_path / "bfloat16.pth"
+    torch.save({name: value.bfloat16() for name, value in state.items()}, path)
+    backbone = weights.load_backbone(str(path)).backbone
+    for name in NETWORK_MAPS:
+        maps = explain.MAPS[name](backbone, pictures(2))
+        assert maps.dtype == torch.float32, name
+        assert maps.isfinite().all(), name
+        torch.testing.assert_close(maps.sum(-1), torch.ones(2))
+
+
+# --------------------------------------------------------------------------------------- attention
 
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_attention_to_patches_leaves_out_cls_and_registers(registers):
-    backbone = small_backbone(registers)
-    images = torch.randn(2, 3, 28, 28)
-    maps, features = explain.cls_attention(backbone, images)
-    assert maps.shape == (2, 3, 16)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 3))
-    to_all_tokens = backbone.get_last_selfattention(images)[:, :, 0]
+    backbone = small_backbone(registers=registers)
+    images = pictures(2)
+    heads, features = explain.cls_attention(backbone, images)
+    assert heads.shape == (2, 3, 16)
+    torch.testing.assert_close(heads.sum(-1), torch.ones(2, 3))
+    normalized = views.normalize(images)
+    to_all_tokens = backbone.get_last_selfattention(normalized)[:, :, 0]
     to_patches = to_all_tokens[..., 1 + registers :]
-    torch.testing.assert_close(maps * to_patches.sum(-1, keepdim=True), to_patches)
-    torch.testing.assert_close(features, F.normalize(backbone(images), dim=-1))
+    torch.testing.assert_close(heads * to_patches.sum(-1, keepdim=True), to_patches)
+    torch.testing.assert_close(features, F.normalize(backbone(normalized), dim=-1))
+    torch.testing.assert_close(explain.attention(backbone, images), heads.mean(1))
 
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_rollout_is_a_product_of_matrices(registers):
     """As Abnar & Zuidema write it: ½ · attention + ½ · I of each block, one times the other."""
-    backbone = small_backbone(registers)
-    images = torch.rand(2, 3, 28, 28)
-    x = backbone.prepare_tokens(images)
+    backbone = small_backbone(registers=registers)
+    images = pictures(2)
+    x = backbone.prepare_tokens(views.normalize(images))
     product = torch.eye(x.shape[1])
     for block in backbone.blocks:
         q, k, _ = block.attn.queries_keys_values(block.norm1(x))
@@ -55,20 +168,16 @@ def test_rollout_is_a_product_of_matrices(registers):
         product = (attention + torch.eye(x.shape[1])) / 2 @ product
         x = block(x)
     to_patches = product[:, 0, 1 + registers :]
-    rollout = explain.rollout(backbone, images)
-    torch.testing.assert_close(rollout, to_patches / to_patches.sum(-1, keepdim=True))
-    torch.testing.assert_close(rollout.sum(-1), torch.ones(2))
-
-
-# ----------------------------------------------------------------------------------- observations
+    expected = to_patches / to_patches.sum(-1, keepdim=True)
+    torch.testing.assert_close(explain.rollout(backbone, images), expected)
 
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_norm_rollout_is_what_tokens_pass_on(registers):
     """As Kobayashi et al. write it, with a vector for each pair of tokens, in float64."""
-    backbone = small_backbone(registers).double()
-    images = torch.rand(2, 3, 28, 28).double()
-    x = backbone.prepare_tokens(images)
+    backbone = small_backbone(registers=registers).double()
+    images = pictures(2).double()
+    x = backbone.prepare_tokens(views.normalize(images))
     tokens = x.shape[1]
     product = torch.eye(tokens).double()
     for block in backbone.blocks:
@@ -89,407 +198,250 @@ def test_norm_rollout_is_what_tokens_pass_on(registers):
     torch.testing.assert_close(explain.norm_rollout(backbone, images), expected)
 
 
+def test_rollout_of_one_block_is_its_attention():
+    """½ · attention + ½ · I differs from attention only in what [CLS] gives itself."""
+    backbone = small_backbone(depth=1)
+    images = pictures(2)
+    to_patches = backbone.get_last_selfattention(views.normalize(images))[:, :, 0, 1:].mean(1)
+    expected = to_patches / to_patches.sum(-1, keepdim=True)
+    torch.testing.assert_close(explain.rollout(backbone, images), expected)
+
+
+def test_norm_rollout_of_a_network_that_passes_nothing_on_is_uniform():
+    backbone = small_backbone()
+    for block in backbone.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    maps = explain.norm_rollout(backbone, pictures(2))
+    torch.testing.assert_close(maps, torch.full((2, 16), 1 / 16))
+
+
+# --------------------------------------------------------------------------------------- gradients
+
+
 class KnownFeature(torch.nn.Module):
     """Its feature is (1, s), where s is a weighted sum of the first channel over each patch."""
 
-    def __init__(self, weights: list[float]):
+    def __init__(self, patch_weights: list[float]):
         super().__init__()
         self.shape = ViTShape(patch_size=2)
-        self.weights = torch.tensor(weights)
+        self.patch_weights = torch.tensor(patch_weights)
 
     def forward(self, images):
-        s = metrics.patch_sums(images[:, 0], 2) @ self.weights
+        s = metrics.patch_sums(images[:, 0], 2) @ self.patch_weights
         return torch.stack([torch.ones_like(s), s], dim=-1)
 
 
 def test_squared_gradients_of_a_known_feature():
     """The feature's gradient at a patch is proportional to the patch's weight."""
     network = KnownFeature([0.0, 1.0, -2.0, 0.0])
-    pictures = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    maps = explain.squared_gradient(network, pictures)
+    maps = explain.squared_gradient(network, pictures(3, 4, 4))
     torch.testing.assert_close(maps, torch.tensor([[0.0, 0.2, 0.8, 0.0]]).expand(3, -1))
 
 
-def test_squared_gradients_do_not_depend_on_the_batch_or_on_gradients_being_off():
-    backbone = small_backbone().double()
-    pictures = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
-    with torch.no_grad():
-        together = explain.squared_gradient(backbone, pictures)
-    alone = torch.cat([explain.squared_gradient(backbone, picture[None]) for picture in pictures])
-    torch.testing.assert_close(together, alone)
-    torch.testing.assert_close(together.sum(-1), torch.ones(3))
-    more = explain.squared_gradient(backbone, pictures, directions=64)
-    assert not torch.equal(more, together)
-    assert (more - together).abs().max() < 0.05  # an estimate of the same thing
-
-
-def in_pieces(batches, size: int):
-    """The same evaluation images in batches of `size` rows."""
-    for batch in batches:
-        for start in range(0, len(batch.index), size):
-            rows = slice(start, start + size)
-            left_out = batch.left_out
-            if left_out is not None:
-                left_out = LeftOut(left_out.images[rows], left_out.masks[rows], left_out.ink[rows])
-            yield EvaluationBatch(
-                images=batch.images[rows],
-                labels=batch.labels[rows],
-                index=batch.index[rows],
-                digit=batch.digit[rows],
-                clutter=batch.clutter[rows],
-                left_out=left_out,
-            )
-
-
-def canvases(count: int):
-    return views.evaluation_batches(CONFIG, DIGITS["test"], count)
-
-
-def photographs(count: int) -> EvaluationBatch:
-    rng = torch.Generator().manual_seed(0)
-    images = torch.rand(count, 3, 28, 28, generator=rng)
-    return EvaluationBatch(images, torch.arange(count) % 10, torch.arange(count))
-
-
-def test_canvases_are_observed_with_their_masks():
-    backbone = small_backbone(registers=1, pos_size=56)
-    networks = {"trained": backbone, "other_network": small_backbone(pos_size=56)}
-    observation = explain.observe(networks, canvases(15), with_rollout=True)
-    (batch,) = canvases(15)
-    images = views.normalize(batch.images)
-    assert observation.features.keys() == observation.attention.keys() == networks.keys()
-    for name, network in networks.items():
-        maps, features = explain.cls_attention(network, images)
-        torch.testing.assert_close(observation.attention[name], maps)
-        torch.testing.assert_close(observation.features[name], features)
-    torch.testing.assert_close(observation.rollout, explain.rollout(backbone, images))
-    assert observation.token_effects is None
-    assert observation.patch_area == 49
-    assert torch.equal(observation.index, batch.index)
-    assert torch.equal(observation.labels, DIGITS["test"].labels[batch.index])
-    assert torch.equal(observation.digit, metrics.patch_sums(batch.digit, 7))
-    assert torch.equal(observation.clutter, metrics.patch_sums(batch.clutter, 7))
-    torch.testing.assert_close(observation.intensity, metrics.patch_sums(batch.images[:, 0], 7))
-
-
-def test_photographs_are_observed_with_the_effects_of_their_tokens():
-    backbone = small_backbone()
-    batch = photographs(12)
-    observation = explain.observe({"trained": backbone}, [batch], with_rollout=True)
-    assert observation.digit is None
-    assert observation.clutter is None
-    assert observation.intensity is None
-    images = views.normalize(batch.images)
-    maps = [observation.attention["trained"].mean(1), observation.rollout]
-    rng = torch.Generator().manual_seed(0)
-    expected = explain.token_effects(backbone, images, maps, rng)
-    torch.testing.assert_close(observation.token_effects, expected)
-
-
-def test_features_alone_can_be_observed():
-    backbone = small_backbone(pos_size=56)
-    networks = {"trained": backbone}
-    alone = explain.observe(networks, canvases(5), maps=False)
-    assert alone.attention == {}
-    assert alone.digit is None
-    assert alone.rollout is None
-    observation = explain.observe(networks, canvases(5))
-    assert torch.equal(alone.features["trained"], observation.features["trained"])
-
-
-def assert_close_fields(actual, expected, but=()):
-    """Two dataclasses of tensors hold the same, except in some of their fields."""
-    for entry in fields(expected):
-        if entry.name not in but:
-            actual_value = getattr(actual, entry.name)
-            expected_value = getattr(expected, entry.name)
-            torch.testing.assert_close(actual_value, expected_value, atol=1e-5, rtol=1e-4)
-
-
-def test_observations_do_not_depend_on_the_batch_size():
-    backbone = small_backbone(pos_size=56)
-    networks = {"trained": backbone}
-    at_once = explain.observe(networks, canvases(20), with_rollout=True)
-    in_three_batches = explain.observe(networks, in_pieces(canvases(20), 7), with_rollout=True)
-    assert_close_fields(in_three_batches, at_once)
-
-    batches = list(views.left_out_batches(CONFIG, DIGITS["test"], 20))
-    effects = explain.observe_effects(backbone, batches)
-    effects_in_three_batches = explain.observe_effects(backbone, in_pieces(batches, 7))
-    # Another canvas of the batch lends its attention, so this one does depend on it.
-    assert_close_fields(effects_in_three_batches, effects, but=["swapped_features"])
-
-
-def test_weights_that_give_no_finite_numbers_are_refused():
-    backbone = small_backbone(pos_size=56)
-    with torch.no_grad():
-        backbone.blocks[1].attn.qkv.weight[0, 0] = torch.nan
-    for maps in (True, False):
-        with pytest.raises(FloatingPointError, match="NaN or infinite"):
-            explain.observe({"trained": backbone}, canvases(5), maps=maps)
-
-
-# ----------------------------------------------------------------------------------------- effects
-
-
-class WeighingNetwork(torch.nn.Module):
-    """A network whose feature is (1, Σ w x), with the brightness x of each patch and its weight w.
-
-    `attention` (B, 1 + patches) is that of [CLS] in its only head. An attention that replaces it
-    multiplies the feature by what it gives to [CLS] and to the first patch.
-    """
-
-    def __init__(self, weights, attention=None):
-        super().__init__()
-        self.shape = ViTShape(patch_size=PATCH_SIZE)
-        self.weights = torch.tensor(weights)
-        self.attention = attention
-
-    def forward(self, images, keep=None):
-        grey = views.denormalize(images).mean(1)
-        weighted = metrics.patch_sums(grey, PATCH_SIZE) / PATCH_SIZE**2 * self.weights
-        if keep is not None:
-            weighted = weighted.take_along_dim(keep, 1)
-        total = weighted.sum(-1)
-        return torch.stack([torch.ones_like(total), total], dim=-1)
-
-    def before_last_block(self, images):
-        return self(images)
-
-    def last_attention(self, x, num_queries):
-        assert num_queries == 1
-        return self.attention[:, None, None]
-
-    def last_feature(self, x, attention=None):
-        if attention is None:
-            return x
-        return x * attention[:, 0, 0, :2]
-
-
-def in_patches(values):
-    """Images (…, 14, 14) whose four patches of 7×7 pixels have these values (…, 4)."""
-    grid = torch.tensor(values).unflatten(-1, (2, 2))
-    return grid.repeat_interleave(PATCH_SIZE, -1).repeat_interleave(PATCH_SIZE, -2)
-
-
-def batch_of_two_canvases() -> EvaluationBatch:
-    """The digit lies on patches 0 and 1, a distractor on 2, and on 3 of the first canvas only.
-
-    Left out are, one after another, patches 0 to 3.
-    """
-    brightness = torch.tensor([[1.0, 0.5, 1.0, 1.0], [1.0, 1.0, 0.5, 0.0]])
-    left_out = brightness[:, None] * (1 - torch.eye(4))  # (2, 4, 4)
-    ink = torch.eye(4) * brightness[:, None] > 0.4
-    return EvaluationBatch(
-        images=in_patches(brightness.tolist())[:, None],
-        labels=torch.tensor([0, 1]),
-        index=torch.tensor([5, 6]),
-        digit=in_patches([[True, True, False, False]] * 2),
-        clutter=in_patches([[False, False, True, True], [False, False, True, False]]),
-        left_out=LeftOut(
-            images=in_patches(left_out.tolist())[:, :, None],
-            masks=in_patches(ink.tolist()),
-            ink=torch.tensor([[49, 25, 49, 49], [49, 49, 25, 0]]),
-        ),
+def test_squared_gradients_of_a_constant_feature_are_uniform():
+    network = KnownFeature([0.0, 0.0, 0.0, 0.0])
+    assert torch.equal(
+        explain.squared_gradient(network, pictures(3, 4, 4)), torch.full((3, 4), 0.25)
     )
 
 
-WEIGHTS = [4.0, 2.0, 2.0, 1.0]
-# of the two canvases' [CLS] to itself and to the four patches
-ATTENTION = torch.tensor([[0.3, 0.4, 0.1, 0.1, 0.1], [0.4, 0.1, 0.3, 0.1, 0.1]])
+def test_squared_gradients_estimate_the_norm_of_the_jacobian():
+    """The Jacobian is that of the L2-normalized feature with respect to the pixels."""
+    backbone = small_backbone(dim=6).double()
+    torch.nn.init.normal_(backbone.norm.weight)  # so that features differ in length
+    torch.nn.init.normal_(backbone.norm.bias)
+    images = pictures(1).double()
+
+    def feature(images):
+        return F.normalize(backbone(views.normalize(images)), dim=-1)[0]
+
+    jacobian = torch.autograd.functional.jacobian(feature, images)[:, 0]  # (dim, 3, 28, 28)
+    squares = jacobian.square().sum((0, 1)).view(1, 28, 28)
+    expected = explain.as_maps(metrics.patch_sums(squares, 7))
+    estimate = explain.squared_gradient(backbone, images, directions=500)
+    torch.testing.assert_close(estimate, expected, atol=0, rtol=0.2)
+    few_directions = explain.squared_gradient(backbone, images)
+    assert metrics.spearman(few_directions, expected, expected > 0).item() > 0.8
 
 
-def test_effects_of_a_network_that_weighs_patches():
-    """Its features are (1, a) at the angle atan a; of the first canvas, a = 4 + 1 + 2 + 1 = 8."""
-    network = WeighingNetwork(WEIGHTS, ATTENTION)
-    effects = explain.observe_effects(network, [batch_of_two_canvases()])
-    assert effects.labels.tolist() == [0, 1]
-    assert effects.index.tolist() == [5, 6]
-    assert effects.has_ink.tolist() == [[True] * 4, [True, True, True, False]]
-    assert torch.equal(effects.part_ink[0], 49 * torch.eye(4))
-    assert torch.equal(effects.part_ink[1], torch.diag(torch.tensor([49.0, 49.0, 49.0, 0.0])))
-    assert effects.canvas_ink.tolist() == [[49, 25, 49, 49], [49, 49, 25, 0]]
-    assert effects.pieces == 2
-
-    totals = [8, 7]
-    totals_without_patch = [[4, 7, 6, 7], [3, 5, 6, 7]]
-    for image in range(2):
-        for patch in range(4):
-            before = math.atan(totals[image])
-            angle = before - math.atan(totals_without_patch[image][patch])
-            blackening = effects.blackening[image, patch].item()
-            assert blackening == pytest.approx(1 - math.cos(angle), abs=1e-6)
-            distance = effects.distances[image, patch].item()
-            assert distance == pytest.approx(2 * math.sin(angle / 2), abs=1e-5)
-
-
-@pytest.mark.parametrize("distractors, pieces", [(0, 1), (1, 1), (3, 3)])
-def test_there_are_as_many_pieces_of_the_digit_as_distractors_or_one(distractors, pieces):
-    config = config_of(f"--preset laptop --num-distractors {distractors}")
-    backbone = small_backbone(pos_size=56)
-    batches = views.left_out_batches(config, DIGITS["test"], 2)
-    effects = explain.observe_effects(backbone, batches)
-    assert effects.pieces == pieces
-    assert effects.distances.shape == (2, pieces + distractors)
-
-
-def test_features_under_another_attention():
-    """Of (1, a), multiplied by the attention to [CLS] and to patch 0."""
-    network = WeighingNetwork(WEIGHTS, ATTENTION)
-    effects = explain.observe_effects(network, [batch_of_two_canvases()])
-    true = torch.tensor([[1.0, 8.0], [1.0, 7.0]])
-    torch.testing.assert_close(effects.features, F.normalize(true, dim=-1))
-    # The patches got 0.7 together on the first canvas, and 0.6 on the second.
-    even = true * torch.tensor([[0.3, 0.7 / 4], [0.4, 0.6 / 4]])
-    torch.testing.assert_close(effects.even_features, F.normalize(even, dim=-1))
-    swapped = true * torch.tensor([[0.4, 0.1], [0.3, 0.4]])
-    torch.testing.assert_close(effects.swapped_features, F.normalize(swapped, dim=-1))
-
-
-def test_registers_keep_their_share_of_an_even_attention():
-    network = WeighingNetwork(WEIGHTS)
-    network.shape = ViTShape(patch_size=PATCH_SIZE, registers=1)
-    even = explain.even_attention(ATTENTION, network)
-    expected = torch.tensor([[0.3, 0.4, 0.1, 0.1, 0.1], [0.4, 0.1, 0.5 / 3, 0.5 / 3, 0.5 / 3]])
-    torch.testing.assert_close(even, expected)
-
-
-def test_maps_are_not_faithful_to_a_network_to_which_nothing_matters():
-    network = WeighingNetwork([0.0, 0.0, 0.0, 0.0], ATTENTION)
-    effects = explain.observe_effects(network, [batch_of_two_canvases()])
-    assert (effects.blackening == 0).all()
-    maps = torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 2)
-    values = metrics.faithfulness(maps, effects)
-    assert values["patch_faithfulness"].tolist() == [0, 0]
-    assert values["object_faithfulness"][0] == 0
-
-
-def direct_effects_of(backbone):
-    """Direct effects of two canvases and of one blank one, and the whole effects."""
-    images = torch.zeros(3, 1, 28, 28, dtype=torch.float64)
-    images[:2] = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)).double()
-    has_ink = metrics.patch_sums(images[:, 0], PATCH_SIZE) > 0
+def test_the_cosine_of_a_feature_with_itself_has_no_gradient():
+    """So there is no gradient map without a target from outside."""
+    backbone = small_backbone().double()
+    images = pictures(2).double().requires_grad_()
     features = F.normalize(backbone(views.normalize(images)), dim=-1)
-    whole = explain.blackening_effects(backbone, images, has_ink, features)
-    return explain.direct_effects(backbone, images, has_ink), whole
+    cosines = (features * features.detach()).sum(-1)
+    (of_cosine,) = torch.autograd.grad(cosines.sum(), images, retain_graph=True)
+    (of_one_number,) = torch.autograd.grad(features[:, 0].sum(), images)
+    assert of_cosine.abs().max() < 1e-12 * of_one_number.abs().max()
+    assert (explain.squared_gradients(backbone, images, directions=1) > 0).all()
 
 
-@pytest.mark.parametrize("registers", [0, 2])
-def test_the_direct_effect_at_the_first_block_is_the_whole_effect(registers):
-    direct, whole = direct_effects_of(small_backbone(registers).double())
-    assert direct.shape == (3, 3, 16) and (whole[:2] > 0).all()
-    torch.testing.assert_close(direct[0], whole)
-    assert (direct[:, 2] == 0).all()  # the blank one has no patch to blacken
-    assert not torch.allclose(direct[1], whole, rtol=0.01)
-
-
-def test_everything_is_direct_if_the_first_blocks_mix_nothing():
-    backbone = small_backbone().double()
-    for block in backbone.blocks[:-1]:
-        torch.nn.init.zeros_(block.attn.proj.weight)
-    direct, whole = direct_effects_of(backbone)
-    torch.testing.assert_close(direct[-1], whole)
-
-
-def test_nothing_is_direct_if_the_last_block_reads_no_patch():
-    backbone = small_backbone().double()
-    torch.nn.init.zeros_(backbone.blocks[-1].attn.proj.weight)
-    direct, whole = direct_effects_of(backbone)
-    assert (whole[:2] > 0).all() and direct[-1].max() < 1e-12 < direct[1].max()
-
-
-def test_a_patch_without_ink_is_not_blackened():
-    """More patches than go through the network at a time, each with an effect of its own."""
-    rng = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("tokens", [1, 16, 40, 16 * 7])
+def test_squared_gradients_in_pieces_are_those_at_once(monkeypatch, tokens):
+    """Of 7 images with 16 patches, 1, 1, 2 or 7 are in a piece."""
     backbone = small_backbone()
-    images = torch.rand(8, 1, 28, 28, generator=rng)
-    has_ink = torch.rand(8, 16, generator=rng) < 0.9
-    assert has_ink.sum() > explain.BLACKENED_IMAGES
-    _, features = explain.cls_attention(backbone, views.normalize(images))
-    effects = explain.blackening_effects(backbone, images, has_ink, features)
-    for image in range(8):
-        for patch in range(16):
-            top = 7 * (patch // 4)
-            left = 7 * (patch % 4)
-            blackened = images[image].clone()
-            blackened[:, top : top + 7, left : left + 7] = 0
-            _, feature = explain.cls_attention(backbone, views.normalize(blackened[None]))
-            expected = 1 - (feature[0] @ features[image]).item()
-            if not has_ink[image, patch]:
-                expected = 0
-            assert effects[image, patch].item() == pytest.approx(expected, abs=1e-5)
+    images = pictures(7)
+    at_once = explain.squared_gradient(backbone, images)
+    pieces = []
+    backbone.patch_embed.register_forward_hook(lambda _, inputs, __: pieces.append(len(inputs[0])))
+    monkeypatch.setattr(explain, "PATCHES_PER_BACKWARD", tokens)
+    torch.testing.assert_close(explain.squared_gradient(backbone, images), at_once)
+    assert max(pieces) == max(1, tokens // 16)
+    assert sum(pieces) == 7
 
 
-def test_leaving_out_tokens_that_matter_and_tokens_that_do_not():
-    """Of ten patches a fifth is two: here the two that weigh most, or two that weigh nothing."""
-    network = WeighingNetwork([1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    images = views.normalize(torch.ones(3, 1, 14, 35))  # 2 × 5 patches
-    on_what_matters = torch.zeros(3, 10)
-    on_what_matters[:, :2] = 0.5
-    on_nothing = torch.zeros(3, 10)
-    on_nothing[:, 5:7] = 0.5
+def test_squared_gradients_do_not_depend_on_what_surrounds_them():
+    """Neither on gradients being off, nor on activations being recomputed, nor on a seed."""
+    backbone = small_backbone()
+    images = pictures(2)
+    maps = explain.squared_gradient(backbone, images)
+    with torch.no_grad():
+        assert torch.equal(explain.squared_gradient(backbone, images), maps)
+    torch.manual_seed(7)
+    assert torch.equal(explain.squared_gradient(backbone, images), maps)
+    backbone.checkpoint_blocks = True
+    torch.testing.assert_close(explain.squared_gradient(backbone, images), maps)
+    more = explain.squared_gradient(backbone, images, directions=64)
+    assert not torch.equal(more, maps)
+
+
+def test_gradient_maps_leave_network_and_images_as_they_were():
+    backbone = small_backbone()
+    images = pictures(2)
+    before = images.clone()
+    explain.squared_gradients(backbone, images, directions=1)
+    assert torch.equal(images, before)
+    assert not images.requires_grad
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+# ---------------------------------------------------------------------------------------- controls
+
+# A control reads nothing of a network but the side of a patch.
+PATCH_OF_TWO = SimpleNamespace(shape=ViTShape(patch_size=2))
+
+
+def grid_of_patches(rows: int, columns: int):
+    """Images without content, of this many patches of 2 × 2 pixels."""
+    return torch.zeros(2, 3, 2 * rows, 2 * columns)
+
+
+def test_brightness_by_hand():
+    """The means of the channels, summed over the patches, are 1, 3, 0 and 4."""
+    image = torch.zeros(1, 3, 2, 8)
+    image[0, 1, 0, 0:2] = 1  # two pixels of green, which are a third as bright as white
+    image[0, 2, 1, 1] = 1
+    image[0, :, 0, 2:4] = 1  # two pixels of white and two of grey
+    image[0, :, 1, 2:4] = 0.5
+    image[0, :, :, 6:8] = 1
+    maps = explain.brightness(PATCH_OF_TWO, image)
+    torch.testing.assert_close(maps, torch.tensor([[1.0, 3.0, 0.0, 4.0]]) / 8)
+
+
+def test_contrast_by_hand():
+    """Half white is ½, half grey is ¼, one white pixel of four is √3 / 4, and all grey is 0."""
+    image = torch.zeros(1, 3, 2, 8)
+    image[0, :, :, 0] = 1
+    image[0, :, :, 2] = 0.5
+    image[0, :, 0, 4] = 1
+    image[0, :, :, 6:8] = 0.5
+    maps = explain.contrast(PATCH_OF_TWO, image)
+    deviations = torch.tensor([[1 / 2, 1 / 4, math.sqrt(3) / 4, 0]])
+    torch.testing.assert_close(maps.float(), deviations / deviations.sum())
+
+
+def test_contrast_is_that_of_grey_levels():
+    """Beside black, red has a third of the contrast of white; beside green it has none."""
+    image = torch.zeros(1, 3, 2, 6)
+    image[0, 0, :, 0] = 1
+    image[0, 1, :, 1] = 1
+    image[0, 0, :, 2] = 1
+    image[0, :, :, 4] = 1
+    maps = explain.contrast(PATCH_OF_TWO, image)
+    expected = torch.tensor([[0.0, 0.25, 0.75]])
+    torch.testing.assert_close(maps.float(), expected, atol=1e-3, rtol=0)
+
+
+def test_flat_patches_have_no_contrast_whatever_their_grey_levels():
+    levels = pictures(1, 2, 8, channels=1)
+    image = levels.repeat_interleave(7, -1).repeat_interleave(7, -2)
+    image[0, 0, :7, :7] = pictures(1, 7, 7, channels=1)[0, 0]
+    maps = explain.contrast(small_backbone(), image)
+    assert maps[0, 0] > 1 - 1e-6
+    assert maps[0, 1:].max() < 1e-6
+
+
+@pytest.mark.parametrize("rows, columns", [(5, 5), (4, 4), (3, 8), (7, 2), (1, 6)])
+def test_centre_is_symmetric_and_highest_in_the_middle(rows, columns):
+    maps = explain.centre(PATCH_OF_TWO, grid_of_patches(rows, columns))
+    assert torch.equal(maps[0], maps[1])
+    grid = maps[0].view(rows, columns)
+    torch.testing.assert_close(grid.flip(0), grid)
+    torch.testing.assert_close(grid.flip(1), grid)
+    assert grid[rows // 2, columns // 2] == grid.max()
+    # it falls towards the rim along both sides, until it is too little for float32
+    assert (grid[rows // 2 :].diff(dim=0) < 0).all()
+    falling = grid[:, columns // 2 :].diff(dim=1)
+    assert ((falling < 0) | (grid[:, columns // 2 + 1 :] == 0)).all()
+
+
+def test_centre_by_hand():
+    """A step off the middle divides it by exp(1 / (2 σ²)), with σ a quarter of the shorter side."""
+    grid = explain.centre(PATCH_OF_TWO, grid_of_patches(5, 9))[0].view(5, 9)
+    one_step = math.exp(-1 / (2 * (5 / 4) ** 2))
+    assert (grid[2, 5] / grid[2, 4]).item() == pytest.approx(one_step)
+    assert (grid[1, 4] / grid[2, 4]).item() == pytest.approx(one_step)
+    assert (grid[1, 6] / grid[2, 4]).item() == pytest.approx(one_step**5)
+
+
+def test_random_is_uniform_noise_that_nothing_predicts():
+    """On 40 images of 16 × 16 patches, beside the other controls, its neighbour, another image."""
     rng = torch.Generator().manual_seed(0)
-    effects = explain.token_effects(network, images, [on_what_matters, on_nothing], rng, draws=200)
-    assert effects.shape == (3, 202)
-    without_both = 1 - math.cos(math.atan(3))  # (1, 3) becomes (1, 0)
-    expected = torch.tensor([without_both, 0.0]).expand(3, 2)
-    torch.testing.assert_close(effects[:, :2], expected, atol=1e-5, rtol=0)
+    images = torch.rand(40, 1, 32, 32, generator=rng) * torch.rand(40, 1, 1, 1, generator=rng)
+    maps = explain.random(PATCH_OF_TWO, images)
+    relative = maps * 256  # with the mean 1
+    assert relative.std().item() == pytest.approx(math.sqrt(1 / 3), abs=0.02)
+    assert 1.9 < relative.max() < 2.5
+    assert len(maps.unique(dim=0)) == 40  # each image has its own
 
-    # Of the 45 pairs of patches one has both that matter, 8 the first only, 8 the second only.
-    without_first = 1 - math.cos(math.atan(3) - math.atan(2))
-    without_second = 1 - math.cos(math.atan(3) - math.atan(1))
-    expected_mean = (without_both + 8 * without_first + 8 * without_second) / 45
-    assert effects[:, 2:].mean().item() == pytest.approx(expected_mean, rel=0.1)
-
-
-def test_token_effects_do_not_depend_on_how_many_images_go_together():
-    shape = ViTShape(patch_size=8, dim=32, depth=2, heads=2, pos_size=32)
-    torch.manual_seed(0)
-    backbone = VisionTransformer(shape).double()
-    images = torch.randn(20, 3, 32, 32).double()
-    maps = torch.rand(20, 16)
-    together = explain.token_effects(backbone, images, [maps], torch.Generator(), draws=3)
-    alone = explain.token_effects(backbone, images[:1], [maps[:1]], torch.Generator(), draws=3)
-    assert together.shape == (20, 4)
-    assert alone.shape == (1, 4)
-    torch.testing.assert_close(alone[:, 0], together[:1, 0])
-    assert (alone > 0).all()
+    everywhere = torch.ones(40, 256, dtype=torch.bool)
+    grid = maps.view(40, 16, 16)
+    position = torch.arange(256.0).expand(40, -1)
+    others = {
+        "brightness": explain.brightness(PATCH_OF_TWO, images),
+        "contrast": explain.contrast(PATCH_OF_TWO, images),
+        "centre": explain.centre(PATCH_OF_TWO, images),
+        "position": position,
+        "patch to the left": grid.roll(1, 2).flatten(1),
+        "patch above": grid.roll(1, 1).flatten(1),
+        "another image": maps.roll(1, 0),
+    }
+    for name, other in others.items():
+        correlation = metrics.spearman(maps, other.to(maps), everywhere).mean().item()
+        assert abs(correlation) < 0.05, name  # its standard error is 1 / √(40 · 256) = 0.01
 
 
-# ------------------------------------------------------------------------------- a pretended GPU
+# --------------------------------------------------------------------------------- a pretended GPU
 
 
-@pytest.fixture
-def pretended_gpu():
-    with PretendedGPU(), torch.no_grad():
-        yield
+# Of the maps of networks, squared_gradient needs gradients, which a pretended GPU does not have.
+ON_GPU = ["attention", "rollout", "norm_rollout"]
+ON_GPU += sorted(explain.CONTROLS)
 
 
+@pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("flags", ["--background texture --registers 1", "--dataset stl10"])
-def test_evaluation_stays_on_the_gpu(pretended_gpu, flags):
+def test_maps_stay_on_the_gpu(name, flags):
     config = config_of(f"--preset laptop --digits sklearn {flags}")
-    backbone = on_pretended_gpu(vit.build_network(config).backbone)
-    if config.dataset == "stl10":
-        # Photographs stay on the CPU until a batch of them is needed.
-        photos = torch.randint(256, (20, 3, 96, 96), dtype=torch.uint8)
-        split = Split(photos, torch.arange(20) % 10)
+    with PretendedGPU(), torch.no_grad():
+        backbone = on_pretended_gpu(vit.build_network(config).backbone)
+        if config.dataset == "stl10":
+            # Photographs stay on the CPU until a batch of them is needed.
+            photos = torch.randint(256, (20, 3, 96, 96), dtype=torch.uint8)
+            split = Split(photos, torch.arange(20) % 10)
+        else:
+            split = DIGITS["test"].to("cuda")
         batch = next(views.evaluation_batches(config, split, 10))
-    else:
-        split = DIGITS["test"].to("cuda")
-        batch = next(views.left_out_batches(config, split, 10))
-
-    images = views.normalize(batch.images.to("cuda"))
-    heads, features = explain.cls_attention(backbone, images)
-    rollout = explain.rollout(backbone, images)
-    assert heads.shape == (10, 3, 64)
-    assert features.shape == (10, 96)
-    assert rollout.shape == (10, 64)
-    rng = torch.Generator().manual_seed(0)
-    effects = explain.token_effects(backbone, images, [heads.mean(1), rollout], rng)
-    assert effects.shape == (10, 3)
-    tensors = [heads, features, rollout, effects]
-    if config.dataset != "stl10":
-        # Blackening finds patches by their index, which a fake tensor does not have.
-        tensors.append(metrics.patch_sums(batch.left_out.masks[:, 0], PATCH_SIZE))
-        tensors.append(explain.feature_distance(backbone, batch.left_out.images[:, 0], features))
-    assert {tensor.device.type for tensor in tensors} == {"cuda"}
+        maps = explain.MAPS[name](backbone, batch.images.to("cuda"))
+    assert maps.shape == (10, 64)
+    assert maps.device.type == "cuda"

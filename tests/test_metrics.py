@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -228,47 +229,97 @@ def test_spearman_agrees_with_scipy_with_ties_and_absent_entries(entries):
 
 
 def effects_on_two_canvases():
-    """What `faithfulness` reads of Effects: four patches, two pieces of the digit, two distractors.
+    """What `faithfulness` reads of CanvasEffects, of two canvases with four patches each.
 
-    The first distractor lies on patch 2. The second lies on patch 3, and on the second canvas it
-    has no ink.
+    There are two pieces of the digit and two distractors. The first distractor lies on patch 2. The
+    second lies on patch 3, and on the second canvas it has no ink. The ink of patches 0 and 1 is
+    equal, that of patch 3 is nearly equal to it; on the second canvas patch 3 is black.
     """
     part_ink = 49 * torch.eye(4).repeat(2, 1, 1)
     part_ink[1, 3] = 0
+    blackening = torch.tensor([[0.4, 0.1, 0.3, 0.1], [0.3, 0.2, 0.1, 0.0]])
+    at_last_block = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.01, 0.03, 0.02, 0.0]])
     return SimpleNamespace(
         pieces=2,
-        blackening=torch.tensor([[0.4, 0.1, 0.3, 0.1], [0.3, 0.2, 0.1, 0.0]]),
+        intensity=torch.tensor([[40.0, 40.0, 20.0, 39.0], [40.0, 40.0, 20.0, 0.0]]),
+        blackening=blackening,
+        direct=torch.stack([blackening, at_last_block], 1),
         has_ink=torch.tensor([[True, True, True, True], [True, True, True, False]]),
         distances=torch.tensor([[0.1, 0.9, 0.8, 0.3], [0.9, 0.1, 0.5, 0.0]]),
         part_ink=part_ink,
     )
 
 
-# The ranks of the effects are 4, 1½, 3, 1½ on the first canvas, and 3, 2, 1 on the second.
-@pytest.mark.parametrize(
-    "attention, of_patches, of_objects",
-    [
-        ([0.4, 0.1, 0.3, 0.2], [4.5 / (5 * 4.5) ** 0.5, 0.5], 1),
-        ([0.1, 0.2, 0.3, 0.4], [-3 / (5 * 4.5) ** 0.5, -1], -1),
-        ([0.25, 0.25, 0.25, 0.25], [0, 0], 0),
-    ],
-)
-def test_faithfulness_by_hand(attention, of_patches, of_objects):
-    maps = torch.tensor([attention, attention])
-    values = metrics.faithfulness(maps, effects_on_two_canvases())
-    assert values["patch_faithfulness"].tolist() == pytest.approx(of_patches)
+def two_maps(*attention):
+    """The same map of each of the two canvases."""
+    return torch.tensor([attention, attention])
+
+
+@dataclass
+class Faithfulness:
+    """A map of the two canvases, and its values on the first and the second one."""
+
+    attention: list[float]
+    of_patches: list[float]
+    direct: list[float]
+    equal_ink: list[float]
+    of_first_objects: float
+
+
+# The ranks of the effects are 4, 1½, 3, 1½ on the first canvas, and 3, 2, 1 on the second; those of
+# the direct effects are 1, 2, 3, 4, and 1, 3, 2. Pairs of equal ink are (0, 1), (0, 3), (1, 3), the
+# last with tied effects, and (0, 1).
+FAITHFULNESS = [
+    Faithfulness([0.4, 0.1, 0.3, 0.2], [4.5 / (5 * 4.5) ** 0.5, 0.5], [-0.4, -1], [2.5, 1], 1),
+    Faithfulness([0.1, 0.2, 0.3, 0.4], [-3 / (5 * 4.5) ** 0.5, -1], [1, 0.5], [0.5, 0], -1),
+    Faithfulness([0.25, 0.25, 0.25, 0.25], [0, 0], [0, 0], [1.5, 0.5], 0),
+]
+
+
+@pytest.mark.parametrize("expected", FAITHFULNESS, ids=lambda expected: str(expected.attention))
+def test_faithfulness_by_hand(expected):
+    values = metrics.faithfulness(two_maps(*expected.attention), effects_on_two_canvases())
+    assert values["patch_faithfulness"].tolist() == pytest.approx(expected.of_patches)
+    assert values["direct_faithfulness"].tolist() == pytest.approx(expected.direct)
+    assert values["equal_ink"].tolist() == pytest.approx(expected.equal_ink)
+    assert values["ink_pairs"].tolist() == [3, 1]
     first, second = values["object_faithfulness"].tolist()
-    assert first == pytest.approx(of_objects)
+    assert first == pytest.approx(expected.of_first_objects)
     assert math.isnan(second)  # only one of its distractors has ink
+
+
+def test_images_without_pairs_of_equal_ink_do_not_count():
+    """Two black patches of the second canvas are no pair."""
+    effects = effects_on_two_canvases()
+    effects.intensity[1] = torch.tensor([40.0, 30.0, 0.0, 0.0])
+    effects.has_ink[1] = torch.tensor([True, True, False, False])
+    values = metrics.faithfulness(two_maps(0.4, 0.1, 0.3, 0.2), effects)
+    for name, of_first in {"equal_ink": 2.5, "ink_pairs": 3}.items():
+        first, second = values[name].tolist()
+        assert first == of_first
+        assert math.isnan(second)
+
+
+def test_direct_effects_that_are_not_measured_have_no_faithfulness():
+    effects = effects_on_two_canvases()
+    effects.direct[0] = torch.nan
+    values = metrics.faithfulness(two_maps(0.4, 0.1, 0.3, 0.2), effects)
+    first, second = values["direct_faithfulness"].tolist()
+    assert math.isnan(first)
+    assert second == pytest.approx(-1)
+    assert values["patch_faithfulness"].isfinite().all()
 
 
 def test_uniform_attention_is_the_same_on_distractors_of_equal_ink():
     """However their ink is spread: rounding would make a rank of nothing."""
     spread = torch.rand(50, 3, 49, generator=generator(6)).argsort(-1)
     part_ink = torch.cat([torch.zeros(50, 3, 49), (spread % 7).float()], dim=1)  # 147 pixels each
+    blackening = torch.rand(50, 49, generator=generator(7))
     effects = SimpleNamespace(
         pieces=3,
-        blackening=torch.rand(50, 49, generator=generator(7)),
+        intensity=torch.ones(50, 49),
+        blackening=blackening,
+        direct=blackening[:, None],
         has_ink=torch.ones(50, 49, dtype=torch.bool),
         distances=torch.rand(50, 6, generator=generator(8)),
         part_ink=part_ink,
@@ -276,6 +327,7 @@ def test_uniform_attention_is_the_same_on_distractors_of_equal_ink():
     values = metrics.faithfulness(torch.full((50, 49), 1 / 49), effects)
     assert (values["object_faithfulness"] == 0).all()
     assert (values["patch_faithfulness"] == 0).all()
+    assert (values["equal_ink"] == values["ink_pairs"] / 2).all()
 
 
 def test_canvases_without_distractors_have_no_object_faithfulness():
@@ -327,6 +379,28 @@ def test_a_map_of_the_dose_orders_pairs_of_equal_ink_by_chance():
     assert (wins.sum() / pairs.sum()).item() > 0.95
 
 
+# The cosines of two curves, and the area between them: each is 1 where nothing is left out.
+FALLING = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]  # a straight line
+CURVES = [
+    ([1.0] * 10, [1.0] * 10, 0),
+    (FALLING, FALLING, 0),
+    (FALLING, [1.0] * 10, 0.5),  # a triangle
+    ([0.0] * 10, [1.0] * 10, 0.95),  # a square that lacks half of the first step
+    ([1.0] * 9 + [0.0], [1.0] * 10, 0.05),  # half of the last step
+    ([1.0] * 4 + [0.5] + [1.0] * 5, [1.0] * 10, 0.05),
+    ([-1.0] * 10, [1.0] * 10, 1.9),
+]
+
+
+def test_relevance_gain_is_the_area_between_the_curves():
+    most_first = torch.tensor([curves[0] for curves in CURVES])
+    least_first = torch.tensor([curves[1] for curves in CURVES])
+    areas = [curves[2] for curves in CURVES]
+    assert metrics.relevance_gain(most_first, least_first).tolist() == pytest.approx(areas)
+    swapped = metrics.relevance_gain(least_first, most_first).tolist()
+    assert swapped == pytest.approx([-area for area in areas])
+
+
 # --------------------------------------------------------------------------------------- intervals
 
 
@@ -356,6 +430,21 @@ def test_a_cell_holds_percentiles_and_what_is_not_finite_is_none():
     nothing = torch.tensor([torch.nan, torch.nan])
     cell = metrics.interval_cell(nothing, nothing)
     assert cell == {"value": None, "low": None, "high": None, "images": 0}
+
+
+def test_a_single_image_has_no_interval():
+    """All its resamples are alike, which would look like certainty."""
+    for values in (torch.tensor([7.0]), torch.tensor([torch.nan, 7.0, torch.nan])):
+        means = metrics.weighted_means(values, metrics.bootstrap_weights(torch.arange(len(values))))
+        cell = metrics.interval_cell(means, values)
+        assert cell == {"value": 7.0, "low": None, "high": None, "images": 1}
+
+
+def test_without_resamples_there_is_no_interval():
+    values = torch.tensor([1.0, 3.0])
+    means = metrics.weighted_means(values, metrics.bootstrap_weights(torch.arange(2), resamples=0))
+    cell = metrics.interval_cell(means, values)
+    assert cell == {"value": 2.0, "low": None, "high": None, "images": 2}
 
 
 def test_missing_values_are_left_out_of_a_mean():

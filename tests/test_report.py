@@ -1,475 +1,49 @@
-"""Tables of networks whose attention is known, and the sentences that are printed about them."""
+"""What is printed about networks: the sentences, a line of an epoch, and the table."""
 
-import json
-import math
 from dataclasses import asdict, replace
 
 import pytest
-import torch
-import torch.nn.functional as F
-from helpers import DIGITS, config_of
+from helpers import DIGITS, TINY, config_of
 
-import explain
-import metrics
+import evaluate
 import report
 import vit
-from explain import Effects, Observation
-from settings import Config
-from views import evaluation_batches, left_out_batches
-from vit import VisionTransformer, ViTShape
+from observe import row_of
 
-PATCHES = 64  # of a canvas in the laptop preset
-PATCH_SIZE = 7
-PATCH_AREA = 49
 CONFIG = config_of("--preset laptop --digits sklearn")
+SQUARED_GRADIENT = "squared_gradient"
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def backbone_of(seed: int = 0) -> VisionTransformer:
-    return vit.build_network(replace(CONFIG, seed=seed)).backbone
-
-
-def map_on(*patches):
-    """A map with equal attention on these of 64 patches, and none on the others: (64,)."""
-    row = torch.zeros(PATCHES)
-    row[list(patches)] = 1 / len(patches)
-    return row
-
-
-def observe_known_heads(
-    heads_of_batch, count: int = 1000, layout: str = "matched", config: Config = CONFIG
-) -> Observation:
-    """What is observed of canvases by a network whose heads are known.
-
-    `heads_of_batch` is a function from a batch of b canvases to attention (b, heads, 64).
-    """
-    batches = list(evaluation_batches(config, DIGITS["test"], count, layout))
-    images = torch.cat([batch.images for batch in batches])
-    digit = torch.cat([batch.digit for batch in batches])
-    clutter = torch.cat([batch.clutter for batch in batches])
-    return Observation(
-        labels=torch.cat([batch.labels for batch in batches]),
-        index=torch.cat([batch.index for batch in batches]),
-        features={},
-        attention={"trained": torch.cat([heads_of_batch(batch) for batch in batches])},
-        patch_area=PATCH_AREA,
-        digit=metrics.patch_sums(digit, PATCH_SIZE),
-        clutter=metrics.patch_sums(clutter, PATCH_SIZE),
-        intensity=metrics.patch_sums(images[:, 0], PATCH_SIZE),
-    )
-
-
-def table_of(heads_of_batch, count: int = 1000, layout: str = "matched") -> dict:
-    return report.measure_attention(
-        observe_known_heads(heads_of_batch, count, layout), resamples=200
-    )
-
-
-def look_at_the_digit(batch):
-    """Three heads that all look at the pixels of the digit."""
-    pixels = metrics.patch_sums(batch.digit, PATCH_SIZE) + 1e-6
-    maps = pixels / pixels.sum(-1, keepdim=True)
-    return maps[:, None].expand(-1, 3, -1)
-
-
-def observe_backbones(networks: dict, config=CONFIG, count: int = 20, effect_count: int = 10):
-    """The Observation and the Effects of real networks."""
-    batches = evaluation_batches(config, DIGITS["test"], count)
-    observation = explain.observe(networks, batches, with_rollout=True)
-    batches = left_out_batches(config, DIGITS["test"], effect_count)
-    return observation, explain.observe_effects(networks["trained"], batches)
-
-
-# --------------------------------------------------------------------------------------- the table
-
-
-@pytest.mark.parametrize("layout", ["matched", "paper"])
-def test_baselines_have_the_values_that_theory_gives(layout):
-    table = table_of(lambda batch: torch.full((100, 2, PATCHES), 1 / PATCHES), layout=layout)
-    for row in ("mean", "head_1", "head_2", "uniform", "ink", "shuffled"):
-        assert table[row]["selectivity"]["value"] == pytest.approx(1, abs=1e-5)
-        assert table[row]["auroc"]["value"] == pytest.approx(0.5, abs=1e-6)
-    for region in ("digit", "clutter", "background", "far_background"):
-        assert table["uniform"][f"{region}_density"]["value"] == pytest.approx(1, abs=1e-5)
-    assert table["ink"]["far_background_density"]["value"] == 0
-    assert table["oracle"]["of_oracle"]["value"] == pytest.approx(1)
-    assert table["oracle"]["auroc"]["value"] > 0.9
-    # Brightness is no null: strokes of a digit are denser than clutter.
-    assert table["brightness"]["selectivity"]["low"] > 1.2
-    assert table["brightness"]["auroc"]["low"] > 0.6
-    assert table["mean"]["diversity"]["value"] == pytest.approx(0, abs=1e-6)
-    assert "diversity" not in table["head_1"]
-    assert "untrained" not in table
-    assert "rollout" not in table
-
-
-def test_brightness_also_lies_on_a_texture():
-    config = replace(CONFIG, background="texture")
-    observation = observe_known_heads(look_at_the_digit, count=100, config=config)
-    table = report.measure_attention(observation, resamples=0)
-    assert table["brightness"]["far_background_density"]["value"] > 0.1
-
-
-def test_a_map_that_does_not_depend_on_the_image_earns_nothing_on_layout_matched():
-    """In the middle, at a corner, or random. On layout `paper` the middle does score."""
-    offset = torch.arange(8) - 3.5
-    row, column = torch.meshgrid(offset, offset, indexing="ij")
-    middle = torch.exp(-(row**2 + column**2) / 4.5)
-    corner = torch.exp(-(row + column) / 4)
-    anywhere = torch.rand(8, 8, generator=generator(1))
-    heads = torch.stack([middle, corner, anywhere]).flatten(1)
-    heads = (heads / heads.sum(-1, keepdim=True)).expand(100, -1, -1)
-    matched = table_of(lambda batch: heads, count=4000)
-    for name in ("head_1", "head_2", "head_3", "shuffled"):
-        assert 0.47 < matched[name]["auroc"]["value"] < 0.53, name
-    paper = table_of(lambda batch: heads, layout="paper")
-    assert paper["head_1"]["auroc"]["value"] > 0.6
-
-
-def test_a_network_that_looks_at_the_digit():
-    """Its maps are selective on their own canvases, and not on those of other images."""
-    observation = observe_known_heads(look_at_the_digit)
-    table = report.measure_attention(observation, resamples=200)
-    assert table["mean"]["selectivity"]["low"] > 3
-    assert table["mean"]["auroc"]["value"] > 0.9
-    shuffled = table["shuffled"]
-    assert shuffled["selectivity"]["low"] < 1 < shuffled["selectivity"]["high"]
-    assert 0.47 < shuffled["auroc"]["value"] < 0.53
-    assert all(900 < cell["images"] <= 1000 for cell in table["mean"].values())
-
-    entropy = metrics.entropy(observation.attention["trained"].mean(1).double())
-    weights = metrics.bootstrap_weights(observation.index, resamples=200)
-    expected = metrics.interval_cell(metrics.weighted_means(entropy, weights), entropy)
-    assert table["mean"]["entropy"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_heads_their_mean_and_another_network_have_rows_of_their_own():
-    observation = observe_known_heads(
-        lambda batch: torch.stack([map_on(0), map_on(9)]).expand(100, -1, -1), count=100
-    )
-    observation.attention["untrained"] = map_on(20).expand(100, 1, -1)
-    observation.rollout = map_on(30).expand(100, -1)
-    table = report.measure_attention(observation, resamples=0)
-
-    # the digit density of a map that lies on a single patch, for each patch
-    digit_share = observation.digit / observation.digit.sum(-1, keepdim=True)
-    density = PATCHES * digit_share.mean(0)
-    expected = {
-        "head_1": density[0],
-        "head_2": density[9],
-        "mean": (density[0] + density[9]) / 2,
-        "untrained": density[20],
-        "rollout": density[30],
-    }
-    for row, value in expected.items():
-        assert table[row]["digit_density"]["value"] == pytest.approx(value.item(), abs=1e-5)
-        assert table[row]["digit_density"]["low"] is None  # nothing was resampled
-    assert table["mean"]["diversity"]["value"] == pytest.approx(1)
-    assert table["untrained"]["diversity"]["value"] is None  # it has one head
-
-
-def test_selectivity_is_over_images_with_clutter():
-    """Where the network looks on a canvas without clutter does not count."""
-    digit = torch.zeros(2, PATCHES)
-    digit[:, 0] = 49
-    clutter = torch.zeros(2, PATCHES)
-    clutter[0, 8] = 49
-    observation = Observation(
-        labels=torch.tensor([1, 1]),
-        index=torch.tensor([0, 1]),
-        features={},
-        attention={"trained": torch.stack([torch.full((64,), 1 / 64), map_on(0)])[:, None]},
-        patch_area=PATCH_AREA,
-        digit=digit,
-        clutter=clutter,
-        intensity=digit + clutter,
-    )
-    cells = report.measure_attention(observation, resamples=10)["mean"]
-    assert cells["selectivity"]["value"] == pytest.approx(1)
-    assert cells["digit_density"]["value"] == pytest.approx((1 + 64) / 2)
-    assert cells["selectivity"]["images"] == 1
-    assert cells["auroc"]["images"] == 1
-    assert cells["pointing"]["images"] == 2
-
-
-def test_photographs_have_neither_masks_nor_baselines():
-    observation = Observation(
-        labels=torch.arange(5),
-        index=torch.arange(5),
-        features={},
-        attention={"trained": torch.rand(5, 2, PATCHES, generator=generator(0)).softmax(-1)},
-        patch_area=PATCH_AREA,
-    )
-    table = report.measure_attention(observation, resamples=10)
-    assert table.keys() == {"mean", "head_1", "head_2"}
-    assert table["mean"].keys() == {"entropy", "diversity"}
-    assert table["head_1"].keys() == {"entropy"}
-
-
-def test_two_metrics_compare_a_row_with_another_row():
-    observation, effects = observe_backbones({"trained": backbone_of()}, count=100)
-    table = report.measure_attention(observation, effects, resamples=50)
-    mean = table["mean"]
-    log_oracle = math.log(table["oracle"]["selectivity"]["value"])
-    share = math.log(mean["selectivity"]["value"]) / log_oracle
-    assert mean["of_oracle"]["value"] == pytest.approx(share)
-    assert mean["of_oracle"]["images"] == mean["selectivity"]["images"]
-
-    brightness = table["brightness"]
-    difference = mean["patch_faithfulness"]["value"] - brightness["patch_faithfulness"]["value"]
-    assert mean["patch_faithfulness_less_brightness"]["value"] == pytest.approx(difference)
-    # The same resampled canvases are compared, so brightness is never above itself.
-    assert brightness["patch_faithfulness_less_brightness"]["low"] == 0
-    assert brightness["patch_faithfulness_less_brightness"]["high"] == 0
-
-
-def test_effects_may_be_of_the_first_canvases_only():
-    observation, effects = observe_backbones({"trained": backbone_of()}, count=20, effect_count=10)
-    table = report.measure_attention(observation, effects, resamples=0)
-    assert table["mean"]["patch_faithfulness"]["images"] == 10
-    assert table["mean"]["entropy"]["images"] == 20
-    maps = observation.attention["trained"].mean(1)[:10]
-    expected = metrics.faithfulness(maps, effects)["patch_faithfulness"].mean().item()
-    assert table["mean"]["patch_faithfulness"]["value"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_table_of_canvases_without_distractors_holds_no_nan():
-    config = replace(CONFIG, num_distractors=0)
-    observation, effects = observe_backbones({"trained": backbone_of()}, config, effect_count=20)
-    table = report.measure_attention(observation, effects, resamples=20)
-    assert table["mean"]["object_faithfulness"]["value"] is None
-    assert table["mean"]["selectivity"]["value"] is None
-    assert table["uniform"]["patch_faithfulness"]["value"] == 0
-    assert table["mean"]["patch_faithfulness"]["images"] == 20
-    json.dumps(table, allow_nan=False)
-
-
-# ----------------------------------------------------------------------------- features and effects
-
-
-def unit_vectors(angles):
-    """Features (n, 2) at these angles."""
-    angles = torch.tensor(angles)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-def observation_of(features, labels) -> Observation:
-    """What is observed of images if only their features count; each image is a digit of its own."""
-    return Observation(
-        labels=torch.tensor(labels),
-        index=torch.arange(len(labels)),
-        features={"trained": features},
-        attention={},
-        patch_area=PATCH_AREA,
-    )
-
-
-def test_accuracy_is_the_share_of_right_answers(monkeypatch):
-    monkeypatch.setattr(metrics, "NEIGHBOURS", 1)
-    bank = observation_of(unit_vectors([0.0, 1.0, 2.0]), [0, 1, 2])
-    images = observation_of(unit_vectors([0.1, 1.1, 2.1, 0.2]), [0, 1, 2, 2])
-    cell = report.accuracy(bank, images.features["trained"], images)
-    assert cell["value"] == pytest.approx(3 / 4)
-    assert 0 <= cell["low"] < 3 / 4 < cell["high"] <= 1
-    assert cell["images"] == 4
-
-
-def test_accuracy_of_a_classifier_without_an_answer_is_none():
-    bank = observation_of(unit_vectors([0.0, 1.0]), [3, 3])
-    cell = report.accuracy(bank, bank.features["trained"], bank, classify=metrics.linear_probe)
-    assert cell == {"value": None, "low": None, "high": None, "images": 0}
-
-
-def test_what_effects_say_about_a_network():
-    """Two canvases of one digit each, with two pieces of the digit and two distractors."""
-    features = unit_vectors([0.0, 1.0])
-    distances = torch.tensor([[0.2, 0.4, 0.1, 0.1], [0.3, 0.3, 0.2, 0.0]])
-    canvas_ink = torch.tensor([[10, 20, 10, 5], [10, 30, 20, 40]])
-    effects = Effects(
-        labels=torch.tensor([0, 1]),
-        index=torch.tensor([0, 1]),
-        features=features,
-        even_features=unit_vectors([0.5, 1.2]),
-        swapped_features=features.flip(0),
-        has_ink=torch.ones(2, 4, dtype=torch.bool),
-        blackening=torch.zeros(2, 4),
-        distances=distances,
-        part_ink=torch.zeros(2, 4, 4),
-        canvas_ink=canvas_ink,
-    )
-    result = report.measure_effects(effects, observation_of(features, [0, 1]))
-    # distance for each pixel of ink, summed over the two canvases
-    of_digit = (0.02 + 0.02) + (0.03 + 0.01)
-    of_distractors = (0.01 + 0.02) + (0.01 + 0)
-    assert result["causal_selectivity"]["value"] == pytest.approx(of_digit / of_distractors)
-
-    matters = result["attention_matters"]
-    assert matters["two_canvases"] == pytest.approx(math.cos(1), abs=1e-6)
-    assert matters["features"]["cosine"]["value"] == pytest.approx(1)
-    even_cosine = (math.cos(0.5) + math.cos(0.2)) / 2
-    assert matters["even"]["cosine"]["value"] == pytest.approx(even_cosine)
-    assert matters["swapped"]["cosine"]["value"] == pytest.approx(math.cos(1), abs=1e-6)
-    assert matters["features"]["knn"]["value"] == 1
-    assert matters["swapped"]["knn"]["value"] == 0
-
-
-def test_token_effects_are_ratios_of_mean_effects():
-    observation = observation_of(torch.zeros(2, 2), [0, 1])
-    observation.token_effects = torch.tensor([[0.4, 0.2, 0.1], [0.2, 0.4, 0.3]])
-    result = report.measure_token_effects(observation)
-    assert result["mean"]["value"] == pytest.approx(0.6 / 0.4)
-    assert result["rollout"]["value"] == pytest.approx(0.6 / 0.4)
-    assert result["mean"]["low"] == pytest.approx(0.2 / 0.3)  # the second photograph twice
-    assert result["mean"]["high"] == pytest.approx(4)
-    assert result["rollout"]["high"] == pytest.approx(2)
-
-
-# ---------------------------------------------------------------------------------- the evaluation
-
-
-@pytest.fixture
-def sixty_images(monkeypatch):
-    for name in ("TEST_IMAGES", "BANK_IMAGES", "VALIDATION_IMAGES", "VALIDATION_BANK"):
-        monkeypatch.setattr(report, name, 60)
-
-
-def test_the_best_head_is_chosen_on_validation_canvases(sixty_images, monkeypatch):
-    """Head 2 looks at the digits of the validation split, head 1 at those of the test split."""
-    current = {}
-
-    def remember_batches(config, split, *args, **kwargs):
-        for batch in evaluation_batches(config, split, *args, **kwargs):
-            current["batch"] = batch
-            current["looking_head"] = 1 if split is DIGITS["validation"] else 0
-            yield batch
-
-    cls_attention = explain.cls_attention
-
-    def attend(backbone, images):
-        _, features = cls_attention(backbone, images)
-        maps = torch.full((len(images), 3, PATCHES), 1 / PATCHES)
-        maps[:, current["looking_head"]] = look_at_the_digit(current["batch"])[:, 0]
-        return maps, features
-
-    monkeypatch.setattr(report, "evaluation_batches", remember_batches)
-    monkeypatch.setattr(explain, "cls_attention", attend)
-    evaluation = report.evaluate("a.pth", CONFIG, None, backbone_of(), DIGITS)
-    result = evaluation.result
-    assert result["best_head"] == "head_2"
-    for layout in ("matched", "paper"):
-        assert result[layout]["head_1"]["selectivity"]["low"] > 2
-        assert result[layout]["head_2"]["selectivity"]["value"] == pytest.approx(1, abs=1e-5)
-
-
-def test_the_untrained_backbone_is_that_of_the_first_step(tmp_path, capsys):
-    """With the weights that the run started from, if it started from any."""
-    random = report.untrained_backbone(CONFIG)
-    assert torch.equal(random.pos_embed, backbone_of().pos_embed)
-    path = tmp_path / "w.pth"
-    torch.save(backbone_of(seed=1).state_dict(), path)
-    config = replace(CONFIG, weights=str(path))
-    start = report.untrained_backbone(config).state_dict()
-    for name, value in backbone_of(seed=1).state_dict().items():
-        assert torch.equal(start[name], value), name
-
-    path.unlink()
-    assert report.untrained_backbone(config) is None
-    warning = capsys.readouterr().err
-    assert warning.startswith(f"warning: the untrained network cannot be shown: {path}: no such")
-    assert warning.count("\n") == 1
-
-
-def test_trying_changes_on_canvases_takes_a_bearable_time():
-    assert report.effect_images(backbone_of(), 56) == 1000
-    one_block = VisionTransformer(ViTShape(depth=1))
-    assert report.effect_images(one_block, 224) == 20
-
-
-def observe_validation(backbone: VisionTransformer, seed: int):
-    """What is observed in the validation of a run with this seed: of its images, of its bank."""
-    networks = {"trained": backbone}
-    images, bank_images = report.validation_batches(replace(CONFIG, seed=seed), DIGITS)
-    return explain.observe(networks, images), explain.observe(networks, bank_images)
-
-
-def test_validation_measures_the_same_images_for_every_run(sixty_images):
-    backbone = backbone_of()
-    observation, bank = observe_validation(backbone, seed=0)
-    line = report.validate(observation, bank)
-    assert line == report.validate(*observe_validation(backbone, seed=1))
-
-    table = report.measure_attention(observation, resamples=0)
-    assert line.keys() - {"images", "knn", "mean_cosine"} == table.keys()
-    assert line["mean"].keys() == {"selectivity", "auroc", "pointing", "entropy", "diversity"}
-    for row, cells in table.items():
-        for name, value in line[row].items():
-            assert value == cells[name]["value"], (row, name)
-
-    assert line["images"] == 60
-    assert torch.equal(observation.labels, DIGITS["validation"].labels[observation.index])
-    assert torch.equal(bank.labels, DIGITS["train"].labels[bank.index])
-    queries = observation.features["trained"]
-    bank_features = bank.features["trained"]
-    torch.testing.assert_close(bank_features.norm(dim=-1), torch.ones(60))
-    predicted = metrics.knn_classify(bank_features, bank.labels, queries)
-    accuracy = (predicted == observation.labels).double().mean().item()
-    assert line["knn"] == pytest.approx(accuracy)
-    assert line["mean_cosine"] == pytest.approx(metrics.mean_cosine(queries))
-
-
-def warning_after(epoch: int, validation: dict, loss: str = "nce") -> str | None:
-    """The collapse warning of a run whose log has epoch 0 and this line."""
-    config = replace(CONFIG, loss=loss)
-    assert config.warmup * config.epochs == 1.5
-    untrained = {"epoch": 0, "validation": {"mean_cosine": 0.985}}
-    return report.collapse_warning(config, [untrained, {"epoch": epoch, "validation": validation}])
-
-
-def test_a_network_has_collapsed_if_its_features_point_one_way():
-    direction = torch.randn(1, 9, generator=generator(0)).expand(50, 9)
-    mean_cosine = metrics.mean_cosine(F.normalize(direction, dim=-1))
-    assert "the network has collapsed" in warning_after(3, {"mean_cosine": mean_cosine})
-    different = torch.randn(50, 9, generator=generator(1))
-    mean_cosine = metrics.mean_cosine(F.normalize(different, dim=-1))
-    assert warning_after(3, {"mean_cosine": mean_cosine}) is None
-    # less than before training: it has begun to learn
-    assert warning_after(3, {"mean_cosine": 0.984}) is None
-    # the learning rate still rises
-    assert warning_after(1, {"mean_cosine": 0.999}) is None
-    # of a log of an earlier version
-    assert warning_after(3, {}) is None
-
-
-@pytest.mark.parametrize(
-    "entropy_of_mean, mean_entropy, has_collapsed",
-    [(1, 0.999, True), (0.001, 0, True), (0.95, 0.9, False), (1, 0, False)],
-)
-def test_a_teacher_has_collapsed_if_it_says_the_same_of_every_image(
-    entropy_of_mean, mean_entropy, has_collapsed
-):
-    validation = {
-        "mean_cosine": 0.5,
-        "entropy_of_mean": entropy_of_mean,
-        "mean_entropy": mean_entropy,
-    }
-    warning = warning_after(3, validation, loss="dino")
-    if has_collapsed:
-        assert "--centering sinkhorn_knopp" in warning
-    else:
-        assert warning is None
-
-
-# ----------------------------------------------------------------------------------- the sentences
-
-
-def cell(value, low, high) -> dict:
+def cell(value, low=None, high=None) -> dict:
     return {"value": value, "low": low, "high": high, "images": 1000}
 
 
+def around(value: float | None) -> dict:
+    """A cell whose interval reaches 0.02 to either side, or a cell without a value."""
+    if value is None:
+        return cell(None)
+    return cell(value, value - 0.02, value + 0.02)
+
+
+NOTHING = (None, None, None)
 ABOVE_BRIGHTNESS = (1.9, 1.8, 2.0)  # a selectivity (value, low, high)
+EQUAL_INK = {
+    "mean": 0.55,
+    "rollout": 0.6,
+    "norm_rollout": 0.65,
+    "squared_gradient": 0.75,
+    "brightness": 0.51,
+    "random": 0.49,
+}
+SRG = {
+    "mean": 0.1,
+    "rollout": 0.15,
+    "norm_rollout": 0.2,
+    "squared_gradient": 0.3,
+    "contrast": 0.12,
+    "centre": 0.05,
+    "random": 0.0,
+}
 SAME_IN_ALL_ROWS = {
     "auroc": cell(0.25, 0.24, 0.26),
     "pointing": cell(0.25, 0.24, 0.26),
@@ -479,8 +53,8 @@ SAME_IN_ALL_ROWS = {
     "diversity": cell(0.25, 0.24, 0.26),
     "of_oracle": cell(0.85, 0.84, 0.86),
     "patch_faithfulness": cell(0.85, 0.84, 0.86),
-    "object_faithfulness": cell(0.85, 0.84, 0.86),
-    "patch_faithfulness_less_brightness": cell(0.1, 0.05, 0.15),
+    "object_faithfulness": cell(0.45, 0.44, 0.46),
+    "direct_faithfulness": cell(0.35, 0.34, 0.36),
     "digit_density": cell(12.345, 11.345, 13.345),
     "clutter_density": cell(12.345, 11.345, 13.345),
     "background_density": cell(12.345, 11.345, 13.345),
@@ -488,14 +62,22 @@ SAME_IN_ALL_ROWS = {
 }
 
 
-def result_of(mean, best=None, shuffled=(1.0, 0.9, 1.1), heads: int = 2) -> dict:
-    """A result of `evaluate` with these selectivities (value, low, high); head 2 is the best."""
+def result_of(
+    mean=ABOVE_BRIGHTNESS, best=None, shuffled=(1.0, 0.9, 1.1), heads: int = 2, equal_ink=EQUAL_INK
+) -> dict:
+    """A result of `evaluate` with these selectivities (value, low, high); head 2 is the best.
+
+    `equal_ink` is a value for rows, around which intervals reach 0.02; it is 0.4 for other rows.
+    """
     selectivities = {"mean": mean}
     for number in range(1, heads + 1):
         selectivities[f"head_{number}"] = mean
     selectivities |= {
         "head_2": best or mean,
         "rollout": (1.3, 1.2, 1.4),
+        "norm_rollout": (1.3, 1.2, 1.4),
+        "squared_gradient": (1.3, 1.2, 1.4),
+        "random": (1, 1, 1),
         "brightness": (1.3, 1.2, 1.4),
         "ink": (1, 1, 1),
         "oracle": (8, 7, 9),
@@ -504,66 +86,96 @@ def result_of(mean, best=None, shuffled=(1.0, 0.9, 1.1), heads: int = 2) -> dict
         "untrained": (1.1, 1, 1.2),
     }
     table = {
-        row: {"selectivity": cell(*selectivity)} | SAME_IN_ALL_ROWS
+        row: SAME_IN_ALL_ROWS
+        | {"selectivity": cell(*selectivity), "equal_ink": around(equal_ink.get(row, 0.4))}
         for row, selectivity in selectivities.items()
     }
     accuracies = {"knn": cell(0.434, 0.4, 0.5), "linear_probe": cell(0.434, 0.4, 0.5)}
-    even = {"cosine": cell(0.123, 0.1, 0.2), "knn": cell(0.1, 0.0, 0.2)}
     return {
         "checkpoint": "run/ckpt.pth",
-        "description": report.describe(CONFIG, epoch=2),
+        "description": evaluate.describe(CONFIG, epoch=2),
         "epoch": 2,
         "collapse": None,
         "settings": asdict(CONFIG),
         "fallbacks": [],
         "best_head": "head_2",
         "matched": table,
-        "paper": table,
+        "paper": {},  # nothing is said of this layout
+        "untrained": {row_of(name): table[row_of(name)] for name in evaluate.CANVAS_MAPS},
         "features": accuracies,
         "untrained_features": accuracies,
         "causal_selectivity": cell(2.34, 2.2, 2.5),
-        "attention_matters": {"two_canvases": 0.456, "even": even},
+        "direct_share": [around(1.0), around(0.5), around(0.2)],
         "mean_cosine": 0.3,
     }
 
 
-def photographs_result() -> dict:
-    result = result_of(ABOVE_BRIGHTNESS)
-    for name in ("matched", "paper", "best_head", "causal_selectivity", "attention_matters"):
+def photographs_result(srg=SRG) -> dict:
+    """The same of a network on photographs, with these values of SRG."""
+    result = result_of()
+    for name in ("matched", "paper", "best_head", "causal_selectivity"):
         del result[name]
-    entropy = {"entropy": cell(0.25, 0.24, 0.26)}
-    result["photographs"] = {"mean": entropy, "head_1": entropy}
-    result["token_effect"] = {"mean": cell(1.5, 1.4, 1.6), "rollout": cell(2.5, 2.4, 2.6)}
+    correlations = {
+        "patch_faithfulness": cell(0.45, 0.44, 0.46),
+        "direct_faithfulness": cell(0.35, 0.34, 0.36),
+    }
+    spread = {"entropy": cell(0.25, 0.24, 0.26)}
+    table = {"mean": spread, "head_1": spread, "head_2": spread}
+    for row, value in srg.items():
+        table[row] = table.get(row, {}) | {"srg": around(value)} | correlations
+    result["photographs"] = table | {"untrained": spread}
+    result["untrained"] = {row: table[row] for row in srg}
     return result
+
+
+def picture_result(srg=SRG) -> dict:
+    """What is said of a network's maps of somebody's pictures, see `evaluate.measure_pictures`."""
+    result = photographs_result(srg)
+    names = ("checkpoint", "description", "collapse", "direct_share")
+    table = {row: result["photographs"][row] for row in srg}
+    return {name: result[name] for name in names} | {"photographs": table}
+
+
+# ------------------------------------------------------------------------------ where does it look?
 
 
 @pytest.mark.parametrize(
     "mean, answer",
     [
-        (ABOVE_BRIGHTNESS, "At the digit. Attention is 1.90 times as dense on the digit"),
+        (
+            ABOVE_BRIGHTNESS,
+            "At the digit. Attention is 1.90 [1.80, 2.00] times as dense on the digit",
+        ),
         # its interval touches that of brightness
         ((1.5, 1.35, 1.6), "At anything bright: attention is not clearly more selective than"),
         (
             (1.0, 0.95, 1.05),
-            "Attention is not clearly more selective than position alone explains.",
+            "Attention is not clearly more selective than position alone explains. Attention is",
         ),
-        ((0.8, 0.7, 0.9), "At the clutter more than at the digit. Attention is 0.80 times"),
-        ((None, None, None), "This cannot be told: no canvas has both a digit and clutter."),
+        ((0.8, 0.7, 0.9), "At the clutter more than at the digit. Attention is 0.80 [0.70, 0.90]"),
+        (NOTHING, "This cannot be told: no canvas has both a digit and clutter."),
     ],
 )
 def test_the_verdict_in_plain_words(mean, answer):
     text = report.verdict(result_of(mean))
-    assert text.startswith(f"Does it look at the digit, or just at anything bright? {answer}")
+    assert text.startswith(f"Where does it look? {answer}")
     assert "But head" not in text
-    if mean[0] is not None:
+    if mean != NOTHING:
         assert "as dense on the digit as on the clutter; brightness alone would give 1.30." in text
+        assert text.endswith(
+            "Leaving out a piece of the digit moves the feature, per ink pixel, 2.34 [2.20, 2.50] "
+            "times as far as leaving out a distractor."
+        )
 
 
 def test_the_verdict_names_a_head_that_looks_at_the_digit_although_their_mean_does_not():
     text = report.verdict(result_of((1.2, 1.15, 1.25), best=(2.0, 1.9, 2.1)))
-    assert text.endswith("But head 2 on its own does look at the digit: 2.00 [1.90, 2.10].")
+    assert "But head 2 on its own does look at the digit: 2.00 [1.90, 2.10]. Leaving out" in text
     text = report.verdict(result_of(ABOVE_BRIGHTNESS, best=(2.0, 1.9, 2.1)))
     assert "But head" not in text
+    # above brightness, but not above the network's maps of other images
+    result = result_of((1.2, 1.15, 1.25), best=(2.0, 1.9, 2.1), shuffled=(1.9, 1.8, 2.0))
+    assert "But head" not in report.verdict(result)
 
 
 @pytest.mark.parametrize("mean", [(0.8, 0.7, 0.9), ABOVE_BRIGHTNESS])
@@ -571,8 +183,18 @@ def test_the_verdict_on_attention_that_avoids_the_ink(mean):
     """However it divides what little it gives to the ink."""
     result = result_of(mean)
     result["matched"]["mean"]["digit_density"] = cell(0.3, 0.2, 0.4)
+    result["matched"]["mean"]["clutter_density"] = cell(0.3, 0.2, 0.4)
     text = report.verdict(result)
-    assert "At neither: attention avoids the ink; it is 0.30 times as dense on the digit" in text
+    answer = "Neither at digit nor at clutter: attention avoids the ink; it is 0.30 times as dense"
+    assert text.startswith(f"Where does it look? {answer} on the digit as on the whole image.")
+
+
+def test_attention_to_the_clutter_alone_does_not_avoid_the_ink():
+    result = result_of((0.4, 0.3, 0.5))
+    result["matched"]["mean"]["digit_density"] = cell(0.8, 0.7, 0.9)
+    result["matched"]["mean"]["clutter_density"] = cell(2.0, 1.9, 2.1)
+    text = report.verdict(result)
+    assert text.startswith("Where does it look? At the clutter more than at the digit.")
 
 
 def test_the_verdict_requires_more_than_position_explains():
@@ -594,63 +216,212 @@ def test_intervals_are_compared_as_they_are_printed():
     assert not report.is_above(table, "mean", "shuffled")  # both are printed as 1.00
     table = result_of((1.02, 1.01, 1.03), shuffled=(0.95, 0.9, 1.0))["matched"]
     assert report.is_above(table, "mean", "shuffled")
-    table = result_of((None, None, None))["matched"]
+    table = result_of(NOTHING)["matched"]
     assert not report.is_above(table, "mean", "shuffled")
 
 
+COLLAPSE = "the network has collapsed: all images look alike to it; use a lower --lr"
+
+
 def test_the_verdict_on_a_network_that_has_collapsed():
-    collapse = warning_after(3, {"mean_cosine": 0.999})
-    text = report.verdict(result_of(ABOVE_BRIGHTNESS) | {"collapse": collapse})
-    assert "At neither. The network has collapsed" in text
-    assert "At the digit" not in text
+    text = report.verdict(result_of() | {"collapse": COLLAPSE})
+    assert text == (
+        "Where does it look? Neither at digit nor at clutter. The network has collapsed: all "
+        "images look alike to it; use a lower --lr."
+    )
 
 
 def test_the_verdict_on_photographs():
     result = photographs_result()
-    text = "These are photographs: there are no masks to measure attention against."
+    text = "Where does it look? These are photographs: there are no masks to measure it against."
     assert report.verdict(result) == text
     result["collapse"] = "the network has collapsed"
     assert report.verdict(result) == f"{text} The network has collapsed."
 
 
+# --------------------------------------------------------------------------- which map to believe?
+
+
+def test_maps_are_in_the_order_of_what_they_know():
+    table = result_of()["matched"]
+    rows = ["squared_gradient", "norm_rollout", "rollout", "mean"]
+    assert report.maps_in_order(table) == rows
+    # Other rows may be asked for; those that are missing, or have no value, are left out.
+    assert report.maps_in_order(table, ("random", "brightness")) == ["brightness", "random"]
+    assert report.maps_in_order(table, ("mean", "no_such_row")) == ["mean"]
+    table["norm_rollout"] = SAME_IN_ALL_ROWS | {"equal_ink": around(None)}
+    assert report.maps_in_order(table) == ["squared_gradient", "rollout", "mean"]
+
+
+def test_maps_of_photographs_are_compared_by_srg():
+    table = photographs_result()["photographs"]
+    assert report.maps_in_order(table) == ["squared_gradient", "norm_rollout", "rollout", "mean"]
+    assert report.maps_in_order(table, report.PHOTO_CONTROLS) == ["contrast", "centre", "random"]
+    # A head has no SRG.
+    assert report.maps_in_order(table, ("head_1", "mean")) == ["mean"]
+
+
+def test_the_best_map_is_a_map_of_the_network():
+    """Not a head, nor what knows nothing of the network, however high it is."""
+    result = result_of(equal_ink=EQUAL_INK | {"brightness": 0.9, "head_1": 0.95, "oracle": 1.0})
+    assert report.best_map(result) == "squared_gradient"
+    assert report.best_map(result_of(equal_ink=EQUAL_INK | {"mean": 0.8})) == "mean"
+    assert report.best_map(photographs_result()) == "squared_gradient"
+    assert report.best_map(photographs_result(SRG | {"centre": 0.9, "rollout": 0.4})) == "rollout"
+    assert report.best_map(picture_result(SRG | {"norm_rollout": 0.4})) == "norm_rollout"
+
+
+def test_there_is_no_best_map_if_no_map_has_a_value():
+    assert report.best_map(result_of(equal_ink=dict.fromkeys(EQUAL_INK))) is None
+    assert report.best_map(photographs_result(dict.fromkeys(SRG))) is None
+
+
+EQUAL_INK_SENTENCE = (
+    "Which map should you believe? Of two patches with equal ink, the one with more of the map "
+    "matters more: "
+)
+DIRECT = (
+    "20% of its effect is left. This is the part that attention could describe, but hardly does "
+    "(rank correlation 0.35); the rest is due to what earlier blocks mix into other tokens."
+)
+OF_CANVASES = "If a patch changes its own token alone, at the input of the last block, "
+OF_PHOTOGRAPHS = "If a patch is left out for the last block alone, "
+DIRECT_SENTENCE = f"{OF_CANVASES}{DIRECT}"
+CAVEAT = "Intervals are over the images of this one network; other seeds differ by more."
+
+
+def test_all_that_is_said_about_which_map_to_believe():
+    assert report.belief(result_of()) == (
+        f"{EQUAL_INK_SENTENCE}75% of the time for squared gradient, 65% for norm rollout, 60% for "
+        f"rollout, 55% for attention (brightness 51%, chance 50%). Look at squared gradient; norm "
+        f"rollout is next and costs one forward pass. {DIRECT_SENTENCE} {CAVEAT}"
+    )
+
+
 @pytest.mark.parametrize(
-    "difference, comparison",
+    "equal_ink, advice",
     [
-        (cell(0.1, 0.05, 0.15), "better than"),
-        (cell(-0.1, -0.15, -0.05), "less well than"),
-        (cell(0.01, -0.05, 0.05), "about as well as"),
-        (cell(None, None, None), "about as well as"),
+        (
+            {"norm_rollout": 0.73},
+            "Look at squared gradient; norm rollout is nearly as good and costs one forward pass.",
+        ),
+        (
+            {"mean": 0.735, "norm_rollout": 0.73},
+            "Look at squared gradient; attention is nearly as good and costs one forward pass.",
+        ),
+        (
+            {"norm_rollout": 0.71},
+            "Look at squared gradient; norm rollout is next and costs one forward pass.",
+        ),
+        ({"norm_rollout": 0.76}, "Look at norm rollout, which costs one forward pass."),
+        ({"rollout": 0.76}, "Look at rollout, which costs one forward pass."),
+        ({"mean": 0.76}, "Look at attention, which costs one forward pass."),
     ],
 )
-def test_attention_is_compared_with_brightness_on_the_same_canvases(difference, comparison):
-    result = result_of(ABOVE_BRIGHTNESS)
-    result["matched"]["mean"]["patch_faithfulness_less_brightness"] = difference
-    text = report.explanation(result)
-    assert f"attention predicts which patches matter {comparison} brightness does" in text
-    assert "is 0.85 [0.84, 0.86] for attention, 0.85 [0.84, 0.86] for brightness" in text
-    assert "(1,000 canvases)" in text
-    assert "moves the feature 2.34 [2.20, 2.50] times as far" in text
-    assert "is 0.12 (two different canvases: 0.46), and k-NN accuracy is 10.0%." in text
+def test_a_cheap_map_is_named_beside_the_best_one(equal_ink, advice):
+    text = report.belief(result_of(equal_ink=EQUAL_INK | equal_ink))
+    assert f"chance 50%). {advice} {OF_CANVASES}20% of" in text
+    assert text.count("Look at") == 1
 
 
-def test_the_explanation_of_photographs():
-    text = report.explanation(photographs_result())
-    assert "changes the feature 1.50 [1.40, 1.60] times as much as removing a random 20%" in text
-    assert "with rollout in place of attention it is 2.50 [2.40, 2.60] times." in text
+@pytest.mark.parametrize("low, is_better", [(0.51, True), (0.5, False), (0.45, False)])
+def test_the_best_map_must_be_better_than_chance(low, is_better):
+    result = result_of()
+    result["matched"][SQUARED_GRADIENT]["equal_ink"] = cell(0.75, low, 0.95)
+    result["matched"]["brightness"]["equal_ink"] = cell(0.4, 0.35, 0.45)
+    text = report.belief(result)
+    assert ("So none of them is clearly better than chance." in text) == (not is_better)
+    assert ("Look at" in text) == is_better
+    assert text.endswith(f"{DIRECT_SENTENCE} {CAVEAT}")
 
 
-def test_a_line_describes_the_network():
-    text = report.describe(config_of("--preset laptop --digits mnist --epochs 9"), epoch=3)
-    assert text == "NCE loss, same views, 2 crops, 56 px, patch 7, MNIST, epoch 3 of 9"
-    flags = "--preset laptop --views different --loss dino --background texture"
-    text = report.describe(config_of(flags))
-    assert text == (
-        "DINO loss, different views, 1 crop, 56 px, patch 7, digits, background texture"
+def test_too_few_canvases_for_an_interval():
+    result = result_of()
+    result["matched"][SQUARED_GRADIENT]["equal_ink"] = cell(0.75)
+    text = report.belief(result)
+    assert f"chance 50%). There are too few canvases for an interval. {OF_CANVASES}20% of" in text
+    assert "Look at" not in text
+
+
+def test_without_pairs_of_patches_no_map_is_advised():
+    result = result_of(equal_ink=dict.fromkeys([*EQUAL_INK, "head_1", "head_2"]))
+    assert report.belief(result) == (
+        "Which map should you believe? This cannot be told: there are no two patches to compare."
     )
-    config = config_of("--preset paper --dataset stl10 --weights dino")
-    assert report.describe(config, is_run=False) == "weights dino, 224 px, patch 8, STL-10"
-    config = replace(config, weights="none")
-    assert report.describe(config, is_run=False) == "random weights, 224 px, patch 8, STL-10"
+    result = photographs_result(dict.fromkeys(SRG))
+    assert "This cannot be told: there are no two patches" in report.belief(result)
+
+
+@pytest.mark.parametrize("result", [result_of(), photographs_result(), result_of(NOTHING)])
+def test_no_map_of_a_network_that_has_collapsed_is_advised(result):
+    assert report.belief(result | {"collapse": COLLAPSE}) == (
+        "Which map should you believe? None: the network gives all images nearly the same feature."
+    )
+
+
+def test_the_share_that_attention_can_see():
+    """Of a single block it sees all; if nothing has an effect there is no share."""
+    result = result_of()
+    result["direct_share"] = [around(1.0)]
+    text = report.belief(result)
+    sentence = "The network has a single block, so attention sees all that its feature depends on."
+    assert text.endswith(f"forward pass. {sentence} {CAVEAT}")
+
+    result["direct_share"] = [cell(None), cell(None)]
+    text = report.belief(result)
+    assert text == "Which map should you believe? None: no patch has any effect."
+    assert report.best_map(result) is None
+
+    result["direct_share"] = [around(1.0), cell(0.876)]
+    result["matched"]["mean"] = result["matched"]["mean"] | {"direct_faithfulness": cell(None)}
+    text = report.belief(result)
+    assert f"{OF_CANVASES}88% of its effect is left." in text
+    assert "(rank correlation –)" in text
+    result["matched"]["mean"] = result["matched"]["mean"] | {"direct_faithfulness": cell(0.95)}
+    text = report.belief(result)
+    assert "This is the part that attention describes (rank correlation 0.95); the rest" in text
+
+
+SRG_SENTENCE = (
+    "Which map should you believe? Leave patches out, those with most of the map first or those "
+    "with least first: the gap between the two curves of the feature's cosine (SRG) is "
+)
+
+
+@pytest.mark.parametrize("result", [photographs_result(), picture_result()])
+def test_maps_of_photographs_that_are_better_than_the_controls(result):
+    assert report.belief(result) == (
+        f"{SRG_SENTENCE}squared gradient 0.30, norm rollout 0.20, rollout 0.15, attention 0.10; "
+        f"for maps that know nothing of the network, contrast 0.12, centre 0.05, random 0.00. "
+        f"Look at squared gradient; norm rollout is next and costs one forward pass. "
+        f"{OF_PHOTOGRAPHS}{DIRECT} {CAVEAT}"
+    )
+
+
+def test_maps_of_photographs_that_are_not_clearly_better_than_the_best_control():
+    text = report.belief(photographs_result(SRG | {"centre": 0.27}))
+    controls = "for maps that know nothing of the network, centre 0.27, contrast 0.12, random 0.00."
+    assert f"{controls} So none is clearly better than centre. {OF_PHOTOGRAPHS}20% of" in text
+    assert "Look at" not in text
+    # of a single picture, without an interval
+    result = picture_result()
+    result["photographs"][SQUARED_GRADIENT]["srg"] = cell(0.9)
+    text = report.belief(result)
+    assert (
+        f"These are too few pictures for an interval, and so for advice. {OF_PHOTOGRAPHS}20% of"
+        in text
+    )
+    assert "Look at" not in text
+
+
+def test_a_cheap_map_of_photographs_that_is_nearly_as_good():
+    text = report.belief(photographs_result(SRG | {"rollout": 0.28}))
+    assert "Look at squared gradient; rollout is nearly as good and costs one forward pass." in text
+    text = report.belief(photographs_result(SRG | {"rollout": 0.4}))
+    assert "Look at rollout, which costs one forward pass." in text
+
+
+# ---------------------------------------------------------------------------------- the epoch's line
 
 
 def test_a_line_of_an_epoch_is_printed():
@@ -685,65 +456,259 @@ def lines_of(results: list[dict]) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("heads", [2, 12])  # DINO's largest network has 12
-def test_the_report_is_short_and_begins_with_the_verdict(heads):
-    result = result_of(ABOVE_BRIGHTNESS, heads=heads)
-    # the widest cell that can be
-    result["matched"]["head_1"]["patch_faithfulness"] = cell(-0.4, -0.41, -0.38)
-    lines = lines_of([result])
-    text = "\n".join(lines)
-    assert len(lines) <= 27 + heads
-    assert text.index("or just at anything bright? At the digit.") < text.index("selectivity  ")
-    assert "-0.40 [-0.41, -0.38] " in text
-    assert text.count("k-NN 43.4%, linear probe 43.4%") == 2  # of trained and untrained features
-    assert "attention to 1,000 test images, canvases in the matched layout" in text
+def line_of(lines: list[str], title: str) -> list[str]:
+    """The cells of the one line of a table that begins with this title."""
+    (line,) = [line for line in lines if line.startswith(f"{title} ")]
+    assert line[len(title) : report.ROW_WIDTH].isspace()
+    return line[report.ROW_WIDTH :].split()
 
-    (mean,) = [line.split() for line in lines if line.startswith("mean ")]
-    expected = "mean 1.90 [1.80, 2.00] 0.85 0.25 0.85 [0.84, 0.86] 0.85 12.35 12.35 1.23"
-    assert mean == expected.split()
-    for row in ("head 2 (best)", "brightness", "shuffled", "untrained"):
-        assert any(line.startswith(row) for line in lines), row
-    for row in ("oracle", "uniform"):
-        assert not any(line.startswith(row) for line in lines), row
+
+def titles_of(lines: list[str]) -> list[str]:
+    """What the rows of the table are called, from top to bottom."""
+    (last_heading,) = [number for number, line in enumerate(lines) if line.endswith("the network")]
+    rows = lines[last_heading + 1 : -1]
+    return [row[: report.ROW_WIDTH].rstrip() for row in rows]
+
+
+@pytest.mark.parametrize("heads", [2, 12])  # DINO's largest network has 12
+def test_the_report_begins_with_the_verdict(heads):
+    lines = lines_of([result_of(heads=heads)])
+    assert len(lines) <= 36 + heads
+    assert lines[0].startswith("run/ckpt.pth: NCE loss, same views")
+    text = "\n".join(lines)
+    verdict = text.index("Where does it look? At the digit.")
+    belief = text.index("Which map should you believe?")
+    table = text.index("1,000 canvases in the matched layout, 1,000 with pairs of equal ink [95%")
+    assert verdict < belief < table
+    assert text.count("k-NN 43.4%, linear probe 43.4%") == 2  # of trained and untrained features
+
+
+def test_the_rows_of_the_table_with_the_best_map_first():
+    titles = titles_of(lines_of([result_of()]))
+    assert titles == [
+        "squared gradient",
+        "norm rollout",
+        "rollout",
+        "attention",
+        "head 1",
+        "head 2 (selective)",
+        "random",
+        "brightness",
+        "shuffled",
+        "before training:",
+        "  squared gradient",
+        "  norm rollout",
+        "  rollout",
+        "  attention",
+        "  brightness",
+    ]
+    # A map without a value is not in the order, but it has a row.
+    result = result_of(equal_ink=EQUAL_INK | {"mean": 0.8, "rollout": None})
+    assert titles_of(lines_of([result]))[:3] == ["attention", "squared gradient", "norm rollout"]
+    assert "rollout" in titles_of(lines_of([result]))
+
+
+def test_the_cells_of_the_table():
+    lines = lines_of([result_of()])
+    cells = ["0.85", "0.45", "0.35"]
+    attention = ["0.55", "[0.53,", "0.57]", *cells, "1.90", "0.25", "1", "forward"]
+    assert line_of(lines, "attention") == attention
+    gradient = ["0.75", "[0.73,", "0.77]", *cells, "1.30", "0.25", "16", "backward"]
+    assert line_of(lines, "squared gradient") == gradient
+    # A head comes with attention, and the controls cost nothing.
+    assert line_of(lines, "head 1") == ["0.40", "[0.38,", "0.42]", *cells, "1.90", "0.25"]
+    assert line_of(lines, "brightness") == ["0.51", "[0.49,", "0.53]", *cells, "1.30", "0.25"]
+    assert line_of(lines, "  rollout")[-2:] == ["1.30", "0.25"]
+
+
+def test_cells_without_a_value_are_dashes():
+    result = result_of()
+    result["matched"]["rollout"] = {"equal_ink": around(None), "selectivity": cell(None)}
+    assert line_of(lines_of([result]), "rollout") == ["–"] * 6 + ["1", "forward"]
+
+
+def test_a_run_without_rows_from_before_training():
+    result = result_of()
+    del result["untrained"]
+    titles = titles_of(lines_of([result]))
+    assert titles[-1] == "shuffled"
+
+
+def test_the_heading_counts_the_images():
+    result = result_of()
+    result["matched"]["mean"]["equal_ink"] = around(0.55) | {"images": 17}
+    text = "\n".join(lines_of([result]))
+    assert "1,000 canvases in the matched layout, 17 with pairs of equal ink [95% interval]" in text
+
+
+@pytest.mark.parametrize("result", [result_of(), photographs_result()])
+def test_headings_stand_above_their_columns(result):
+    """A title above several columns begins where the first of them begins."""
+    lines = lines_of([result])
+    (number,) = [number for number, line in enumerate(lines) if line.endswith("the network")]
+    groups, titles = lines[number - 1], lines[number]
+    assert groups.index("rank correlation with") == titles.index("patches")
+    assert groups.index("passes of") == titles.index("the network")
+    if "selectivity" in titles:
+        assert groups.index("on the digit") == titles.index("selectivity")
+        first_title = "equal ink"
+    else:
+        first_title = "SRG"
+    (gradient,) = [line for line in lines if line.startswith("squared gradient")]
+    assert titles.index(first_title) == report.ROW_WIDTH
+    assert gradient.index("0.35") == titles.index("direct")
+    assert gradient.index("16 backward") == titles.index("the network")
+
+
+NEGATIVE = cell(-0.85, -0.86, -0.84)  # such a correlation or SRG is as wide as it can be
+WIDEST_ON_CANVASES = {
+    "equal_ink": cell(0.85, 0.84, 0.86),
+    "patch_faithfulness": NEGATIVE,
+    "object_faithfulness": NEGATIVE,
+    "direct_faithfulness": NEGATIVE,
+    "selectivity": cell(123.45, 120.0, 130.0),
+    "auroc": cell(0.85, 0.84, 0.86),
+}
+WIDEST_ON_PHOTOGRAPHS = {
+    "srg": NEGATIVE,
+    "patch_faithfulness": NEGATIVE,
+    "direct_faithfulness": NEGATIVE,
+}
+
+
+def test_the_widest_cells_do_not_touch_each_other_nor_the_names_of_rows():
+    """`lines_of` makes sure that no line is wider than a page."""
+    on_canvases = result_of(heads=12) | {"best_head": "head_12"}
+    on_photographs = photographs_result()
+    for name in ("matched", "untrained"):
+        on_canvases[name] = dict.fromkeys(on_canvases[name], WIDEST_ON_CANVASES)
+    on_canvases["matched"]["mean"] = SAME_IN_ALL_ROWS | WIDEST_ON_CANVASES
+    for name in ("photographs", "untrained"):
+        on_photographs[name] = dict.fromkeys(on_photographs[name], WIDEST_ON_PHOTOGRAPHS)
+    canvas_cells = ["0.85", "[0.84,", "0.86]", "-0.85", "-0.85", "-0.85", "123.45", "0.85"]
+    photo_cells = ["-0.85", "[-0.86,", "-0.84]", "-0.85", "-0.85"]
+    lines = lines_of([on_canvases])
+    assert line_of(lines, "squared gradient") == [*canvas_cells, "16", "backward"]
+    assert line_of(lines, "head 12 (selective)") == canvas_cells
+    assert line_of(lines, "  squared gradient") == canvas_cells
+    lines = lines_of([on_photographs])
+    assert line_of(lines, "squared gradient") == [*photo_cells, "16", "backward"]
+    assert line_of(lines, "  squared gradient") == photo_cells
+    lines = lines_of([on_canvases, on_photographs])
+    assert line_of(lines, "[1] head 12 (selective)") == canvas_cells
+    assert line_of(lines, "[1] squared gradient") == [*canvas_cells, "16", "backward"]
+    assert line_of(lines, "[2] squared gradient") == [*photo_cells, "16", "backward"]
 
 
 def test_the_report_on_photographs():
     lines = lines_of([photographs_result()])
-    assert "attention to 1,000 test images, photographs [95% interval]" in lines
-    (mean,) = [line.split() for line in lines if line.startswith("mean ")]
-    assert mean == ["mean", *"––––––––"]
+    assert "1,000 photographs, SRG of 1,000 [95% interval]" in lines
+    assert titles_of(lines) == [
+        "squared gradient",
+        "norm rollout",
+        "rollout",
+        "attention",
+        "head 1",
+        "head 2",
+        "contrast",
+        "centre",
+        "random",
+        "before training:",
+        "  squared gradient",
+        "  norm rollout",
+        "  rollout",
+        "  attention",
+    ]
+    attention = ["0.10", "[0.08,", "0.12]", "0.45", "0.35", "1", "forward"]
+    assert line_of(lines, "attention") == attention
+    assert line_of(lines, "head 1") == ["–", "–", "–"]
+    assert line_of(lines, "centre") == ["0.05", "[0.03,", "0.07]", "0.45", "0.35"]
 
 
 def test_an_accuracy_that_cannot_be_had_is_a_dash():
     result = photographs_result()
-    result["features"] = {"knn": cell(0.5, 0.4, 0.6), "linear_probe": cell(None, None, None)}
-    assert "accuracy of features: k-NN 50.0%, linear probe –" in lines_of([result])
+    result["features"] = {"knn": cell(0.5, 0.4, 0.6), "linear_probe": cell(None)}
+    assert any("Accuracy: k-NN 50.0%, linear probe –" in line for line in lines_of([result]))
 
 
 def test_several_networks_share_a_table():
     first = result_of((1.9, 1.8, 2.0))
-    second = result_of((1.2, 1.1, 1.3))
+    first["matched"]["other_network"] = first["matched"]["untrained"]
+    second = result_of((1.2, 1.1, 1.3), equal_ink=EQUAL_INK | {"mean": 0.8})
     lines = lines_of([first, second])
-    for row in ("[1] mean", "[1] head 2 (best)", "[1] brightness", "[2] mean", "[2] brightness"):
-        assert sum(line.startswith(row) for line in lines) == 1, row
+    maps = ["squared gradient", "norm rollout", "rollout"]
+    assert titles_of(lines) == [
+        *[f"[1] {name}" for name in [*maps, "attention", "head 2 (selective)", "brightness"]],
+        "[1] other network",
+        *[f"[2] {name}" for name in ["attention", *maps, "head 2 (selective)", "brightness"]],
+    ]
     text = "\n".join(lines)
-    assert "[1] shuffled" not in text
-    assert text.count("selectivity  ") == 1
-    assert text.count("Does it look at the digit") == 2
+    assert sum(line.endswith("the network") for line in lines) == 1
+    assert text.count("Where does it look?") == 2
+    assert text.count("Which map should you believe?") == 2
+    assert "[1] run/ckpt.pth: " in text
+    assert "[2] run/ckpt.pth: " in text
     assert "The networks differ" not in text
     second["settings"] = first["settings"] | {"image_size": 28, "digits": "mnist"}
     text = "\n".join(lines_of([first, second]))
     assert "The networks differ in image_size, digits; each is measured on its own images." in text
 
 
-def test_the_name_of_the_best_of_many_heads_does_not_touch_its_numbers():
-    results = [result_of(ABOVE_BRIGHTNESS, heads=12) | {"best_head": "head_12"}] * 2
-    assert any(line.startswith("[2] head 12 (best) 1.90 [") for line in lines_of(results))
+def test_canvases_and_photographs_have_a_table_each():
+    """With the number that each network has in the whole report."""
+    lines = lines_of([photographs_result(), result_of(), photographs_result()])
+    canvases = lines.index(
+        "1,000 canvases in the matched layout, 1,000 with pairs of equal ink [95% interval]"
+    )
+    photographs = lines.index("1,000 photographs [95% interval]")  # two networks may differ in more
+    assert canvases < photographs
+    of_canvases = [line[:3] for line in lines[canvases + 3 : photographs - 1]]
+    assert of_canvases == ["[2]"] * 6
+    of_photographs = [line[:3] for line in lines[photographs + 3 : -1]]
+    assert of_photographs == ["[1]"] * 6 + ["[3]"] * 6
+    assert line_of(lines, "[2] attention")[0] == "0.55"
+    assert line_of(lines, "[3] attention")[0] == "0.10"
 
 
-def test_metrics_json_holds_one_result_or_a_list_of_several(tmp_path):
-    results = [result_of((1.9, 1.8, 2.0)), result_of((1.2, 1.1, 1.3))]
-    path = tmp_path / "metrics.json"
-    for content, expected in ((results[:1], results[0]), (results, results)):
-        report.write_metrics(content, str(path))
-        assert json.loads(path.read_text()) == json.loads(json.dumps(expected))
+def test_the_report_on_pictures():
+    """It has the sentences about maps and a table, but no verdict and no file of metrics."""
+    text = report.format_picture_report([picture_result()])
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("run/ckpt.pth: NCE loss")
+    assert "Which map should you believe? Leave patches out" in text
+    assert "Where does it look?" not in text
+    assert "accuracy" not in text
+    assert [line.split("  ")[0] for line in lines[-7:]] == [
+        "squared gradient",
+        "norm rollout",
+        "rollout",
+        "attention",
+        "contrast",
+        "centre",
+        "random",
+    ]
+    worst_first = picture_result({row: -value for row, value in SRG.items()})
+    lines = report.format_picture_report([picture_result(), worst_first]).splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line.split("  ")[0] for line in lines[-12:]]
+    maps = ["squared gradient", "norm rollout", "rollout", "attention"]
+    controls = ["contrast", "centre"]
+    in_turn = [f"[1] {name}" for name in [*maps, *controls]]
+    in_turn += [f"[2] {name}" for name in [*reversed(maps), *controls]]
+    assert rows == in_turn
+
+
+@pytest.mark.parametrize("flags", ["", "--num-distractors 0", "--depth 1 --heads 1"])
+def test_whatever_is_measured_can_be_printed(few_images, flags):
+    config = config_of(f"{TINY} {flags}")
+    backbone = vit.build_network(config).backbone
+    result = evaluate.evaluate("a.pth", config, None, backbone, DIGITS).result
+    lines = lines_of([result])
+    text = " ".join(lines)
+    assert "nan" not in text
+    cannot_be_told = "This cannot be told: no canvas has both a digit and clutter." in text
+    assert cannot_be_told == ("--num-distractors" in flags)
+    assert ("a single block, so attention sees all" in text) == ("--depth 1" in flags)
+    cells = line_of(lines, "attention")
+    assert ("–" in cells) == ("--num-distractors" in flags)

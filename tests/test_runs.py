@@ -35,7 +35,7 @@ from helpers import (
 from PIL import Image
 
 import data
-import report
+import evaluate
 import runs
 import settings
 import train
@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         for name, count in FEW_IMAGES.items():
-            patch.setattr(report, name, count)
+            patch.setattr(evaluate, name, count)
         assert start(folder) == 0
     return folder
 
@@ -304,7 +304,7 @@ def test_one_interrupt_ends_the_step(tmp_path, monkeypatch, whole, interrupt_han
 def test_a_signal_ends_a_validation_at_once(tmp_path, monkeypatch, capsys, whole, epoch):
     """The one before training, that of an epoch, the last: the resumed run adds the log's line."""
     run = tmp_path / "run"
-    validate = report.validate
+    validate = evaluate.validate
     calls = []
 
     def interrupted(*args):
@@ -316,7 +316,7 @@ def test_a_signal_ends_a_validation_at_once(tmp_path, monkeypatch, capsys, whole
         return validate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "validate", interrupted)
+        patch.setattr(evaluate, "validate", interrupted)
         assert start(run) == 128 + signal.SIGTERM
     assert last_error(capsys) == f"stopped; python train.py --resume {run} goes on"
     assert read(run)["step"] == 2 * epoch
@@ -484,7 +484,7 @@ def train_in_folder(flags: str, folder: Path, rank: int, ranks: int, port: int):
     with open("out.txt", "a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    vars(report).update(FEW_IMAGES)
+    vars(evaluate).update(FEW_IMAGES)
     sys.exit(train.main(flags.split()))
 
 
@@ -660,11 +660,11 @@ def test_a_damaged_checkpoint_is_refused(
 TORCHRUN_SCRIPT = """
 import sys
 
+import evaluate
 import helpers
-import report
 import train
 
-vars(report).update(helpers.FEW_IMAGES)
+vars(evaluate).update(helpers.FEW_IMAGES)
 sys.exit(train.main(sys.argv[1:]))
 """
 

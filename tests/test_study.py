@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 import data
-import explain
-import report
+import evaluate
+import observe
 import settings
 import views
 import vit
@@ -202,8 +202,8 @@ def test_the_small_checkpoints_attend_as_their_runs_do(row, committed):
     network.load_state_dict(teacher)
     splits, _, _ = data.load_digits("sklearn")
     batches = views.evaluation_batches(config, splits["test"], 200)
-    observation = explain.observe({"trained": network.backbone}, batches)
-    mean_map = report.measure_attention(observation, resamples=0)["mean"]
+    observation = observe.observe({"trained": network.backbone}, batches)
+    mean_map = evaluate.measure_attention(observation, resamples=0)["mean"]
     assert mean_map["digit_density"]["value"] > 3
     assert mean_map["background_density"]["value"] < 3
 
@@ -442,6 +442,70 @@ def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
     assert "| +0.309 [" in line
 
 
+def line_with(matched: dict, **others) -> dict:
+    """A line of study.json with these metrics, {map: {metric: value}}."""
+    return {"matched": {"mean": {"selectivity": 1.5}} | matched, **others}
+
+
+def cells_of_row(table: str, start: str) -> list[str]:
+    """The cells of the row of a table that begins with this one."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_measure_that_old_runs_lack_is_left_out():
+    runs = {
+        ("different", 10): line_with({"rollout": {"equal_ink": 0.8}}),
+        ("different", 11): line_with({}),
+    }
+    assert verdicts.sample(runs, "different", "matched/rollout/equal_ink") == {10: 0.8}
+    assert verdicts.sample(runs, "different", "direct_share") == {}
+    assert verdicts.mean_cells(runs, "different", ["matched/rollout/equal_ink"]) == ["0.80"]
+    assert verdicts.mean_cells(runs, "different", ["direct_share"]) == ["–"]
+
+
+def test_the_table_of_maps_has_the_means_over_its_seeds():
+    runs = {}
+    for seed in verdicts.MAP_SEEDS:
+        maps = {"rollout": {"equal_ink": 0.8 + 0.01 * (seed - 62)}}
+        untrained = {"rollout": {"equal_ink": 0.6}}
+        shares = [1.0, 0.4 + 0.1 * (seed - 62)]
+        runs["different", seed] = line_with(maps, untrained=untrained, direct_share=shares)
+    runs["different", 10] = line_with({"rollout": {"equal_ink": 0.1}})  # of the claims
+    table = verdicts.map_table(runs)
+    cells = cells_of_row(table, "`different`")
+    assert cells[1] == "5"
+    half_width = stats.t.ppf(0.975, 4) * np.std([-0.02, -0.01, 0, 0.01, 0.02], ddof=1) / 5**0.5
+    assert cells[4] == f"0.80 [{0.8 - half_width:.2f}, {0.8 + half_width:.2f}]"
+    assert cells[-1] == "1.00, 0.40"
+    assert cells_of_row(table, "`different` before training")[4].startswith("0.60 [")
+    assert cells_of_row(table, "`depth-6`")[-1] == "–, –, –, –, –, –"
+
+
+def test_what_stands_beside_f1_and_f2_is_recomputed(committed):
+    """From the lines of study.json: object faithfulness, which no claim is about."""
+    lines = json.loads(study.STUDY_FILE.read_text())
+
+    def values(row, map_name, seeds):
+        return {
+            line["seed"]: line["matched"][map_name]["object_faithfulness"]
+            for line in lines
+            if line["row"] == row and line["seed"] in seeds
+        }
+
+    table = verdicts.dose_table(committed["laptop"]).splitlines()
+    for line, other in ((table[2], ("different", "brightness")), (table[3], ("same", "mean"))):
+        for cell, seeds in zip(line.split("|")[2:4], (range(10, 20), range(30, 60))):
+            attention = values("different", "mean", seeds)
+            reference = values(*other, seeds)
+            differences = np.array([attention[seed] - reference[seed] for seed in attention])
+            half_width = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(differences)
+            low = differences.mean() - half_width
+            high = differences.mean() + half_width
+            assert cell.strip() == f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert verdicts.dose_table({}).splitlines()[2].endswith("| – | – |")
+
+
 # -------------------------------------------------------------------------------------- the runs
 
 
@@ -469,6 +533,9 @@ def test_a_row_is_run_once_and_a_repetition_is_compared(empty_study, tmp_path, m
     selectivity = metrics["matched"]["mean"]["selectivity"]["value"]
     measure = verdicts.read_measure(line, verdicts.SELECTIVITY)
     assert measure == pytest.approx(selectivity, rel=1e-5)
+    equal_ink = metrics["untrained"]["rollout"]["equal_ink"]["value"]
+    assert line["untrained"]["rollout"]["equal_ink"] == pytest.approx(equal_ink, rel=1e-5)
+    assert line["direct_share"][0] == 1
     assert line["curve"][-1]["epoch"] == 1
     assert line["curve"][-1]["loss"] > 0
 

@@ -40,8 +40,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import explain
-import report
+import evaluate
+import observe
 import train
 import views
 import visualize
@@ -71,7 +71,7 @@ def trained(folder: Path, flags: str) -> Path:
     """The folder of a run that other tests look at, too."""
     with pytest.MonkeyPatch.context() as patch:
         for name, count in FEW_IMAGES.items():
-            patch.setattr(report, name, count)
+            patch.setattr(evaluate, name, count)
         assert start(folder, flags) == 0
     return folder
 
@@ -449,8 +449,9 @@ def test_every_kind_of_run(tmp_path, monkeypatch, capsys, loss, views_of_run, cr
     output_lines = output.splitlines()
     assert output_lines[0].startswith("preset laptop (as asked): ")
     assert output_lines[-1] == f"Next: python visualize.py {folder / 'ckpt.pth'}"
-    assert len(output_lines) <= 35  # a screen
-    assert "Does it look at the digit" in output
+    assert len(output_lines) <= 45  # a tall screen
+    assert "Where does it look?" in output
+    assert "Which map should you believe?" in output
     assert "linear probe" in output
     error_lines = errors.splitlines()
     assert len(error_lines) == 2  # without a terminal there is a line an epoch, and no bar
@@ -566,16 +567,16 @@ def test_every_epoch_is_measured_on_the_same_validation_canvases(nce_run):
         assert validation["images"] == 16
         assert 0 <= validation["knn"] <= 1
         assert validation["loss"] == pytest.approx(math.log(8), abs=0.4)
-        assert validation["mean"].keys() == set(report.CURVES)
+        assert validation["mean"].keys() == set(evaluate.CURVES)
 
         kept = weights.load_backbone(str(nce_run / f"epoch-{line['epoch']}.pth"))
         config = config_of(f"{TINY} --keep-epochs 0,2")
         held_out = DIGITS["validation"]
         canvases = views.evaluation_batches(config, held_out, 16, "matched", "validation")
-        observation = explain.observe({"trained": kept.backbone}, canvases)
+        observation = observe.observe({"trained": kept.backbone}, canvases)
         one_canvas = views.left_out_batches(config, held_out, 1, "validation")
-        effects = explain.observe_effects(kept.backbone, one_canvas)
-        table = report.measure_attention(observation, effects, resamples=0)
+        effects = observe.observe_effects(kept.backbone, one_canvas)
+        table = evaluate.measure_attention(observation, effects, resamples=0)
         for row in rows:
             for name, value in validation[row].items():
                 assert value == pytest.approx(table[row][name]["value"], abs=1e-6), (row, name)
@@ -621,7 +622,7 @@ def test_a_collapse_is_warned_of_once_and_is_in_the_log_and_in_the_verdict(
     assert errors.count("warning: the network has collapsed") == 1
     assert errors.index("epoch 2/3") < errors.index("warning: the network")
     assert errors.index("warning: the network") < errors.index("epoch 3/3")
-    assert "At neither. The network has collapsed" in " ".join(output.split())
+    assert "Neither at digit nor at clutter. The network has collapsed" in " ".join(output.split())
     collapses = [line["collapse"] for line in log_of(tmp_path)]
     assert collapses[:2] == [None, None]
     assert all(collapse.startswith("the network has collapsed") for collapse in collapses[2:])
@@ -736,7 +737,7 @@ def stl10(tmp_path_factory):
 
 @pytest.mark.parametrize("loss", ["dino", "nce"])
 def test_figures_2_and_3_from_training_to_pictures(stl10, tmp_path, monkeypatch, capsys, loss):
-    monkeypatch.setattr(report, "TEST_IMAGES", 60)  # enough for t-SNE
+    monkeypatch.setattr(evaluate, "TEST_IMAGES", 60)  # enough for t-SNE
     monkeypatch.chdir(tmp_path)
     flags = f"--dataset stl10 --loss {loss} --data-root {stl10} --epochs 1 --keep-epochs 0"
     assert train.main([*TINY.split(), *flags.split()]) == 0
@@ -750,14 +751,16 @@ def test_figures_2_and_3_from_training_to_pictures(stl10, tmp_path, monkeypatch,
     assert visualize.main([str(folder / "ckpt.pth"), "--device", "cpu", *finer]) == 0
     output = capsys.readouterr().out
     assert "These are photographs: there are no masks" in output
-    assert "changes the feature" in output
+    assert "Leave patches out, those with most of the map first" in output
     assert "linear probe" in output
     for name in ("views.png", "attention.png", "tsne.png", "curves.png"):
         assert min(Image.open(folder / name).size) > 300, name
     result = json.loads((folder / "metrics.json").read_text())
-    rows = {"mean", "head_1", "head_2", "head_3", "rollout", "untrained"}
-    assert result["photographs"].keys() == rows
-    assert result["token_effect"].keys() == {"mean", "rollout"}
+    heads = {"head_1", "head_2", "head_3"}
+    maps = {observe.row_of(name) for name in evaluate.PHOTO_MAPS}
+    assert result["photographs"].keys() == heads | maps | {"untrained"}
+    assert result["untrained"].keys() == maps
+    assert len(result["direct_share"]) == config_of(TINY).depth
     assert result["settings"]["image_size"] == 56
     assert "not the whole of STL-10" in result["fallbacks"][0]
 
@@ -770,7 +773,10 @@ def test_photographs_and_digits_side_by_side(stl10, tmp_path, capsys, nce_run):
     output = ["--device", "cpu", "--output", str(tmp_path / "out")]
     assert visualize.main([*networks, *output]) == 0
     # of three networks one is shown digits
-    assert capsys.readouterr().out.count("Does it look at the digit") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("These are photographs: there are no masks") == 2
+    assert printed.count("Attention is") + printed.count("This cannot be told") == 1
+    assert printed.count("canvases in the matched layout") == 1
     results = json.loads((tmp_path / "out" / "metrics-compared.json").read_text())
     assert ["matched" in result for result in results] == [False, True, False]
     assert (tmp_path / "out" / "attention-compared.png").exists()

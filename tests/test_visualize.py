@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+import torch.nn.functional as F
 import torchvision
 from helpers import DIGITS, ROOT, SHIPPED, closed_url, config_of, log_of, read, resume, start
 from hypothesis import HealthCheck, given, settings
@@ -23,17 +26,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import effects
+import evaluate
 import explain
+import metrics
+import observe
 import report
 import runs
 import views
 import visualize
 import vit
 import weights
-from visualize import Example, Model
+from visualize import Example, GridColumn, Model
 from vit import VisionTransformer, ViTShape
 
 SAME = str(SHIPPED / "same.pth")
+DIFFERENT = str(SHIPPED / "different.pth")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +49,7 @@ def sixty_images():
     """Numbers are made from 60 images, which is enough for t-SNE's perplexity of 20."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("TEST_IMAGES", "BANK_IMAGES", "VALIDATION_IMAGES", "VALIDATION_BANK"):
-            patch.setattr(report, name, 60)
+            patch.setattr(evaluate, name, 60)
         yield
 
 
@@ -69,10 +77,17 @@ def other_run(tmp_path_factory):
     return folder
 
 
-def small_vit() -> VisionTransformer:
+def small_vit(seed: int = 0, **shape) -> VisionTransformer:
     """A ViT that was not trained here."""
-    torch.manual_seed(0)
-    return VisionTransformer(ViTShape(patch_size=8, dim=128, depth=2, heads=2, pos_size=32))
+    torch.manual_seed(seed)
+    usual = {"patch_size": 8, "dim": 128, "depth": 2, "heads": 2, "pos_size": 32}
+    return VisionTransformer(ViTShape(**usual | shape))
+
+
+def saved(backbone: VisionTransformer, path: Path) -> Path:
+    """The path, where the bare weights of the network now are."""
+    torch.save(backbone.state_dict(), path)
+    return path
 
 
 def look(*arguments, output) -> int:
@@ -85,7 +100,8 @@ def look(*arguments, output) -> int:
 class Grid:
     """What a figure of pictures shows, see `visualize.plot_grid`."""
 
-    columns: dict
+    columns: dict[str, GridColumn]
+    title: str
     row_names: list[str]
 
 
@@ -95,9 +111,9 @@ def recorded_grids():
     grids = {}
     plot_grid = visualize.plot_grid
 
-    def record(columns, path, title, models, row_names=(), outlines=None):
-        grids[os.path.basename(path)] = Grid(columns, list(row_names))
-        plot_grid(columns, path, title, models, row_names, outlines)
+    def record(columns, path, title, models, row_names=()):
+        grids[os.path.basename(path)] = Grid(columns, title, list(row_names))
+        plot_grid(columns, path, title, models, row_names)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualize, "plot_grid", record)
@@ -110,14 +126,45 @@ class DrawnRun:
 
     folder: Path
     grids: dict[str, Grid]
+    printed: str
 
 
 @pytest.fixture(scope="module")
 def drawn_run(run_folder, tmp_path_factory) -> DrawnRun:
     folder = tmp_path_factory.mktemp("drawn")
-    with recorded_grids() as grids:
+    printed = io.StringIO()
+    with recorded_grids() as grids, contextlib.redirect_stdout(printed):
         assert look(run_folder / "ckpt.pth", output=folder) == 0
-    return DrawnRun(folder, grids)
+    return DrawnRun(folder, grids, printed.getvalue())
+
+
+def table_in(printed: str) -> dict[str, list[str]]:
+    """The cells of a printed table, {title of a row: what stands under each metric}."""
+    lines = printed.splitlines()
+    heading = next(number for number, line in enumerate(lines) if line.endswith("the network"))
+    rows = itertools.takewhile(bool, lines[heading + 1 :])
+    number = r"-?\d+\.\d\d"
+    cell = rf"{number}(?: \[{number}, {number}\])?|–"
+    return {
+        row[: report.ROW_WIDTH].strip(): re.findall(cell, row[report.ROW_WIDTH :]) for row in rows
+    }
+
+
+def best_of(result: dict) -> str | None:
+    """The name of the network's map with the highest equal ink; None if the network collapsed."""
+    if result["collapse"]:
+        return None
+    rows = {name: "mean" if name == "attention" else name for name in explain.NETWORK_MAPS}
+    return max(rows, key=lambda name: result["matched"][rows[name]]["equal_ink"]["value"])
+
+
+def headings_of_maps(best: str | None, note: str, label: str = "") -> list[str]:
+    """The headings of attention and of the best map, if there is one, which is noted."""
+    headings = []
+    for name in dict.fromkeys(["attention", best or "attention"]):
+        heading = label + name.replace("_", " ")
+        headings.append(f"{heading}\n({note})" if name == best else heading)
+    return headings
 
 
 def error_of(status: int, capsys) -> str:
@@ -169,8 +216,11 @@ def test_a_map_is_drawn_upright_and_aligned_with_the_picture(other_run, tmp_path
     attention[..., 8 + 6] = 1
     monkeypatch.setattr(explain, "cls_attention", lambda backbone, images: (attention, None))
     model = model_of(other_run / "ckpt.pth")
-    maps = visualize.maps_of(model.backbone, Example(picture))
-    columns = {"input": [picture.movedim(0, -1)], "head 1": [maps["head 1"]]}
+    maps = visualize.maps_of(model.backbone, Example(picture), ["heads"]).maps
+    columns = {
+        "input": GridColumn([picture.movedim(0, -1)]),
+        "head 1": GridColumn([maps["head 1"]]),
+    }
     path = tmp_path / "a.png"
     visualize.plot_grid(columns, str(path), "title", [model])
     pixels = np.asarray(Image.open(path).convert("L"))
@@ -188,7 +238,7 @@ def test_views_are_the_crops_of_the_first_step(run_folder, drawn_run):
     crops = training_views.render(training_views.sample(0))[:, :4]
     crops = views.denormalize(crops).clamp(0, 1).movedim(2, -1)  # two crops of four images
     columns = drawn_run.grids["views.png"].columns
-    drawn = torch.stack([torch.stack(column) for column in columns.values()])
+    drawn = torch.stack([torch.stack(column.arrays) for column in columns.values()])
     torch.testing.assert_close(drawn, crops, atol=1e-5, rtol=0)
 
 
@@ -215,30 +265,40 @@ def test_curves_are_the_log(run_folder, monkeypatch):
         curves[axis.get_title()] = {line.get_label(): list(line.get_ydata()) for line in lines}
 
     validation = [line["validation"] for line in model.history]
-    heads = ["mean", "head 1", "head 2", "head 3"]
-    rows = [*heads, "brightness", "shuffled"]
+    heads = {"attention": "mean", "head 1": "head_1", "head 2": "head_2", "head 3": "head_3"}
+    rows = heads | {"brightness": "brightness", "shuffled": "shuffled"}
     for title, metric, rows_of_metric in (
         ("selectivity", "selectivity", rows),
         ("auroc", "auroc", rows),
         ("pointing", "pointing", rows),
+        ("equal ink: pairs ordered right", "equal_ink", rows),
         ("patch faithfulness", "patch_faithfulness", rows),
         ("entropy (1: uniform)", "entropy", heads),
     ):
-        for row in rows_of_metric:
-            values = [line[row.replace(" ", "_")][metric] for line in validation]
-            np.testing.assert_equal(curves[title][row], np.array(values, float))
+        for label, row in rows_of_metric.items():
+            values = [line[row][metric] for line in validation]
+            np.testing.assert_equal(curves[title][label], np.array(values, float))
     assert "brightness" not in curves["entropy (1: uniform)"]
     diversity = [line["mean"]["diversity"] for line in validation]
-    assert curves["diversity of the heads, bits"]["mean"] == diversity
+    assert curves["diversity of the heads, bits"]["attention"] == diversity
     assert curves["loss"]["training"] == [line["loss"] for line in model.history[1:]]
     assert curves["loss"]["validation"] == [line["loss"] for line in validation]
     (accuracy, untrained) = curves["k-NN accuracy, %"].values()
     assert accuracy == [100 * line["knn"] for line in validation]
     assert untrained == [accuracy[0]] * 2
 
+    # Chance is a line of its own where it is known.
+    assert curves["selectivity"]["ink, uniform"] == [1, 1]
+    assert curves["auroc"]["ink, uniform"] == [0.5, 0.5]
+    assert curves["equal ink: pairs ordered right"]["ink, uniform"] == [0.5, 0.5]
+    assert "ink, uniform" not in curves["patch faithfulness"]
+    (legend,) = (axis.get_legend() for axis in figures[0].axes if not axis.axison)
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert sorted(labels) == sorted([*rows, "untrained", "ink, uniform"])
+
 
 def test_features_that_collapsed_to_a_point_are_drawn(run_folder, tmp_path):
-    evaluation = report.Evaluation(
+    evaluation = evaluate.Evaluation(
         result={"features": {"knn": {"value": 0.1}}},
         features=torch.ones(30, 8),
         labels=torch.arange(30) % 10,
@@ -246,6 +306,77 @@ def test_features_that_collapsed_to_a_point_are_drawn(run_folder, tmp_path):
     path = tmp_path / "tsne.png"
     visualize.plot_tsne(model_of(run_folder / "ckpt.pth"), evaluation, str(path))
     assert min(Image.open(path).size) > 300
+
+
+def test_outlines_lie_on_the_picture(other_run, tmp_path):
+    """Of 6 × 8 patches, the digit is row 1 and column 6, and clutter is row 4 and column 2."""
+    picture = torch.zeros(48, 64, 3)
+    digit = torch.zeros(48, 64, dtype=torch.bool)
+    digit[8:16, 48:56] = True
+    clutter = torch.zeros(48, 64, dtype=torch.bool)
+    clutter[32:40, 16:24] = True
+    column = GridColumn([picture], outlines=[("lime", [digit]), ("red", [clutter])])
+    path = tmp_path / "a.png"
+    visualize.plot_grid({"input": column}, str(path), "title", [model_of(other_run / "ckpt.pth")])
+    red, green, blue = np.asarray(Image.open(path).convert("RGB")).astype(int).transpose(2, 0, 1)
+    is_dark = (red + green + blue) < 100
+    rows = np.flatnonzero(is_dark.sum(1) > 0.8 * is_dark.sum(1).max())
+    columns = np.flatnonzero(is_dark.sum(0) > 0.8 * is_dark.sum(0).max())
+    size = [len(rows), len(columns)]
+    for outline, centre in (
+        (green - red, [1.5 / 6, 6.5 / 8]),
+        (red - green, [4.5 / 6, 2.5 / 8]),
+    ):
+        points = np.argwhere(outline > 100) - [rows[0], columns[0]]
+        np.testing.assert_allclose(points.mean(0) / size, centre, atol=0.02)
+        extent = (points.max(0) - points.min(0)) / size
+        np.testing.assert_allclose(extent, [1 / 6, 1 / 8], atol=0.03)
+
+
+def runs_of(values) -> list[tuple[int, int]]:
+    """Where the stretches of True in a row of bool begin and end."""
+    edges = np.flatnonzero(np.diff(np.pad(values.astype(int), 1)))
+    return list(zip(edges[::2], edges[1::2]))
+
+
+@pytest.mark.parametrize(
+    "shapes, has_notes",
+    [
+        ([(1, 8), (1, 8)], True),
+        ([(8, 1), (8, 1)], True),
+        ([(1, 8), (8, 1), (1, 8), (8, 8)], True),
+        ([(1, 8), (8, 1), (1, 8), (8, 8)], False),
+        ([(1, 8)], True),
+        ([(3, 8), (2, 8), (3, 8)], True),
+    ],
+)
+def test_pictures_of_any_shape_and_their_notes_lie_apart(shapes, has_notes, other_run, tmp_path):
+    """On the paper, pictures and notes alternate from top to bottom, with white between them."""
+    arrays = [np.zeros(shape) for shape in shapes]
+    notes = ["-0.88"] * len(shapes) if has_notes else []
+    columns = {name: GridColumn(arrays, notes=notes) for name in ("a", "b", "c", "d", "e")}
+    path = tmp_path / "a.png"
+    model = model_of(other_run / "ckpt.pth")
+    visualize.plot_grid(columns, str(path), "two\nlines", [model])
+    is_dark = np.asarray(Image.open(path).convert("L")) < 128
+    rows = runs_of(is_dark.any(1))
+    pictures = rows[-len(shapes) :]
+    if has_notes:
+        pictures = rows[-2 * len(shapes) :: 2]
+        below = rows[1 - 2 * len(shapes) :: 2]
+        for (top, bottom), (top_of_note, bottom_of_note) in zip(pictures, below):
+            assert 2 <= top_of_note - bottom <= 10
+            assert 6 <= bottom_of_note - top_of_note <= 14  # a line of text of 7 points
+        # A note is nearer to its own picture than to the next one.
+        for (_, bottom_of_note), (top, _), (_, bottom) in zip(below, pictures[1:], pictures):
+            assert top - bottom_of_note > bottom_of_note - bottom
+
+    for (top, bottom), (height, width) in zip(pictures, shapes):
+        stretches = runs_of(is_dark[top:bottom].any(0))
+        assert len(stretches) == len(columns)
+        for left, right in stretches:
+            assert abs((bottom - top) * max(height, width) / height - 135) < 20
+            assert abs((right - left) - (bottom - top) * width / height) < 10
 
 
 # ------------------------------------------------------------------------------------------- a run
@@ -262,25 +393,34 @@ def test_metrics_json_holds_all_that_is_measured(drawn_run):
     result = strict_json(drawn_run.folder / "metrics.json")
     origin = {"checkpoint", "description", "epoch", "settings", "fallbacks"}
     measured = {"best_head", "matched", "paper", "features", "untrained_features", "mean_cosine"}
-    measured |= {"collapse", "causal_selectivity", "attention_matters"}
+    measured |= {"collapse", "causal_selectivity", "direct_share", "untrained"}
     assert result.keys() == origin | measured
     assert result["epoch"] == 2
     assert result["settings"]["patch_size"] == 7
     assert result["fallbacks"] == []
     assert result["best_head"] in result["matched"]
 
-    rows = {"mean", "head_1", "head_2", "head_3", "rollout", "untrained"}
+    rows = {"mean", "head_1", "head_2", "head_3", "untrained"}
     rows |= {"brightness", "ink", "oracle", "shuffled", "uniform"}
+    maps = {"mean", "rollout", "norm_rollout", "squared_gradient", "brightness", "random"}
     names = {"selectivity", "of_oracle", "auroc", "pointing", "jaccard60", "best_jaccard"}
     names |= {"digit_density", "clutter_density", "background_density", "far_background_density"}
     names |= {"entropy"}
-    of_effects = {"patch_faithfulness", "object_faithfulness", "patch_faithfulness_less_brightness"}
-    for layout, names_of_layout in (("paper", names), ("matched", names | of_effects)):
+    of_effects = {"equal_ink", "patch_faithfulness", "direct_faithfulness", "object_faithfulness"}
+    for layout, rows_of_layout, names_of_layout in (
+        ("paper", rows, names),
+        ("matched", rows | maps, names | of_effects),
+    ):
         table = result[layout]
-        assert table.keys() == rows
+        assert table.keys() == rows_of_layout
         assert table["head_1"].keys() == names_of_layout
         assert table["mean"].keys() == names_of_layout | {"diversity"}
         assert table["mean"]["entropy"]["images"] == 60
+    assert result["untrained"].keys() == maps
+    assert result["untrained"]["rollout"].keys() == names | of_effects
+    first_block, last_block = result["direct_share"]
+    assert first_block["value"] == 1
+    assert last_block["images"] == 60
     for key in ("features", "untrained_features"):
         assert result[key].keys() == {"knn", "linear_probe"}
         for cell in result[key].values():
@@ -291,7 +431,7 @@ def test_attention_over_training_has_a_row_for_each_kept_epoch(run_folder, drawn
     """The same image through the networks of all epochs, then the next image."""
     grid = drawn_run.grids["attention.png"]
     assert grid.row_names == ["epoch 0", "epoch 1", "epoch 2"] * 4
-    pictures = grid.columns["input"]
+    pictures = grid.columns["input"].arrays
     assert torch.equal(pictures[0], pictures[1])
     assert torch.equal(pictures[0], pictures[2])
     assert not torch.equal(pictures[0], pictures[3])
@@ -300,21 +440,109 @@ def test_attention_over_training_has_a_row_for_each_kept_epoch(run_folder, drawn
     untrained = vit.build_network(model_of(run_folder / "ckpt.pth").config).backbone
     assert torch.equal(networks[0].pos_embed, untrained.pos_embed)
     for row, network in enumerate(networks):
-        images = views.normalize(pictures[row].movedim(-1, 0))[None]
+        images = pictures[row].movedim(-1, 0)[None]
         heads, _ = explain.cls_attention(network, images)
         for number, attention in enumerate(heads[0], 1):
-            drawn = grid.columns[f"head {number}"][row]
+            drawn = grid.columns[f"head {number}"].arrays[row]
             torch.testing.assert_close(drawn.flatten(), attention)
-    first_epoch, _, last_epoch = grid.columns["head 1"][:3]
+    first_epoch, _, last_epoch = grid.columns["head 1"].arrays[:3]
     assert not torch.allclose(first_epoch, last_epoch, atol=1e-6)
+
+
+def test_a_figure_has_the_map_to_believe_between_attention_and_the_effect(run_folder, drawn_run):
+    best = best_of(strict_json(drawn_run.folder / "metrics.json"))
+    assert next(iter(table_in(drawn_run.printed))) == best.replace("_", " ")
+    grid = drawn_run.grids["attention.png"]
+    maps = headings_of_maps(best, "highest equal ink")
+    heads = ["head 1", "head 2", "head 3"]
+    assert list(grid.columns) == ["input", "brightness", *maps, "effect", *heads]
+    assert "The digit is outlined in green, clutter in red" in grid.title
+    assert "Effect: how much the feature changes if a patch is blackened" in grid.title
+
+    # The third row is that of the last epoch.
+    network = model_of(run_folder / "ckpt.pth").backbone
+    images = grid.columns["input"].arrays[2].movedim(-1, 0)[None]
+    for name, heading in (("brightness", "brightness"), (best, maps[-1])):
+        drawn = grid.columns[heading].arrays[2].flatten()
+        torch.testing.assert_close(drawn, explain.MAPS[name](network, images)[0])
+
+
+def test_the_masks_of_a_canvas_are_outlined_in_its_input_alone(run_folder, drawn_run):
+    model = model_of(run_folder / "ckpt.pth")
+    batch = next(views.evaluation_batches(model.config, model.splits["test"], 4))
+    columns = drawn_run.grids["attention.png"].columns
+    (green, digits), (red, clutters) = columns["input"].outlines
+    assert (green, red) == ("lime", "red")
+    # An image has a row for each of three epochs.
+    assert torch.equal(torch.stack(digits), batch.digit.repeat_interleave(3, 0))
+    assert torch.equal(torch.stack(clutters), batch.clutter.repeat_interleave(3, 0))
+    assert [heading for heading, column in columns.items() if column.outlines] == ["input"]
+
+
+def test_the_note_under_a_map_of_a_canvas_is_its_rank_correlation_with_the_effect(
+    run_folder, drawn_run
+):
+    """Of the second canvas and the last epoch. Patches without ink do not count."""
+    columns = drawn_run.grids["attention.png"].columns
+    row = 5
+    image = columns["input"].arrays[row].movedim(-1, 0)
+    ink = torch.stack([masks[row] for _, masks in columns["input"].outlines]).any(0)
+    patches_with_ink = []
+    blackened = []
+    for patch in range(16):
+        top = 7 * (patch // 4)
+        left = 7 * (patch % 4)
+        if ink[top : top + 7, left : left + 7].any():
+            patches_with_ink.append(patch)
+            blackened.append(image.clone())
+            blackened[-1][:, top : top + 7, left : left + 7] = 0
+    assert 2 < len(patches_with_ink) < 16
+
+    backbone = model_of(run_folder / "ckpt.pth").backbone
+    with torch.no_grad():
+        feature = backbone(views.normalize(image[None]))
+        changed = backbone(views.normalize(torch.stack(blackened)))
+    effect = 1 - F.cosine_similarity(changed, feature)
+    drawn = columns["effect"].arrays[row].flatten()
+    torch.testing.assert_close(drawn[patches_with_ink], effect, atol=1e-6, rtol=1e-3)
+    assert set(drawn.nonzero().flatten().tolist()) <= set(patches_with_ink)
+    maps = {heading for heading, column in columns.items() if column.notes}
+    assert maps == columns.keys() - {"input", "effect"}
+    for heading in maps:
+        values = columns[heading].arrays[row].flatten()[patches_with_ink]
+        expected = scipy.stats.spearmanr(values, drawn[patches_with_ink]).statistic
+        assert float(columns[heading].notes[row]) == pytest.approx(expected, abs=0.0051), heading
+
+
+def test_a_dash_stands_under_a_map_that_cannot_be_compared_with_the_effect(tmp_path, capsys):
+    """A canvas or a picture of a single patch gives no order, and so no best map."""
+    weights_path = saved(small_vit(), tmp_path / "w.pth")
+    gradient().save(tmp_path / "a.png")
+    flags = ["--image-size", "8", "--digits", "sklearn"]
+    with recorded_grids() as grids:
+        assert look(weights_path, *flags, output=tmp_path) == 0
+        capsys.readouterr()
+        assert look(weights_path, *flags, "--images", tmp_path / "a.png", output=tmp_path) == 0
+    for name, rows in (("attention.png", 8), ("attention-images.png", 1)):
+        columns = grids[name].columns
+        maps = ["brightness", "attention", "effect", "head 1", "head 2"]
+        assert list(columns) == ["input", *maps]
+        assert columns["attention"].arrays[0].shape == (1, 1)
+        for heading in set(maps) - {"effect"}:
+            assert columns[heading].notes == ["–"] * rows
+    printed = capsys.readouterr().out
+    assert "Which map should you believe? This cannot be told" in printed
+    assert all(set(cells) == {"–"} for cells in table_in(printed).values())
 
 
 def test_attention_of_a_run_that_kept_no_epochs_has_a_row_for_each_image(other_run, tmp_path):
     with recorded_grids() as grids:
         assert look(other_run / "ckpt.pth", output=tmp_path) == 0
     grid = grids["attention.png"]
-    assert list(grid.columns) == ["input", "effect", "rollout", "head 1"]  # the only head
-    assert len(grid.columns["input"]) == 8
+    best = best_of(strict_json(tmp_path / "metrics.json"))
+    maps = headings_of_maps(best, "highest equal ink")
+    assert list(grid.columns) == ["input", "brightness", *maps, "effect"]  # one head has no column
+    assert len(grid.columns["input"].arrays) == 8
     assert grid.row_names == []
 
 
@@ -324,8 +552,8 @@ def test_shipped_checkpoints_look_at_ink(name):
     assert model.config.views == name
     assert model.epoch == model.config.epochs
     images = views.evaluation_batches(model.config, model.splits["test"], 200)
-    observation = explain.observe({"trained": model.backbone}, images)
-    mean = report.measure_attention(observation)["mean"]
+    observation = observe.observe({"trained": model.backbone}, images)
+    mean = evaluate.measure_attention(observation)["mean"]
     assert mean["digit_density"]["low"] > 3 * mean["background_density"]["high"]
     assert mean["selectivity"]["low"] > 1.2
 
@@ -364,7 +592,8 @@ def test_dinos_script_reads_our_checkpoints(tmp_path):
 def test_networks_side_by_side_are_each_shown_their_own_size(
     run_folder, other_run, tmp_path, capsys
 ):
-    assert look(run_folder / "ckpt.pth", other_run / "ckpt.pth", output=tmp_path) == 0
+    with recorded_grids() as grids:
+        assert look(run_folder / "ckpt.pth", other_run / "ckpt.pth", output=tmp_path) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "28 px, patch 7" in printed
     assert "32 px, patch 8" in printed
@@ -377,10 +606,22 @@ def test_networks_side_by_side_are_each_shown_their_own_size(
     assert second["matched"]["mean"]["selectivity"] == second["matched"]["head_1"]["selectivity"]
     assert sorted(os.listdir(tmp_path)) == ["attention-compared.png", "metrics-compared.json"]
 
+    columns = grids["attention-compared.png"].columns
+    of_first = headings_of_maps(best_of(first), "highest equal ink", "[1]\n")
+    of_second = headings_of_maps(best_of(second), "highest equal ink", "[2]\n")
+    shown_first = ["input", "brightness", *of_first, "[1]\neffect"]
+    shown_second = ["[2]\ninput", "[2]\nbrightness", *of_second, "[2]\neffect"]
+    assert list(columns) == [*shown_first, *shown_second]
+    backbone = model_of(other_run / "ckpt.pth").backbone
+    images = torch.stack(columns["[2]\ninput"].arrays).movedim(-1, 1)
+    drawn = torch.stack(columns[of_second[0]].arrays).flatten(1)
+    torch.testing.assert_close(drawn, explain.attention(backbone, images))
+
 
 def test_numbers_side_by_side_are_those_of_each_network_alone(run_folder, drawn_run, tmp_path):
     checkpoints = [run_folder / "epoch-0.pth", run_folder / "ckpt.pth"]
-    assert look(*checkpoints, "--weights", "none", output=tmp_path) == 0
+    with recorded_grids() as grids:
+        assert look(*checkpoints, "--weights", "none", output=tmp_path) == 0
     untrained, trained, random = strict_json(tmp_path / "metrics-compared.json")
     alone = strict_json(drawn_run.folder / "metrics.json")
     results = [untrained, trained, random]
@@ -402,6 +643,20 @@ def test_numbers_side_by_side_are_those_of_each_network_alone(run_folder, drawn_
         assert untrained["matched"]["mean"][name] == pytest.approx(cell), name
         assert random["matched"]["mean"][name] == pytest.approx(cell), name
 
+    # All are shown the same images, which are drawn once, and so is what depends on nothing else.
+    headings = ["input", "brightness"]
+    for number, result in enumerate(results, 1):
+        best = best_of(result)
+        headings += headings_of_maps(best, "highest equal ink", f"[{number}]\n")
+        headings.append(f"[{number}]\neffect")
+    columns = grids["attention-compared.png"].columns
+    assert list(columns) == headings
+    assert columns["brightness"].notes == []  # the effect is another for each network
+    of_trained = next(heading for heading in columns if heading.startswith("[2]\nattention"))
+    images = torch.stack(columns["input"].arrays).movedim(-1, 1)
+    attention = explain.attention(model_of(run_folder / "ckpt.pth").backbone, images)
+    torch.testing.assert_close(torch.stack(columns[of_trained].arrays).flatten(1), attention)
+
 
 # --------------------------------------------------------------------------- networks from elsewhere
 
@@ -410,24 +665,57 @@ def test_weights_from_elsewhere_are_drawn_and_measured_if_asked(
     tmp_path, run_folder, monkeypatch, capsys
 ):
     """On the paper's canvases: as a checkpoint they are drawn, by --weights they are measured."""
-    path = tmp_path / "bare.pth"
-    torch.save(small_vit().state_dict(), path)
-    flags = ["--image-size", "64", "--digits", "sklearn"]
+    path = saved(small_vit(), tmp_path / "bare.pth")
+    flags = ["--image-size", "40", "--digits", "sklearn"]
     monkeypatch.chdir(run_folder)  # whose kept epochs are not of these weights
-    assert look(path, *flags, output=tmp_path / "drawn") == 0
+    with recorded_grids() as grids:
+        assert look(path, *flags, output=tmp_path / "drawn") == 0
+    assert sum("(highest here)" in heading for heading in grids["attention.png"].columns) == 1
     assert os.listdir(tmp_path / "drawn") == ["attention.png"]
     printed = capsys.readouterr().out
-    assert "Does it look at the digit" not in printed
+    assert "Where does it look?" not in printed
     assert f"not measured; measure it with --weights {path}" in printed
 
     with recorded_grids() as grids:
         assert look("--weights", path, *flags, output=tmp_path / "measured") == 0
     assert grids["attention.png"].row_names == []
-    assert "Does it look at the digit" in capsys.readouterr().out
-    saved = strict_json(tmp_path / "measured" / "metrics.json")["settings"]
-    assert saved["canvas_size"] == 100
-    assert saved["num_distractors"] == 6
-    assert saved["image_size"] == 64
+    assert "Where does it look?" in capsys.readouterr().out
+    of_images = strict_json(tmp_path / "measured" / "metrics.json")["settings"]
+    assert of_images["canvas_size"] == 100
+    assert of_images["num_distractors"] == 6
+    assert of_images["image_size"] == 40
+
+
+def test_weights_that_are_not_measured_show_the_map_that_is_best_in_the_figure(
+    other_run, few_images, tmp_path, capsys
+):
+    """It is the map with the highest mean of what stands under it."""
+    backbone = small_vit()
+    path = saved(backbone, tmp_path / "bare.pth")
+    run = other_run / "ckpt.pth"
+    with recorded_grids() as grids:
+        assert look(path, run, "--image-size", "32", "--digits", "sklearn", output=tmp_path) == 0
+    assert f"not measured; measure it with --weights {path}" in capsys.readouterr().out
+    result = strict_json(tmp_path / "metrics-compared.json")
+    assert result["checkpoint"] == str(run)  # the only one that is measured
+
+    # the best map of these eight canvases
+    columns = grids["attention-compared.png"].columns
+    (_, digits), (_, clutters) = columns["input"].outlines
+    correlations = {name: [] for name in explain.NETWORK_MAPS}
+    for number, picture in enumerate(columns["input"].arrays):
+        effect = columns["[1]\neffect"].arrays[number].flatten()
+        ink = metrics.patch_sums((digits[number] | clutters[number])[None], 8)[0] > 0
+        for name in explain.NETWORK_MAPS:
+            values = explain.MAPS[name](backbone, picture.movedim(-1, 0)[None])[0]
+            rho = scipy.stats.spearmanr(values[ink], effect[ink]).statistic
+            correlations[name].append(rho)
+    best = max(correlations, key=lambda name: np.nanmean(correlations[name]))
+    of_weights = [*headings_of_maps(best, "highest here", "[1]\n"), "[1]\neffect"]
+    best_of_run = best_of(result)
+    of_run = [*headings_of_maps(best_of_run, "highest equal ink", "[2]\n"), "[2]\neffect"]
+    assert list(columns)[: 2 + len(of_weights)] == ["input", "brightness", *of_weights]
+    assert list(columns)[-len(of_run) :] == of_run
 
 
 def dino_checkpoint(backbone: VisionTransformer) -> dict:
@@ -441,18 +729,17 @@ def dino_checkpoint(backbone: VisionTransformer) -> dict:
     }
 
 
-def test_own_pictures_through_networks_of_any_origin(run_folder, tmp_path):
+def test_own_pictures_through_networks_of_any_origin(other_run, tmp_path):
     transparent = tmp_path / "a.png"
     Image.new("RGBA", (80, 60), (9, 200, 30, 128)).save(transparent)
     white = tmp_path / "b.jpg"
     Image.new("RGB", (64, 64), "white").save(white)
-    bare = tmp_path / "bare.pth"
-    torch.save(small_vit().state_dict(), bare)
+    bare = saved(small_vit(), tmp_path / "bare.pth")
     full = tmp_path / "full.pth"
     torch.save(dino_checkpoint(small_vit()), full)
-    for number, checkpoints in enumerate(([run_folder], [bare], [full], [bare, full])):
+    for number, checkpoints in enumerate(([other_run], [full], [bare, full])):
         output = tmp_path / str(number)
-        flags = ["--images", transparent, white, "--image-size", "56"]
+        flags = ["--images", transparent, white, "--image-size", "24"]
         assert look(*checkpoints, *flags, output=output) == 0
         assert os.listdir(output) == ["attention-images.png"]
 
@@ -462,8 +749,7 @@ def gradient() -> Image.Image:
 
 
 def test_what_was_assumed_about_weights_is_printed_and_can_be_overridden(tmp_path, capsys):
-    path = tmp_path / "w.pth"
-    torch.save(small_vit().state_dict(), path)
+    path = saved(small_vit(), tmp_path / "w.pth")
     gradient().save(tmp_path / "a.png")
     draw = [path, "--image-size", "40", "--images", tmp_path / "a.png"]
     assert look(*draw, output=tmp_path) == 0
@@ -508,26 +794,31 @@ def test_pictures_keep_their_proportions_and_fit_the_patches(tmp_path, size, sha
     torch.testing.assert_close(picture.mean((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
 
 
-def pictures_in(printed: str) -> list[str]:
-    """The pictures whose token effects were printed."""
-    lines = printed.splitlines()
-    return [line.partition(": ")[0] for line in lines if "removing the most-attended 20%" in line]
-
-
 def test_a_folder_of_pictures_is_drawn_in_pages(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(visualize, "PICTURES_PER_PAGE", 2)
     folder = tmp_path / "pictures"
     (folder / "deeper").mkdir(parents=True)
     pictures = ["a.png", "b.tif", "deeper/c.JPG"]
-    for name in pictures:
-        gradient().save(folder / name, "PNG")
+    for turns, name in enumerate(pictures):
+        gradient().rotate(90 * turns).save(folder / name, "PNG")
     for name in ("._a.png", "notes.txt"):  # which are no pictures
         (folder / name).write_bytes(b"\0\5\26\7")
     output = tmp_path / "out"
-    assert look(SAME, "--images", folder, output=output) == 0
+    with recorded_grids() as grids:
+        assert look(SAME, "--image-size", "28", "--images", folder, output=output) == 0
     assert sorted(os.listdir(output)) == ["attention-images-1.png", "attention-images-2.png"]
-    names = [os.path.relpath(path, folder) for path in pictures_in(capsys.readouterr().out)]
-    assert names == pictures
+    shown = []
+    for number, count in ((1, 2), (2, 1)):
+        columns = grids[f"attention-images-{number}.png"].columns.values()
+        assert all(len(column.arrays) == count for column in columns)
+        shown += grids[f"attention-images-{number}.png"].columns["input"].arrays
+    for array, name in zip(shown, pictures):
+        expected = visualize.open_image(str(folder / name), image_size=28, patch_size=7)
+        assert torch.equal(array.movedim(-1, 0), expected)
+    # The report is on all pages.
+    printed = capsys.readouterr().out
+    assert printed.count("Which map should you believe?") == 1
+    assert "3 photographs" in printed
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -571,7 +862,7 @@ def odd_pictures() -> dict[str, bytes]:
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")  # as of Pillow
 def test_odd_pictures_are_drawn(tmp_path, capsys):
-    torch.save(small_vit().state_dict(), tmp_path / "w.pth")
+    path_of_weights = saved(small_vit(dim=64, depth=1, heads=1), tmp_path / "w.pth")
     paths = []
     for name, content in odd_pictures().items():
         path = tmp_path / f"{name}.png"
@@ -579,13 +870,12 @@ def test_odd_pictures_are_drawn(tmp_path, capsys):
         paths.append(str(path))
     flags = ["--image-size", "32", "--images", *paths]
     with recorded_grids() as grids:
-        assert look(tmp_path / "w.pth", *flags, output=tmp_path / "out") == 0
+        assert look(path_of_weights, *flags, output=tmp_path / "out") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert len(grids["attention-images.png"].columns["head 1"]) == len(paths)
-    # A fifth of the patches of the narrow picture, which has four, is none.
-    measured = [path for path in paths if "20,000" not in path]
-    assert pictures_in(captured.out) == measured
+    assert len(grids["attention-images.png"].columns["effect"].arrays) == len(paths)
+    count = len(paths)
+    assert f"{count} photographs, SRG of {count} [95% interval]" in captured.out
 
 
 def bad_pictures() -> dict[str, bytes]:
@@ -615,6 +905,305 @@ def test_bad_pictures_are_refused(tmp_path, capsys):
         assert not (tmp_path / "out").exists(), name
 
 
+# ----------------------------------------------------------------------------- the maps of pictures
+
+
+def noise(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    """The path, where a picture of random colours now is, with a bright part."""
+    pixels = np.random.default_rng(seed).integers(0, 200, (height, width, 3)).astype(np.uint8)
+    pixels[height // 4 : height // 2, width // 4 : width // 2] = 255
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    """A wide, a tall and a square picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    sizes = [(40, 16), (24, 60), (32, 32)]
+    return [
+        noise(folder / f"{seed}.png", width, height, seed)
+        for seed, (width, height) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize(
+    "row, maps",
+    [
+        ("mean", ["attention\n(highest SRG)"]),
+        ("rollout", ["attention", "rollout\n(highest SRG)"]),
+        ("norm_rollout", ["attention", "norm rollout\n(highest SRG)"]),
+        ("squared_gradient", ["attention", "squared gradient\n(highest SRG)"]),
+    ],
+)
+def test_the_map_that_is_drawn_is_the_first_row_of_the_table(
+    row, maps, pictures, tmp_path, monkeypatch, capsys
+):
+    """Whichever map is the best."""
+    measure_pictures = evaluate.measure_pictures
+
+    def with_best(*args):
+        result = measure_pictures(*args)
+        result["photographs"][row]["srg"]["value"] = 0.99
+        return result
+
+    monkeypatch.setattr(evaluate, "measure_pictures", with_best)
+    path = saved(small_vit(), tmp_path / "w.pth")
+    flags = ["--image-size", "24", "--images", pictures[0]]
+    with recorded_grids() as grids:
+        assert look(path, *flags, output=tmp_path) == 0
+    grid = grids["attention-images.png"]
+    assert list(grid.columns) == ["input", "brightness", *maps, "effect", "head 1", "head 2"]
+    table = table_in(capsys.readouterr().out)
+    assert maps[-1] == f"{next(iter(table))}\n(highest SRG)"
+    assert "outlined" not in grid.title
+    assert "Effect: how much the feature changes if a window of patches is left out" in grid.title
+
+
+def test_the_note_under_a_map_of_a_picture_is_its_rank_correlation_with_the_effect(tmp_path):
+    """11 × 10 patches make 6 × 5 windows of 2 × 2, those in the last row of 1 × 2."""
+    path = noise(tmp_path / "a.png", 70, 77)
+    maps = "attention,rollout,contrast,heads,effect"
+    flags = ["--image-size", "77", "--maps", maps, "--images", path]
+    with recorded_grids() as grids:
+        assert look(SAME, *flags, output=tmp_path) == 0
+    columns = grids["attention-images.png"].columns
+    image = columns["input"].arrays[0].movedim(-1, 0)[None]
+    assert image.shape == (1, 3, 77, 70)
+
+    backbone = model_of(SAME).backbone
+    patches = torch.arange(110).view(11, 10)
+    windows = [
+        patches[row : row + 2, column : column + 2].flatten()
+        for row in range(0, 11, 2)
+        for column in range(0, 10, 2)
+    ]
+    effect = []
+    with torch.no_grad():
+        feature = backbone(views.normalize(image))
+        for window in windows:
+            is_kept = torch.ones(110, dtype=torch.bool)
+            is_kept[window] = False
+            changed = backbone(views.normalize(image), keep=is_kept.nonzero().T)
+            effect.append(1 - F.cosine_similarity(changed, feature).item())
+    for window, expected in zip(windows, effect):
+        drawn = columns["effect"].arrays[0].flatten()[window]
+        torch.testing.assert_close(drawn, torch.full_like(drawn, expected), atol=1e-6, rtol=1e-3)
+    assert columns["effect"].notes == []
+    for heading in columns.keys() - {"input", "effect"}:
+        values = columns[heading].arrays[0].flatten()
+        # The windows of the last row are cut off, and do not count.
+        mass = [values[window].sum().item() for window in windows[:25]]
+        expected = scipy.stats.spearmanr(mass, effect[:25]).statistic
+        (note,) = columns[heading].notes
+        assert float(note) == pytest.approx(expected, abs=0.0051), heading
+
+
+def test_what_is_printed_of_pictures_is_measured_on_all_of_them(
+    pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "ENOUGH_PICTURES", 3)
+    backbone = model_of(SAME).backbone
+    with recorded_grids() as grids:
+        assert look(SAME, "--image-size", "35", "--images", *pictures, output=tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "3 photographs, SRG of 3 [95% interval]" in printed
+    description = f"{SAME}: NCE loss, same views, 2 crops, 35 px, patch 7"
+    assert description in " ".join(printed.split())
+    table = table_in(printed)
+    controls = ["brightness", "contrast", "centre", "random"]
+    assert table.keys() == {
+        *(name.replace("_", " ") for name in [*explain.NETWORK_MAPS, *controls]),
+        "head 1",
+        "head 2",
+        "head 3",
+    }
+
+    # Under the heading "patches" stands the mean of the notes in the figure.
+    columns = grids["attention-images.png"].columns
+    for heading, column in columns.items():
+        if column.notes:
+            _, patches, _ = table[heading.partition("\n")[0]]
+            mean = sum(map(float, column.notes)) / 3
+            assert float(patches) == pytest.approx(mean, abs=0.0101), heading
+
+    # SRG is the mean over pictures, whatever their size, and the interval is over pictures too.
+    gains = []
+    sums = []  # of the whole and of the direct effects
+    for array in columns["input"].arrays:
+        image = array.movedim(-1, 0)[None]
+        curves = effects.left_out_cosines(backbone, image, explain.attention(backbone, image))
+        gains.append(metrics.relevance_gain(*curves).item())
+        sums.append(effects.token_effects(backbone, image, [0, 1]).sum((1, 2)))
+    value, low, high = map(float, re.findall(r"-?\d+\.\d+", table["attention"][0]))
+    assert value == pytest.approx(np.mean(gains), abs=0.0051)
+    assert min(gains) - 0.01 < low < value < high < max(gains) + 0.01
+    whole, direct = sum(sums)
+    assert f"{direct / whole:.0%} of its effect is left" in " ".join(printed.split())
+
+
+def test_of_one_picture_there_is_no_interval(pictures, tmp_path, capsys):
+    path = saved(small_vit(), tmp_path / "w.pth")
+    assert look(path, "--image-size", "24", "--images", pictures[1], output=tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "1 photograph, SRG of 1 [95% interval]" in printed
+    assert "too few pictures for an interval" in " ".join(printed.split())
+    for title, cells in table_in(printed).items():
+        assert (cells[0] == "–") == title.startswith("head"), title
+        assert not any("[" in cell for cell in cells)
+
+
+def test_networks_on_pictures_have_the_rows_that_each_has_alone(pictures, tmp_path, capsys):
+    flags = ["--image-size", "28", "--images", pictures[0]]
+    alone = []
+    for path in (SAME, DIFFERENT):
+        assert look(path, *flags, output=tmp_path) == 0
+        alone.append(table_in(capsys.readouterr().out))
+    with recorded_grids() as grids:
+        assert look(SAME, DIFFERENT, *flags, output=tmp_path) == 0
+    printed = capsys.readouterr().out
+    table = table_in(printed)
+    assert printed.count("Which map should you believe?") == 2
+    assert alone[0]["attention"] != alone[1]["attention"]
+    rows = ["attention", "rollout", "norm rollout", "squared gradient"]
+    rows += ["brightness", "contrast", "centre"]
+    expected = {f"[{number}] {row}": alone[number - 1][row] for number in (1, 2) for row in rows}
+    assert table == expected
+
+    # The figure shows what depends on no network once, and no heads.
+    headings = ["input", "brightness"]
+    for label, of_network in zip(("[1]", "[2]"), alone):
+        best = next(iter(of_network)).replace(" ", "_")
+        headings += headings_of_maps(best, "highest SRG", f"{label}\n")
+        headings.append(f"{label}\neffect")
+    assert list(grids["attention-images.png"].columns) == headings
+
+
+def test_srg_takes_long_and_may_be_that_of_the_first_pictures_alone(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    """The rest of the table is that of all pictures."""
+    command = [SAME, "--image-size", "28", "--images"]
+    assert look(*command, *pictures[:2], output=tmp_path) == 0
+    of_two = table_in(capsys.readouterr().out)
+    monkeypatch.setattr(evaluate, "effect_images", lambda *args, **kwargs: 2)
+    assert look(*command, *pictures, output=tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "3 photographs, SRG of 2 [95% interval]" in printed
+    of_three = table_in(printed)
+    for title, (gain, *_) in of_three.items():
+        assert gain == of_two[title][0]
+    assert of_three["attention"][1:] != of_two["attention"][1:]
+
+
+def test_attention_of_a_network_of_one_block_sees_all(pictures, few_images, tmp_path, capsys):
+    """Then an effect through a patch's own token is the whole effect."""
+    path = saved(small_vit(dim=64, heads=1, depth=1), tmp_path / "w.pth")
+    flags = ["--image-size", "24", "--digits", "sklearn"]
+    with recorded_grids() as grids:
+        assert look(path, *flags, "--images", *pictures[:2], output=tmp_path) == 0
+    printed = capsys.readouterr().out
+    sentence = "The network has a single block, so attention sees all that its feature depends on."
+    assert sentence in " ".join(printed.split())
+    for title, (_, patches, direct) in table_in(printed).items():
+        assert patches == direct, title
+    assert list(grids["attention-images.png"].columns)[-1] == "effect"  # one head has no column
+
+    assert look("--weights", path, *flags, output=tmp_path / "measured") == 0
+    assert sentence in " ".join(capsys.readouterr().out.split())
+    result = strict_json(tmp_path / "measured" / "metrics.json")
+    assert [cell["value"] for cell in result["direct_share"]] == [1]
+
+
+def test_maps_chooses_the_columns_and_their_order(
+    pictures, run_folder, few_images, tmp_path, capsys
+):
+    """A name that is given twice counts once."""
+    backbone = small_vit()
+    path = saved(backbone, tmp_path / "w.pth")
+    flags = ["--image-size", "32", "--images", *pictures[:2]]
+    maps = "effect,squared_gradient,heads,squared_gradient,random,effect,brightness"
+    shown = ["effect", "squared gradient", "head 1", "head 2", "random", "brightness"]
+    with recorded_grids() as grids:
+        assert look(path, *flags, "--maps", maps, output=tmp_path) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2  # what was read and what was written, and no report
+    columns = grids["attention-images.png"].columns
+    assert list(columns) == ["input", *shown]
+    for row, picture in enumerate(columns["input"].arrays):
+        image = picture.movedim(-1, 0)[None]
+        heads, _ = explain.cls_attention(backbone, image)
+        expected = {f"head {number}": head for number, head in enumerate(heads[0], 1)}
+        for name in ("squared_gradient", "random", "brightness"):
+            expected[name.replace("_", " ")] = explain.MAPS[name](backbone, image)[0]
+        for heading, values in expected.items():
+            torch.testing.assert_close(columns[heading].arrays[row].flatten(), values)
+            assert columns[heading].notes[row]
+
+    # beside another network, what depends on none of them once
+    other = saved(small_vit(1), tmp_path / "v.pth")
+    with recorded_grids() as grids:
+        assert look(path, other, *flags, "--maps", maps, output=tmp_path) == 0
+    of_first = [f"[1]\n{heading}" for heading in shown[:4]]
+    of_second = [f"[2]\n{heading}" for heading in shown[:4]]
+    headings = ["input", *of_first, "random", "brightness", *of_second]
+    assert list(grids["attention-images.png"].columns) == headings
+
+    # A run is measured all the same, and the best map is noted if it is there.
+    names = ["effect", *explain.NETWORK_MAPS]
+    with recorded_grids() as grids:
+        assert look(run_folder, "--maps", ",".join(names), output=tmp_path) == 0
+    best = best_of(strict_json(tmp_path / "metrics.json"))
+    headings = ["input", *(name.replace("_", " ") for name in names)]
+    headings[1 + names.index(best)] += "\n(highest equal ink)"
+    assert list(grids["attention.png"].columns) == headings
+
+
+def test_without_the_effect_nothing_is_blackened_or_left_out(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    def refuse(*args):
+        pytest.fail("an effect was measured")
+
+    for name in ("blackening_effects", "direct_effects", "token_effects", "left_out_cosines"):
+        monkeypatch.setattr(effects, name, refuse)
+    path = saved(small_vit(), tmp_path / "w.pth")
+    flags = ["--image-size", "32", "--digits", "sklearn", "--maps", "rollout,heads"]
+    with recorded_grids() as grids:
+        assert look(path, *flags, output=tmp_path) == 0
+        capsys.readouterr()
+        assert look(path, *flags, "--images", *pictures, output=tmp_path) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # no report
+    for grid in grids.values():
+        assert list(grid.columns) == ["input", "rollout", "head 1", "head 2"]
+        assert not any(column.notes for column in grid.columns.values())
+        assert "ffect" not in grid.title
+    assert sorted(grids) == ["attention-images.png", "attention.png"]
+
+
+@pytest.mark.parametrize(
+    "maps, unknown",
+    [
+        ("nonsense", "nonsense"),
+        ("attention,Effect", "Effect"),
+        ("norm rollout", "norm rollout"),
+        ("mean", "mean"),
+        ("attention,", ""),
+        ("", ""),
+    ],
+)
+def test_unknown_maps_are_refused_with_the_names_that_exist(tmp_path, capsys, maps, unknown):
+    with pytest.raises(SystemExit) as stopped:
+        look(SAME, "--maps", maps, output=tmp_path / "out")
+    assert stopped.value.code == 2
+    names = "attention,rollout,norm_rollout,squared_gradient,brightness,contrast,centre,random"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"visualize.py: error: argument --maps: {unknown!r}: use some of {names},effect,heads, "
+        f"with commas between them"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------- photographs and folders
 
 
@@ -639,10 +1228,10 @@ def test_few_photographs_are_measured_as_far_as_possible(tmp_path, capsys, class
     assert start(run, f"--dataset stl10 --data-root {tmp_path}") == 0
     capsys.readouterr()
     # The run's folder stands for its checkpoint. The pictures are finer than in training.
-    assert visualize.main([str(run), "--device", "cpu", "--image-size", "56"]) == 0
+    assert visualize.main([str(run), "--device", "cpu", "--image-size", "35"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "These are photographs" in printed
-    assert "Removing the most-attended 20% of the patches changes the feature" in printed
+    assert "of its effect is left" in printed
     assert ("linear probe –" in printed) == (classes == 1)
     for name in ("views.png", "attention.png", "curves.png"):
         assert min(Image.open(run / name).size) > 200, name
@@ -651,24 +1240,50 @@ def test_few_photographs_are_measured_as_far_as_possible(tmp_path, capsys, class
     assert is_drawn != ("no tsne.png: t-SNE needs more than" in printed)
 
     result = strict_json(run / "metrics.json")
-    rows = {"mean", "head_1", "head_2", "head_3", "rollout", "untrained"}
-    assert result["photographs"].keys() == rows
-    assert result["token_effect"].keys() == {"mean", "rollout"}
-    assert result["settings"]["image_size"] == 56
+    images = result["photographs"]["mean"]["entropy"]["images"]  # some are for validation
+    assert images > test_images / 3
+    assert f", SRG of {images} [95% interval]" in printed
+    maps = {"mean", "rollout", "norm_rollout", "squared_gradient"}
+    maps |= {"brightness", "contrast", "centre", "random"}
+    assert result["photographs"].keys() == maps | {"head_1", "head_2", "head_3", "untrained"}
+    assert result["untrained"].keys() == maps
+    names = {"srg", "patch_faithfulness", "direct_faithfulness"}
+    for table in (result["photographs"], result["untrained"]):
+        assert table["mean"].keys() == names | {"entropy", "diversity"}
+        assert table["centre"].keys() == names
+        for name in names:
+            assert -1 <= table["mean"][name]["value"] <= 1
+    assert [cell["images"] for cell in result["direct_share"]] == [images] * 2
+    assert result["settings"]["image_size"] == 35
     assert "not the whole of STL-10" in result["fallbacks"][0]
 
 
 def test_photographs_and_digits_side_by_side(run_folder, tmp_path, capsys):
     """Weights that were not trained here are shown what the first run was shown."""
-    write_stl10(tmp_path, unlabeled=16, train=20, test=40)
+    write_stl10(tmp_path, unlabeled=16, train=20, test=12)
     run = tmp_path / "run"
     assert start(run, f"--epochs 1 --dataset stl10 --data-root {tmp_path}") == 0
     capsys.readouterr()
-    assert look(run, run_folder, "--weights", "none", output=tmp_path / "out") == 0
-    assert capsys.readouterr().out.count("Does it look at the digit") == 1
+    with recorded_grids() as grids:
+        assert look(run, run_folder, "--weights", "none", output=tmp_path / "out") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("Where does it look?") == 3
+    assert printed.count("Where does it look? These are photographs") == 2
     results = strict_json(tmp_path / "out" / "metrics-compared.json")
     assert ["matched" in result for result in results] == [False, True, False]
     assert (tmp_path / "out" / "attention-compared.png").exists()
+    headings = list(grids["attention-compared.png"].columns)
+    noted = [heading for heading in headings if "highest" in heading]
+    reasons = {heading[:3]: heading.partition("(")[2] for heading in noted}
+    expected = {"[1]": "highest SRG)", "[2]": "highest equal ink)", "[3]": "highest SRG)"}
+    for label, result in zip(list(expected), results):
+        if result["collapse"]:  # no map of that one is to be believed
+            del expected[label]
+    assert reasons == expected
+    assert "[3]" in reasons
+    # Each network's pictures are other ones than the last network's.
+    inputs = [heading for heading in headings if "input" in heading]
+    assert inputs == ["input", "[2]\ninput", "[3]\ninput"]
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -729,8 +1344,15 @@ def test_attention_that_is_not_finite_names_its_checkpoint(run_folder, tmp_path,
     checkpoint["teacher"]["backbone.blocks.1.attn.qkv.weight"][0] = 3e38
     path = tmp_path / "diverged.pth"
     torch.save(checkpoint, path)
-    for checkpoints in ([path], [run_folder / "ckpt.pth", path]):
-        status = look(*checkpoints, output=tmp_path)
+    gradient().save(tmp_path / "a.png")
+    pictures = ["--images", str(tmp_path / "a.png")]
+    for command in (
+        [path],
+        [run_folder / "ckpt.pth", path],
+        [path, *pictures],
+        [run_folder / "ckpt.pth", path, *pictures, "--maps", "attention"],
+    ):
+        status = look(*command, output=tmp_path)
         assert f"{path}: the attention is NaN or infinite" in error_of(status, capsys)
 
 
@@ -799,9 +1421,9 @@ def test_training_does_not_need_matplotlib():
 def foreign_process(tmp_path_factory) -> subprocess.CompletedProcess:
     """A picture drawn in a notebook, with names that neither font nor code page can show."""
     folder = tmp_path_factory.mktemp("猫の絵")
-    picture = folder / "Größe 猫 τ.png"
+    picture = folder / "猫 τ.png"
     gradient().save(picture)
-    checkpoint = folder / "重み.pth"
+    checkpoint = folder / "Größe 重み.pth"
     shutil.copy(SAME, checkpoint)
     # The names of two checkpoints stand in the figure.
     command = ["visualize.py", checkpoint, checkpoint, "--device", "cpu", "--images", picture]
@@ -819,7 +1441,7 @@ def test_names_that_the_font_lacks_cause_no_warning(foreign_process):
 
 def test_characters_that_a_code_page_lacks_are_replaced(foreign_process):
     printed = foreign_process.stdout.decode("cp1252")
-    assert "Größe ? ?.png: removing the most-attended 20%" in printed
+    assert "Größe ??.pth: teacher.backbone" in printed
 
 
 @pytest.mark.parametrize("has_mps, device", [(True, "mps"), (False, "cpu")])
@@ -837,6 +1459,7 @@ CHECKPOINTS += ["nowhere", "", "ü"]
 FLAGS = {
     "--weights": ["good.pth", "none", "bare.pth", "text.pth", "dino"],
     "--images": ["picture.png", "grey.png", "text.pth", "folder"],
+    "--maps": ["attention", "effect,heads,attention", "brightness,random", "heads,nonsense", ","],
     "--image-size": ["7", "14", "56", "70", "50", "0", "-7"],
     "--digits": ["sklearn", "auto", "mnist"],
     "--background": ["black", "texture", "folder"],

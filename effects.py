@@ -1,0 +1,207 @@
+"""Effects: what a network's feature depends on, found by changing the image and looking again.
+
+An effect is 1 − cosine of the L2-normalized [CLS] features before and after a change: a patch with
+ink is blackened, or a window of patches is left out as if it did not exist. (Parts of a canvas that
+are left out when it is rendered move the feature by a distance, √(2 − 2 cosine).) Nothing is
+estimated. The direct effect at a block is what is left of an effect if only the changed patch's own
+token differs at the input of that block.
+
+Images are (B, 1 or 3, H, W) in [0, 1].
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import views
+from vit import VisionTransformer
+
+CHANGED_IMAGES = 100  # so many images with a patch blackened go through the network at a time
+SRG_STEPS = 10  # in which more and more patches are left out
+MAX_WINDOWS = 64  # so many windows of an image, at most, are left out in turn
+
+
+@torch.no_grad()
+def feature_distance(backbone: VisionTransformer, images, features):
+    """Distance √(2 − 2 cos) between unit features (B, dim) and those of images: (B,), 0 to 2."""
+    return (feature_of(backbone, images) - features).norm(dim=-1)
+
+
+def feature_of(backbone: VisionTransformer, images, keep=None):
+    """The L2-normalized feature of images, (B, dim); `keep` is that of `VisionTransformer`."""
+    return F.normalize(backbone(views.normalize(images), keep), dim=-1)
+
+
+def one_minus_cosine(features, other_features):
+    """1 − cosine of L2-normalized features (…, dim): (…), exact also where it is small."""
+    return (features - other_features).square().sum(-1) / 2
+
+
+# -------------------------------------------------------------------------------- blackened patches
+
+
+@torch.no_grad()
+def blackening_effects(backbone: VisionTransformer, images, has_ink, features):
+    """Effects of blackening each patch with ink: (B, patches), 0 for the others.
+
+    `has_ink` is (B, patches) bool, and `features` (B, dim), L2-normalized, are those of the images.
+    """
+    effect = features.new_zeros(has_ink.shape)
+    for image, patch in pairs_to_blacken(has_ink):
+        blackened = blacken(images[image], patch, backbone.shape.patch_size)
+        effect[image, patch] = one_minus_cosine(features[image], feature_of(backbone, blackened))
+    return effect
+
+
+def pairs_to_blacken(has_ink):
+    """All pairs of an image and a patch with ink, as (image (n,), patch (n,)), some at a time.
+
+    There are some 15 pairs for each canvas.
+    """
+    pieces = has_ink.nonzero().split(CHANGED_IMAGES)
+    return [pairs.unbind(1) for pairs in pieces if len(pairs)]
+
+
+def blacken(images, patch, patch_size: int):
+    """Images (n, channels, H, W), each with its patch of the number in `patch` (n,) blackened."""
+    rows = images.shape[2] // patch_size
+    columns = images.shape[3] // patch_size
+    # the number of the patch that each pixel belongs to, (H, W)
+    patch_of_pixel = torch.arange(rows * columns, device=images.device).view(rows, columns)
+    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 0)
+    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 1)
+    return images.masked_fill(patch_of_pixel == patch.view(-1, 1, 1, 1), 0)
+
+
+@torch.no_grad()
+def direct_effects(backbone: VisionTransformer, images, has_ink):
+    """Effects of blackening patches through their own tokens alone: (depth, B, patches).
+
+    Entry [b] is 1 − cosine when, at the input of block b, only the patch's own token comes from the
+    blackened image and all others from the image as it is (path patching). Entry [0] is the whole
+    effect, since a patch enters the network through its own token. What is missing in entry [b] is
+    what the blocks before b have already mixed into other tokens. 0 for patches without ink.
+
+    `has_ink` is (B, patches) bool.
+    """
+    first_patch = 1 + backbone.shape.registers
+    depth = backbone.shape.depth
+    inputs = block_inputs(backbone, images)
+    features = feature_from_block(backbone, inputs[-1], depth - 1)
+    effect = features.new_zeros(depth, *has_ink.shape)
+    for image, patch in pairs_to_blacken(has_ink):
+        blackened = blacken(images[image], patch, backbone.shape.patch_size)
+        changed_inputs = block_inputs(backbone, blackened)
+        whole = feature_from_block(backbone, changed_inputs[-1], depth - 1)
+        effect[0, image, patch] = one_minus_cosine(features[image], whole)
+        row = torch.arange(len(image), device=images.device)
+        for block in range(1, depth):
+            x = inputs[block][image]
+            x[row, first_patch + patch] = changed_inputs[block][row, first_patch + patch]
+            changed = feature_from_block(backbone, x, block)
+            effect[block, image, patch] = one_minus_cosine(features[image], changed)
+    return effect
+
+
+def block_inputs(backbone: VisionTransformer, images) -> list:
+    """The input of every block, (B, N, dim) each."""
+    inputs = [backbone.prepare_tokens(views.normalize(images))]
+    for block in backbone.blocks[:-1]:
+        inputs.append(block(inputs[-1]))
+    return inputs
+
+
+def feature_from_block(backbone: VisionTransformer, x, first_block: int):
+    """The unit feature (B, dim) of the input x (B, N, dim) of a block, counted from 0."""
+    for block in backbone.blocks[first_block:-1]:
+        x = block(x)
+    return F.normalize(backbone.last_feature(x), dim=-1)
+
+
+# --------------------------------------------------------------------------------- patches left out
+
+
+def patch_grid(backbone: VisionTransformer, images) -> tuple[int, int]:
+    """Rows and columns of the patches of images (B, channels, H, W)."""
+    height, width = images.shape[2:]
+    return height // backbone.shape.patch_size, width // backbone.shape.patch_size
+
+
+def window_side(grid: tuple[int, int]) -> int:
+    """How many patches wide windows are, so that there are at most MAX_WINDOWS on the grid."""
+    rows, columns = grid
+    side = 1
+    while math.ceil(rows / side) * math.ceil(columns / side) > MAX_WINDOWS:
+        side += 1
+    return side
+
+
+def window_of_patches(grid: tuple[int, int]):
+    """The number of the window that each patch belongs to, row by row: (patches,) int64."""
+    rows, columns = grid
+    side = window_side(grid)
+    row = torch.arange(rows) // side
+    column = torch.arange(columns) // side
+    return (row[:, None] * math.ceil(columns / side) + column).flatten()
+
+
+def is_whole_window(grid: tuple[int, int]):
+    """Which windows have as many patches as any: (windows,) bool. At the rim some are cut off."""
+    patches = torch.bincount(window_of_patches(grid))
+    return patches == patches.max()
+
+
+def window_sums(maps, grid: tuple[int, int]):
+    """Maps (…, patches) summed over each window: (…, windows)."""
+    window = window_of_patches(grid)
+    sums = maps.new_zeros(*maps.shape[:-1], int(window.max()) + 1)
+    return sums.index_add_(-1, window.to(maps.device), maps)
+
+
+@torch.no_grad()
+def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
+    """Effects of leaving out each window of patches as tokens: (blocks, B, windows).
+
+    For each block of `blocks` the tokens of the window are deleted from the input of that block. At
+    block 0 this gives the whole effect, at a later one the direct effect: other tokens keep what
+    earlier blocks have mixed into them. A ViT needs no paint over patches, whose colour would
+    matter. There is a pass for each window and block.
+    """
+    window = window_of_patches(patch_grid(backbone, images))
+    other_tokens = window.new_full((1 + backbone.shape.registers,), -1)
+    window_of_tokens = torch.cat([other_tokens, window])
+    inputs = block_inputs(backbone, images)
+    features = feature_from_block(backbone, inputs[-1], backbone.shape.depth - 1)
+    effects = []
+    for block in blocks:
+        for number in range(int(window.max()) + 1):
+            stays = (window_of_tokens != number).nonzero()[:, 0]
+            x = inputs[block][:, stays.to(images.device)]
+            changed = feature_from_block(backbone, x, block)
+            effects.append(one_minus_cosine(features, changed))
+    return torch.stack(effects, -1).unflatten(-1, (len(blocks), -1)).movedim(1, 0)
+
+
+@torch.no_grad()
+def left_out_cosines(backbone: VisionTransformer, images, maps):
+    """Cosines of the feature as more and more patches are left out: two of (B, SRG_STEPS).
+
+    In the first the patches with most of the map (B, patches) go first, in the second those with
+    least. In SRG_STEPS steps all patches but one are left out. Patches with equal shares of the map
+    go in a random order. There are 21 passes, which take as long as 7 to 10 of the whole image.
+    """
+    features = feature_of(backbone, images)
+    patches = maps.shape[1]
+    rng = torch.Generator().manual_seed(0)
+    shuffle = torch.randperm(patches, generator=rng).to(maps.device)
+    ascending = shuffle[maps[:, shuffle].argsort(dim=-1, stable=True)]  # (B, patches)
+    curves = []
+    for order in (ascending.flip(-1), ascending):
+        cosines = []
+        for step in range(1, SRG_STEPS + 1):
+            left_out = round(step * (patches - 1) / SRG_STEPS)
+            changed = feature_of(backbone, images, keep=order[:, left_out:])
+            cosines.append((changed * features).sum(-1))
+        curves.append(torch.stack(cosines, -1))
+    return curves
