@@ -185,7 +185,8 @@ def plot_grid(
     tallest = max(height / max(height, width) for height, width in shapes)
     has_notes = any(column.notes for column in columns.values())
     pitch = 0.94 * tallest + (0.21 if has_notes else 0.06)  # from row to row
-    size = (max(6, 1.4 * len(columns)), 1.45 * rows * pitch + 1)
+    lines_above = title.count("\n") + len(models) + max(name.count("\n") for name in columns)
+    size = (max(6, 1.4 * len(columns)), 1.45 * rows * pitch + 0.6 + 0.17 * lines_above)
     # One axis for each column, `pitch` high for each row: an axis for every picture takes ten times
     # as long. "compressed": no gaps between pictures, however wide the title is.
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout="compressed")
@@ -252,6 +253,7 @@ def plot_attention(networks: list[LookedAt], path: str, row_names: Sequence[str]
     """The input and the maps of each network, a row for each example."""
     columns = {}
     last_pictures = None
+    last_patch_size = None
     for number, network in enumerate(networks, 1):
         label = f"[{number}]\n" if len(networks) > 1 else ""
         # the input, unless it is the same as the last network's
@@ -263,6 +265,9 @@ def plot_attention(networks: list[LookedAt], path: str, row_names: Sequence[str]
             outlines = list(zip(MASK_COLORS, masks))
             columns[f"{label_of_pictures}input"] = GridColumn(pictures, outlines)
             last_pictures = pictures
+        patch_size = network.model.backbone.shape.patch_size
+        has_new_grid = is_new or patch_size != last_patch_size
+        last_patch_size = patch_size
 
         for name in heads_spelled_out(network.names, network.model.backbone.shape.heads):
             arrays = [of_example.maps[name] for of_example in network.maps]
@@ -272,7 +277,7 @@ def plot_attention(networks: list[LookedAt], path: str, row_names: Sequence[str]
             notes = [correlation_note(of_example, name) for of_example in network.maps]
             # Of several networks, what depends on none of them is drawn once.
             if len(networks) > 1 and name in explain.CONTROLS:
-                if is_new:
+                if has_new_grid:
                     columns[f"{label_of_pictures}{heading}"] = GridColumn(arrays)
             else:
                 columns[f"{label}{heading}"] = GridColumn(arrays, notes=notes if any(notes) else [])
@@ -702,7 +707,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", help="folder for what is written [the first checkpoint's, or runs/weights-…]"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("weights", "maps", "background", "data_root", "output"):
+        if getattr(args, name) == []:  # what argparse makes of "--output=--"
+            parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
+    return args
 
 
 def make_folder(args: argparse.Namespace) -> str:
@@ -797,7 +806,7 @@ def best_by_correlation(maps: list[MapsOfExample]) -> dict[str, str]:
         values = torch.tensor([of_example.correlations.get(name, math.nan) for of_example in maps])
         if not values.isnan().all():
             means[name] = values.nanmean().item()
-    return {max(means, key=means.get): "highest here"} if means else {}
+    return {max(means, key=means.get): "highest here"} if len(means) > 1 else {}
 
 
 def visualize_one(model: Model, args: argparse.Namespace):
