@@ -186,7 +186,7 @@ def plot_grid(
     has_notes = any(column.notes for column in columns.values())
     pitch = 0.94 * tallest + (0.21 if has_notes else 0.06)  # from row to row
     lines_above = title.count("\n") + len(models) + max(name.count("\n") for name in columns)
-    size = (max(6, 1.4 * len(columns)), 1.45 * rows * pitch + 0.6 + 0.17 * lines_above)
+    size = (max(6, 1.4 * len(columns)), 1.45 * rows * pitch + 0.8 + 0.17 * lines_above)
     # One axis for each column, `pitch` high for each row: an axis for every picture takes ten times
     # as long. "compressed": no gaps between pictures, however wide the title is.
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout="compressed")
