@@ -93,8 +93,8 @@ def direct_effects(backbone: VisionTransformer, images, has_ink):
     for image, patch in pairs_to_blacken(has_ink):
         blackened = blacken(images[image], patch, backbone.shape.patch_size)
         changed_inputs = block_inputs(backbone, blackened)
-        whole = feature_from_block(backbone, changed_inputs[-1], depth - 1)
-        effect[0, image, patch] = one_minus_cosine(features[image], whole)
+        whole_feature = feature_from_block(backbone, changed_inputs[-1], depth - 1)
+        effect[0, image, patch] = one_minus_cosine(features[image], whole_feature)
         row = torch.arange(len(image), device=images.device)
         for block in range(1, depth):
             x = inputs[block][image]

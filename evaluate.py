@@ -251,9 +251,9 @@ def direct_share(effects: CanvasEffects | TokenEffects) -> list[dict]:
     image_weights = metrics.bootstrap_weights(effects.index)
     cells = []
     for of_block in sums.unbind(1):
-        whole = sums[:, 0].where(of_block.isfinite(), torch.nan)  # of the same images
+        whole_effect = sums[:, 0].where(of_block.isfinite(), torch.nan)  # of the same images
         ratio = metrics.weighted_means(of_block, image_weights)
-        ratio = ratio / metrics.weighted_means(whole, image_weights)
+        ratio = ratio / metrics.weighted_means(whole_effect, image_weights)
         cells.append(metrics.interval_cell(ratio, of_block))
     return cells
 

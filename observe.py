@@ -272,8 +272,8 @@ def measure_tokens(
     ends = sorted({0, depth - 1})
     of_windows = effects.token_effects(backbone, images, ends)  # (1 or 2, B, windows)
     of_windows = of_windows.cpu()
-    whole = of_windows[0]
-    direct_sums = whole.new_full((len(images), depth), torch.nan)
+    whole_effect = of_windows[0]
+    direct_sums = whole_effect.new_full((len(images), depth), torch.nan)
     direct_sums[:, ends] = of_windows.sum(-1).T
     between = list(range(1, depth - 1))
     if between and direct_images:
@@ -281,15 +281,15 @@ def measure_tokens(
         direct_sums[:direct_images, between] = of_blocks.sum(-1).T.cpu()
 
     grid = effects.patch_grid(backbone, images)
-    among = effects.is_whole_window(grid).expand(whole.shape)
+    among = effects.is_whole_window(grid).expand(whole_effect.shape)
     part = TokenEffects(index, {}, {}, {}, direct_sums)
     for row, values in maps.items():
         # summed in float64 and rounded, so that ties stay ties
         mass = effects.window_sums(values.cpu().double(), grid).float()
-        part.patch_faithfulness[row] = metrics.spearman(mass, whole, among)
+        part.patch_faithfulness[row] = metrics.spearman(mass, whole_effect, among)
         part.direct_faithfulness[row] = metrics.spearman(mass, of_windows[-1], among)
-        part.srg[row] = whole.new_full((len(images),), torch.nan)
+        part.srg[row] = whole_effect.new_full((len(images),), torch.nan)
         if row in srg_rows and values.shape[1] > 1:
             most_first, least_first = effects.left_out_cosines(backbone, images, values)
             part.srg[row] = metrics.relevance_gain(most_first, least_first)
-    return whole, on_cpu(part)
+    return whole_effect, on_cpu(part)

@@ -170,9 +170,9 @@ def belief(result: dict) -> str:
 
 def equal_ink_sentences(table: dict, rows: list[str]) -> str:
     """What the maps know about patches of one canvas with equal ink, and the advice."""
-    first, *others = rows
+    first, *other_rows = rows
     shares = [f"{table[first]['equal_ink']['value']:.0%} of the time for {title_of(first)}"]
-    for row in others:
+    for row in other_rows:
         shares.append(f"{table[row]['equal_ink']['value']:.0%} for {title_of(row)}")
     brightness = table["brightness"]["equal_ink"]["value"]
     best = table[first]["equal_ink"]
@@ -400,9 +400,9 @@ def row_lines(columns: list[Column], result: dict, label: str) -> list[str]:
     table = measured_table(result)
     best_head = result.get("best_head")
     in_order = maps_in_order(table)
-    others = [row for row in table if row not in in_order and row not in HIDDEN_ROWS]
+    other_rows = [row for row in table if row not in in_order and row not in HIDDEN_ROWS]
     lines = []
-    for row in [*in_order, *others]:
+    for row in [*in_order, *other_rows]:
         title = title_of(row)
         if (
             row == best_head
