@@ -597,8 +597,11 @@ def verdict_table(runs, figure_folder):
         cells = [name, claim.text, word_cell(claim, verdict), claim.quantity]
         cells += [interval, str(verdict.seeds), p, figure]
         lines.append(table_row(cells))
-    note = "¹ the word, p corrected by Holm for sixteen claims, and p by flips do not agree at 5%."
-    return "\n".join([*lines, "", note])
+    notes = [
+        "¹ the word, p corrected by Holm for sixteen claims, and p by flips do not agree at 5%.",
+        "F1, F2 and F3 are measured with the amount of ink, the dose, left in: see below.",
+    ]
+    return "\n".join([*lines, "", *notes])
 
 
 def word_cell(claim, verdict):
@@ -746,7 +749,7 @@ def paper_scale_section(runs):
 
 def map_table(runs):
     """Return a table of how often each map orders two patches with equal ink rightly."""
-    titles = [*EQUAL_INK_MAPS, "attention and direct effect", "direct share at each block"]
+    titles = [*EQUAL_INK_MAPS, "attention with direct effect, ρ", "direct share at each block"]
     lines = [table_row(["row", "seeds", *titles]), table_rule(len(titles) + 2)]
     for row, depth in MAP_ROWS.items():
         measures = [f"matched/{name}/equal_ink" for name in EQUAL_INK_MAPS.values()]
@@ -782,11 +785,11 @@ def dose_table(runs):
     An object that is left out is a dose too, but its brightness is not all of it.
     """
     compared = {
-        "whole objects, attention − brightness, different views": (
+        "whole distractors, attention − brightness, different views": (
             ("different", OBJECT_FAITHFULNESS),
             ("different", BRIGHTNESS_OBJECT_FAITHFULNESS),
         ),
-        "whole objects, attention, different − same views": (
+        "whole distractors, attention, different − same views": (
             ("different", OBJECT_FAITHFULNESS),
             ("same", OBJECT_FAITHFULNESS),
         ),
