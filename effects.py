@@ -171,16 +171,21 @@ def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
     window = window_of_patches(patch_grid(backbone, images))
     other_tokens = window.new_full((1 + backbone.shape.registers,), -1)
     window_of_tokens = torch.cat([other_tokens, window])
+    window_sizes = torch.bincount(window)
     inputs = block_inputs(backbone, images)
     features = feature_from_block(backbone, inputs[-1], backbone.shape.depth - 1)
-    effects = []
-    for block in blocks:
-        for number in range(int(window.max()) + 1):
-            stays = (window_of_tokens != number).nonzero()[:, 0]
-            x = inputs[block][:, stays.to(images.device)]
-            changed = feature_from_block(backbone, x, block)
-            effects.append(one_minus_cosine(features, changed))
-    return torch.stack(effects, -1).unflatten(-1, (len(blocks), -1)).movedim(1, 0)
+    effect = features.new_zeros(len(blocks), len(images), len(window_sizes))
+    # Windows with as many patches go through the network together, some at a time.
+    for size in window_sizes.unique():
+        numbers = (window_sizes == size).nonzero()[:, 0]
+        for some in numbers.split(max(1, CHANGED_IMAGES // len(images))):
+            stays = [(window_of_tokens != number).nonzero()[:, 0] for number in some]
+            stays = torch.stack(stays).to(images.device)  # (windows, tokens that stay)
+            for position, block in enumerate(blocks):
+                x = inputs[block][:, stays].flatten(0, 1)  # (B · windows, tokens, dim)
+                changed = feature_from_block(backbone, x, block).unflatten(0, (-1, len(some)))
+                effect[position, :, some] = one_minus_cosine(features[:, None], changed)
+    return effect
 
 
 @torch.no_grad()

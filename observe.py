@@ -289,7 +289,23 @@ def measure_tokens(
         part.patch_faithfulness[row] = metrics.spearman(mass, whole_effect, among)
         part.direct_faithfulness[row] = metrics.spearman(mass, of_windows[-1], among)
         part.srg[row] = whole_effect.new_full((len(images),), torch.nan)
-        if row in srg_rows and values.shape[1] > 1:
-            most_first, least_first = effects.left_out_cosines(backbone, images, values)
-            part.srg[row] = metrics.relevance_gain(most_first, least_first)
+    if len(effects.window_of_patches(grid)) > 1:
+        for row, gain in relevance_gains(backbone, images, maps, srg_rows).items():
+            part.srg[row] = gain
     return whole_effect, on_cpu(part)
+
+
+def relevance_gains(
+    backbone: VisionTransformer, images, maps: dict, rows: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """The SRG of the maps in these rows, {row: (B,)}; several maps go through the network at once."""
+    gains = {}
+    at_once = max(1, effects.CHANGED_IMAGES // len(images))
+    for start in range(0, len(rows), at_once):
+        some = rows[start : start + at_once]
+        repeated = images.repeat(len(some), 1, 1, 1)
+        curves = effects.left_out_cosines(
+            backbone, repeated, torch.cat([maps[row] for row in some])
+        )
+        gains |= dict(zip(some, metrics.relevance_gain(*curves).split(len(images))))
+    return gains

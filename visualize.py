@@ -929,13 +929,19 @@ def open_pictures(models: list[Model], paths: list[str]) -> list[list[Example]]:
 
 
 def draw_pictures(models: list[Model], examples: list[list[Example]], args: argparse.Namespace):
-    """attention-images.png, or pages of it, and what is said of the maps of these pictures."""
+    """attention-images.png, or pages of it, and what is said of the maps of these pictures.
+
+    Without --maps the pictures of the first page are measured, and the effect is drawn of them
+    alone: each takes as long as a hundred forward passes.
+    """
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness", *explain.PHOTO_CONTROLS])
+    count = len(examples[0])
+    measured = count if args.maps else min(count, PICTURES_PER_PAGE)
     networks = []
     results = []
     for model, of_model in zip(models, examples):
-        maps = maps_of_pictures(model, of_model, names, with_srg=not args.maps)
+        maps = maps_of_pictures(model, of_model[:measured], names, with_srg=not args.maps)
         network = LookedAt(model, of_model, maps)
         check_finite(network)
         if not args.maps:
@@ -950,21 +956,33 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
             results.append(result)
         with_heads = len(models) == 1 and model.backbone.shape.heads > 1
         network.names = names_to_draw(args, network.best, with_heads)
+        if measured < count:
+            rest = [name for name in network.names if name != "effect"]
+            maps += maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
+            check_finite(network)
         networks.append(network)
 
-    count = len(examples[0])
     for start in range(0, count, PICTURES_PER_PAGE):
         page = slice(start, start + PICTURES_PER_PAGE)
         name = "attention-images.png"
         if count > PICTURES_PER_PAGE:
             name = f"attention-images-{start // PICTURES_PER_PAGE + 1}.png"
-        on_page = [
-            replace(network, examples=network.examples[page], maps=network.maps[page])
-            for network in networks
-        ]
+        on_page = [network_on_page(network, page, start < measured) for network in networks]
         plot_attention(on_page, os.path.join(folder, name))
     if results:
         print(report.format_picture_report(results))
+        if measured < count:
+            print(
+                f"These are the first {measured} of {count} pictures; the others are drawn alone."
+            )
+
+
+def network_on_page(network: LookedAt, page: slice, with_effect: bool) -> LookedAt:
+    """What a page shows of a network."""
+    names = network.names
+    if not with_effect:
+        names = [name for name in names if name != "effect"]
+    return replace(network, examples=network.examples[page], maps=network.maps[page], names=names)
 
 
 def maps_of_pictures(

@@ -815,10 +815,14 @@ def test_a_folder_of_pictures_is_drawn_in_pages(tmp_path, monkeypatch, capsys):
     for array, name in zip(shown, pictures):
         expected = visualize.open_image(str(folder / name), image_size=28, patch_size=7)
         assert torch.equal(array.movedim(-1, 0), expected)
-    # The report is on all pages.
+    # There is one report.
     printed = capsys.readouterr().out
     assert printed.count("Which map should you believe?") == 1
-    assert "3 photographs" in printed
+    # The pictures of the first page are measured.
+    assert "2 photographs, SRG of 2 [95% interval]" in printed
+    assert "These are the first 2 of 3 pictures; the others are drawn alone." in printed
+    assert "effect" in grids["attention-images-1.png"].columns
+    assert "effect" not in grids["attention-images-2.png"].columns
 
     empty = tmp_path / "empty"
     empty.mkdir()
