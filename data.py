@@ -87,7 +87,7 @@ def batch_indices(seed: int, step: int, count: int, batch_size: int):
 
 
 def load_dataset(config: Config, device: torch.device):
-    """The data set that the settings ask for , on the device if it fits.
+    """The data set that the settings ask for, on the device if it fits.
 
     Returns {"train", "validation", "test", …: Split}, and the settings, in which `digits` now names
     what "auto" came to and `fallbacks` has a line on what was replaced, if anything was.

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 
 import views
+from metrics import patch_grid
 from vit import VisionTransformer
 
-CHANGED_IMAGES = 100  # so many images with a patch blackened go through the network at a time
-SRG_STEPS = 10  # in which more and more patches are left out
-MAX_WINDOWS = 64  # so many windows of an image, at most, are left out in turn
+CHANGED_IMAGES = 100  # changed images that go through the network at a time
+SRG_STEPS = 10  # steps in which more and more patches are left out
+MAX_WINDOWS = 64  # an image is divided into at most this many windows of patches
 
 
 @torch.no_grad()
@@ -55,18 +56,17 @@ def blackening_effects(backbone: VisionTransformer, images, has_ink, features):
 
 
 def pairs_to_blacken(has_ink):
-    """All pairs of an image and a patch with ink, as (image (n,), patch (n,)), some at a time.
+    """All pairs of an image and one of its patches with ink, in pieces (image (n,), patch (n,)).
 
-    There are some 15 pairs for each canvas.
+    There are about 15 pairs for each canvas.
     """
     pieces = has_ink.nonzero().split(CHANGED_IMAGES)
     return [pairs.unbind(1) for pairs in pieces if len(pairs)]
 
 
 def blacken(images, patch, patch_size: int):
-    """Images (n, channels, H, W), each with its patch of the number in `patch` (n,) blackened."""
-    rows = images.shape[2] // patch_size
-    columns = images.shape[3] // patch_size
+    """Images (n, channels, H, W), each with one patch blackened, whose number is in `patch` (n,)."""
+    rows, columns = patch_grid(images, patch_size)
     # the number of the patch that each pixel belongs to, (H, W)
     patch_of_pixel = torch.arange(rows * columns, device=images.device).view(rows, columns)
     patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 0)
@@ -122,14 +122,8 @@ def feature_from_block(backbone: VisionTransformer, x, first_block: int):
 # --------------------------------------------------------------------------------- patches left out
 
 
-def patch_grid(backbone: VisionTransformer, images) -> tuple[int, int]:
-    """Rows and columns of the patches of images (B, channels, H, W)."""
-    height, width = images.shape[2:]
-    return height // backbone.shape.patch_size, width // backbone.shape.patch_size
-
-
 def window_side(grid: tuple[int, int]) -> int:
-    """How many patches wide windows are, so that there are at most MAX_WINDOWS on the grid."""
+    """The side of a window in patches, such that the grid has at most MAX_WINDOWS windows."""
     rows, columns = grid
     side = 1
     while math.ceil(rows / side) * math.ceil(columns / side) > MAX_WINDOWS:
@@ -147,7 +141,7 @@ def window_of_patches(grid: tuple[int, int]):
 
 
 def is_whole_window(grid: tuple[int, int]):
-    """Which windows have as many patches as any: (windows,) bool. At the rim some are cut off."""
+    """Which windows are complete: (windows,) bool. Those at the rim may be cut off."""
     patches = torch.bincount(window_of_patches(grid))
     return patches == patches.max()
 
@@ -168,23 +162,23 @@ def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
     earlier blocks have mixed into them. A ViT needs no paint over patches, whose colour would
     matter. There is a pass for each window and block.
     """
-    window = window_of_patches(patch_grid(backbone, images))
+    window = window_of_patches(patch_grid(images, backbone.shape.patch_size))
     other_tokens = window.new_full((1 + backbone.shape.registers,), -1)
     window_of_tokens = torch.cat([other_tokens, window])
     window_sizes = torch.bincount(window)
     inputs = block_inputs(backbone, images)
     features = feature_from_block(backbone, inputs[-1], backbone.shape.depth - 1)
     effect = features.new_zeros(len(blocks), len(images), len(window_sizes))
-    # Windows with as many patches go through the network together, some at a time.
+    # Windows of one size leave equally many tokens, so they can go through the network together.
     for size in window_sizes.unique():
         numbers = (window_sizes == size).nonzero()[:, 0]
-        for some in numbers.split(max(1, CHANGED_IMAGES // len(images))):
-            stays = [(window_of_tokens != number).nonzero()[:, 0] for number in some]
+        for together in numbers.split(max(1, CHANGED_IMAGES // len(images))):
+            stays = [(window_of_tokens != number).nonzero()[:, 0] for number in together]
             stays = torch.stack(stays).to(images.device)  # (windows, tokens that stay)
             for position, block in enumerate(blocks):
                 x = inputs[block][:, stays].flatten(0, 1)  # (B · windows, tokens, dim)
-                changed = feature_from_block(backbone, x, block).unflatten(0, (-1, len(some)))
-                effect[position, :, some] = one_minus_cosine(features[:, None], changed)
+                changed = feature_from_block(backbone, x, block).unflatten(0, (-1, len(together)))
+                effect[position, :, together] = one_minus_cosine(features[:, None], changed)
     return effect
 
 

@@ -49,10 +49,10 @@ CURVES = (
 # The maps whose faithfulness is measured: those of the network, then the controls.
 CANVAS_MAPS = (*NETWORK_MAPS, *CANVAS_CONTROLS)
 PHOTO_MAPS = (*NETWORK_MAPS, *PHOTO_CONTROLS)
-# Measuring these maps takes as long as so many forward passes for each photograph: some 50 windows,
-# 8 passes for the SRG of each of 8 maps, and some 20 for the gradients.
+# Measuring these maps takes as long as this many forward passes for each photograph: some 50 for the
+# windows, 8 for the SRG of each of 8 maps, and some 20 for the gradients.
 PHOTO_PASSES = 140
-ENOUGH_PICTURES = 5  # for an interval; of two, a bootstrap gives the two values
+ENOUGH_PICTURES = 5  # fewer have no interval: a bootstrap of two would only return their values
 # For weights that do not come from a run of train.py, metrics.json holds only these settings.
 SHOWN = ("weights", "dataset", "split", "background", "digits", "canvas_size", "num_distractors")
 SHOWN += ("distractor_size", "image_size", "data_root", "patch_size", "dim", "depth", "heads")
@@ -413,7 +413,7 @@ def best_head(config: Config, backbone: VisionTransformer, splits: dict) -> str:
 def effect_images(
     backbone: VisionTransformer, image_size: int, passes: int | None = None, at_least: int = 20
 ) -> int:
-    """How many images can be afforded if each takes so many forward passes.
+    """How many images can be afforded if each takes `passes` forward passes.
 
     On canvases there is a pass for every patch with ink, so the default is the number of patches.
     """
@@ -427,9 +427,10 @@ def effect_images(
 
 
 def direct_images(backbone: VisionTransformer, count: int) -> int:
-    """On how many of `count` images direct effects are measured, which take depth / 2 times as long.
+    """On how many of `count` images direct effects are measured.
 
-    On all of them in up to two blocks, and on two at least.
+    They take about depth / 2 times as long as whole effects. In a network of up to two blocks they
+    are measured on all images, in a deeper one on fewer, but on at least two.
     """
     return min(count, max(2, 3 * count // (backbone.shape.depth + 1)))
 

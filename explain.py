@@ -5,14 +5,16 @@ summing to 1. In this file images are (B, 1 or 3, H, W) in [0, 1], and any ViT o
 `effects.py` finds out what the feature does depend on, and so which of these maps to believe.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 import views
-from metrics import patch_sums
+from metrics import patch_grid, patch_sums
 from vit import VisionTransformer, attention_matrix
 
-PATCHES_PER_BACKWARD = 8000  # images with more are split, so that their activations fit into memory
+PATCHES_PER_BACKWARD = 8000  # larger batches are split, so that their activations fit into memory
 
 
 def as_maps(values):
@@ -45,7 +47,7 @@ def patch_attention(to_all_tokens, backbone: VisionTransformer):
 def attention(backbone: VisionTransformer, images):
     """Attention of [CLS] in the last block, the mean of the heads. One forward pass.
 
-    Each head counts alike, however much of its attention goes to [CLS] or registers.
+    All heads count equally, however much of its attention goes to [CLS] or registers.
     """
     heads, _ = cls_attention(backbone, images)
     return heads.mean(1)
@@ -132,7 +134,7 @@ def squared_gradient(backbone: VisionTransformer, images, directions: int = 16):
     A gradient map needs such a target from outside: the gradient of the feature's cosine with
     itself is zero, because at the image itself that cosine is at its maximum.
     """
-    patches = images[0, 0].numel() // backbone.shape.patch_size**2
+    patches = math.prod(patch_grid(images, backbone.shape.patch_size))
     pieces = images.split(max(1, PATCHES_PER_BACKWARD // patches))
     return as_maps(torch.cat([squared_gradients(backbone, piece, directions) for piece in pieces]))
 
@@ -175,9 +177,7 @@ def contrast(backbone: VisionTransformer, images):
 
 def centre(backbone: VisionTransformer, images):
     """A Gaussian in the middle of the image; its deviation is a quarter of the shorter side."""
-    patch_size = backbone.shape.patch_size
-    rows = images.shape[2] // patch_size
-    columns = images.shape[3] // patch_size
+    rows, columns = patch_grid(images, backbone.shape.patch_size)
     row = torch.arange(rows, device=images.device) - (rows - 1) / 2
     column = torch.arange(columns, device=images.device) - (columns - 1) / 2
     deviation = min(rows, columns) / 4
@@ -193,8 +193,7 @@ def random(backbone: VisionTransformer, images):
     of the image.
     """
     sums = patch_sums(images.mean(1), backbone.shape.patch_size)
-    patches = images[0, 0].numel() // backbone.shape.patch_size**2
-    number = torch.arange(patches, device=images.device)
+    number = torch.arange(sums.shape[1], device=images.device)  # of each patch
     digest = (1000 * (sums * number.sin()).sum(-1, keepdim=True)).round()
     large = 1e4 * torch.sin(12.9898 * number + digest)
     return as_maps(large - large.floor())

@@ -29,6 +29,12 @@ def patch_sums(images, patch_size: int):
     return F.avg_pool2d(images, patch_size, divisor_override=1).flatten(-2)
 
 
+def patch_grid(images, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of the patches of images (…, H, W)."""
+    height, width = images.shape[-2:]
+    return height // patch_size, width // patch_size
+
+
 # ------------------------------------------------------------------------------------- maps alone
 
 

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import effects
 import metrics
-import views
 from explain import MAPS, cls_attention
 from metrics import patch_sums
 from views import EvaluationBatch
@@ -172,7 +170,7 @@ def observe_effects(
     parts = []
     canvases = 0
     for batch in progress(batches, "leaving out"):
-        features = F.normalize(backbone(views.normalize(batch.images)), dim=-1)
+        features = effects.feature_of(backbone, batch.images)
         has_ink = patch_sums(batch.digit | batch.clutter, patch_size) > 0
 
         # blackened patches; the direct effect at the first block is the whole one
@@ -214,7 +212,7 @@ def observe_effects(
 
 @dataclass
 class TokenEffects:
-    """How maps of one network stand up to leaving patches out as tokens, image by image."""
+    """How well one network's maps predict the effects of leaving patches out, image by image."""
 
     index: torch.Tensor  # (n,) int64, the source image in its split
     # {row: (n,)}: metrics.relevance_gain of the map; NaN if it was not measured, or if the image has
@@ -235,7 +233,7 @@ def observe_token_effects(
     names: Sequence[str],
     direct_images: int = 0,
 ) -> TokenEffects:
-    """How the named maps stand up on images without masks.
+    """How well the named maps predict the effects of leaving patches out, on images without masks.
 
     Direct effects at the blocks between the first and the last are those of the first
     `direct_images` images.
@@ -262,7 +260,7 @@ def measure_tokens(
     srg_rows: Sequence[str] = (),
     direct_images: int = 0,
 ) -> tuple[torch.Tensor, TokenEffects]:
-    """Effects of leaving out each window of patches (B, windows), and how maps stand up to them.
+    """Effects of leaving out each window of patches (B, windows), and how well maps predict them.
 
     Both are on the CPU. `maps` is {row: (B, patches)}; SRG is measured of those in `srg_rows`.
     Direct effects at the blocks between the first and the last are those of the first
@@ -280,7 +278,7 @@ def measure_tokens(
         of_blocks = effects.token_effects(backbone, images[:direct_images], between)
         direct_sums[:direct_images, between] = of_blocks.sum(-1).T.cpu()
 
-    grid = effects.patch_grid(backbone, images)
+    grid = metrics.patch_grid(images, backbone.shape.patch_size)
     among = effects.is_whole_window(grid).expand(whole_effect.shape)
     part = TokenEffects(index, {}, {}, {}, direct_sums)
     for row, values in maps.items():
@@ -289,7 +287,8 @@ def measure_tokens(
         part.patch_faithfulness[row] = metrics.spearman(mass, whole_effect, among)
         part.direct_faithfulness[row] = metrics.spearman(mass, of_windows[-1], among)
         part.srg[row] = whole_effect.new_full((len(images),), torch.nan)
-    if len(effects.window_of_patches(grid)) > 1:
+    has_several_patches = max(grid) > 1
+    if has_several_patches:
         for row, gain in relevance_gains(backbone, images, maps, srg_rows).items():
             part.srg[row] = gain
     return whole_effect, on_cpu(part)
@@ -302,10 +301,10 @@ def relevance_gains(
     gains = {}
     at_once = max(1, effects.CHANGED_IMAGES // len(images))
     for start in range(0, len(rows), at_once):
-        some = rows[start : start + at_once]
-        repeated = images.repeat(len(some), 1, 1, 1)
-        curves = effects.left_out_cosines(
-            backbone, repeated, torch.cat([maps[row] for row in some])
-        )
-        gains |= dict(zip(some, metrics.relevance_gain(*curves).split(len(images))))
+        together = rows[start : start + at_once]
+        repeated = images.repeat(len(together), 1, 1, 1)
+        stacked = torch.cat([maps[row] for row in together])
+        most_first, least_first = effects.left_out_cosines(backbone, repeated, stacked)
+        of_maps = metrics.relevance_gain(most_first, least_first).split(len(images))
+        gains |= dict(zip(together, of_maps))
     return gains

@@ -135,7 +135,7 @@ def maps_in_order(table: dict, rows: Iterable[str] = NETWORK_ROWS) -> list[str]:
 
 
 def best_map(result: dict) -> str | None:
-    """The row of the network's map with the highest value; None if that tells nothing."""
+    """The row of the network's map with the highest value; None if no map is worth a look."""
     if result["collapse"] or not has_effects(result):
         return None
     rows = maps_in_order(measured_table(result))
@@ -399,16 +399,15 @@ def row_lines(columns: list[Column], result: dict, label: str) -> list[str]:
     """
     table = measured_table(result)
     best_head = result.get("best_head")
+    has_best_head = "head_2" in table and best_head is not None
+    if has_best_head:
+        has_best_head = table[best_head]["selectivity"]["value"] is not None
     in_order = maps_in_order(table)
     other_rows = [row for row in table if row not in in_order and row not in HIDDEN_ROWS]
     lines = []
     for row in [*in_order, *other_rows]:
         title = title_of(row)
-        if (
-            row == best_head
-            and "head_2" in table
-            and table[row]["selectivity"]["value"] is not None
-        ):
+        if row == best_head and has_best_head:
             title += " (selective)"
         if not label or row in COMPARED_ROWS or row == best_head:
             lines.append(row_line(columns, label + title, table[row], PASSES.get(row, "")))

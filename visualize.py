@@ -129,7 +129,7 @@ class MapsOfExample:
 
 @dataclass
 class LookedAt:
-    """A network, what it was shown, and what it, or its earlier epochs, made of that.
+    """A network, the examples it was shown, and the maps that it, or its earlier epochs, made of them.
 
     A figure has a row for each example.
     """
@@ -337,7 +337,7 @@ def maps_of(
     index: int = 0,
     with_srg: bool = False,
 ) -> MapsOfExample:
-    """The named maps of an example, and how they go with the effect if that is named.
+    """The named maps of an example, and their rank correlation with the effect if that is named.
 
     The effect is that of blackening a patch with ink. Without masks it is that of leaving a window
     of patches out; then `token_effects` are measured as well, with the SRG of each map if
@@ -345,18 +345,19 @@ def maps_of(
     """
     images = example.picture[None].to(backbone.cls_token.device)
     patch_size = backbone.shape.patch_size
-    grid = effects.patch_grid(backbone, images)
+    grid = metrics.patch_grid(images, patch_size)
     maps = {name: explain.MAPS[name](backbone, images) for name in names if name in explain.MAPS}
-    heads, features = explain.cls_attention(backbone, images)
-    heads = {f"head {number}": head for number, head in enumerate(heads.unbind(1), 1)}
     if "heads" in names:
-        maps |= heads
+        heads, _ = explain.cls_attention(backbone, images)
+        for number, head in enumerate(heads.unbind(1), 1):
+            maps[f"head {number}"] = head
 
     correlations = {}
     token_effects = None
     if "effect" in names and example.masks:
         ink = torch.stack(example.masks).any(0)[None]
         has_ink = metrics.patch_sums(ink.to(images.device), patch_size) > 0
+        features = effects.feature_of(backbone, images)
         effect = effects.blackening_effects(backbone, images, has_ink, features)
         for name, values in maps.items():
             # on the CPU, since Apple's GPUs have no float64
@@ -415,7 +416,10 @@ def plot_curves(model: Model, path: str):
         axis.set_title(titles.get(name, name), fontsize=11)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    title = f"{lines[0]['images']} validation images, attention of the teacher"
+    title = (
+        f"{lines[0]['images']} validation images, attention of the teacher; equal ink and patch "
+        f"faithfulness: a sixteenth of the images, so some noise"
+    )
     save_figure(figure, path, title, [model])
 
 
@@ -669,7 +673,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=map_names,
         metavar="NAME,…",
         help=f"the columns of the figure: {', '.join(MAP_NAMES)} [brightness, attention, the map to "
-        "believe, effect, heads]; pictures without effect are drawn fast, and not reported on",
+        "believe, effect, heads]; without effect, pictures are drawn quickly and there is no report",
     )
     parser.add_argument(
         "--image-size", type=int, help="side of the input in pixels [as trained, else 224]"
@@ -929,10 +933,10 @@ def open_pictures(models: list[Model], paths: list[str]) -> list[list[Example]]:
 
 
 def draw_pictures(models: list[Model], examples: list[list[Example]], args: argparse.Namespace):
-    """attention-images.png, or pages of it, and what is said of the maps of these pictures.
+    """attention-images.png, or pages of it, and the printed report on the maps of these pictures.
 
-    Without --maps the pictures of the first page are measured, and the effect is drawn of them
-    alone: each takes as long as a hundred forward passes.
+    Without --maps only the pictures of the first page are measured, and only there is the effect
+    drawn: measuring a picture takes longer than a hundred forward passes.
     """
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness", *explain.PHOTO_CONTROLS])
@@ -972,9 +976,7 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
     if results:
         print(report.format_picture_report(results))
         if measured < count:
-            print(
-                f"These are the first {measured} of {count} pictures; the others are drawn alone."
-            )
+            print(f"These are the first {measured} of {count} pictures; the others are only drawn.")
 
 
 def network_on_page(network: LookedAt, page: slice, with_effect: bool) -> LookedAt:
@@ -988,7 +990,7 @@ def network_on_page(network: LookedAt, page: slice, with_effect: bool) -> Looked
 def maps_of_pictures(
     model: Model, examples: list[Example], names: Sequence[str], with_srg: bool
 ) -> list[MapsOfExample]:
-    """The named maps of each picture. SRG takes long, so it is that of the first pictures."""
+    """The named maps of each picture. SRG takes long, so only the first pictures have it."""
     count = 0
     if with_srg:
         count = evaluate.effect_images(

@@ -282,14 +282,19 @@ def test_a_metric_compares_a_row_with_the_oracle():
     assert table["mean"]["of_oracle"]["images"] == table["mean"]["selectivity"]["images"]
 
 
-def test_photographs_have_neither_masks_nor_baselines():
-    observation = Observation(
+def five_photographs() -> Observation:
+    """What a network with two heads makes of them."""
+    return Observation(
         labels=torch.arange(5),
         index=torch.arange(5),
         features={},
         attention={"trained": torch.rand(5, 2, PATCHES, generator=generator(0)).softmax(-1)},
         patch_area=PATCH_AREA,
     )
+
+
+def test_photographs_have_neither_masks_nor_baselines():
+    observation = five_photographs()
     table = evaluate.measure_attention(observation, resamples=10)
     assert table.keys() == {"mean", "head_1", "head_2"}
     assert table["mean"].keys() == {"entropy", "diversity"}
@@ -344,13 +349,7 @@ def test_effects_may_be_of_the_first_canvases_only():
 
 
 def test_tables_of_photographs_hold_what_was_measured_of_each_map():
-    observation = Observation(
-        labels=torch.arange(5),
-        index=torch.arange(5),
-        features={},
-        attention={"trained": torch.rand(5, 2, PATCHES, generator=generator(0)).softmax(-1)},
-        patch_area=PATCH_AREA,
-    )
+    observation = five_photographs()
     effects = known_token_effects()
     table = evaluate.measure_attention(observation, effects, resamples=50)
     assert table.keys() == {"mean", "head_1", "head_2", "contrast"}

@@ -820,7 +820,7 @@ def test_a_folder_of_pictures_is_drawn_in_pages(tmp_path, monkeypatch, capsys):
     assert printed.count("Which map should you believe?") == 1
     # The pictures of the first page are measured.
     assert "2 photographs, SRG of 2 [95% interval]" in printed
-    assert "These are the first 2 of 3 pictures; the others are drawn alone." in printed
+    assert "These are the first 2 of 3 pictures; the others are only drawn." in printed
     assert "effect" in grids["attention-images-1.png"].columns
     assert "effect" not in grids["attention-images-2.png"].columns
 
