@@ -11,7 +11,6 @@ about; views.png, what the two branches were fed; and tsne.png, the features (fi
 """
 
 import argparse
-import glob
 import math
 import os
 import re
@@ -21,7 +20,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
 import matplotlib
@@ -32,33 +31,23 @@ matplotlib.rcParams["text.parse_math"] = False  # a $ in a file's name is a $
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.manifold import TSNE
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-import effects
 import evaluate
 import explain
-import metrics
+import gallery
 import report
 import runs
 import settings
 import views
-import vit
 import weights
+from gallery import Example, LookedAt, MapsOfExample, Model
 from losses import make_loss
-from observe import TokenEffects, concatenate, measure_tokens, name_of, row_of
-from settings import Config
-from vit import VisionTransformer
+from observe import concatenate, name_of
 
-# Settings that say which images a network is shown. Weights that do not come from train.py take
-# them from the run beside them, or else are shown the paper's canvases.
-DATA_SETTINGS = ("dataset", "split", "background", "digits", "data_root", "image_size")
-DATA_SETTINGS += ("canvas_size", "num_distractors", "distractor_size")
-# Flags of the command line that override the settings of a checkpoint.
-OVERRIDES = ("image_size", "digits", "background", "data_root")
 PICTURES_PER_PAGE = 20
 MAP_NAMES = (*explain.MAPS, "effect", "heads")  # of --maps
 STL10_CLASSES = (
@@ -80,31 +69,6 @@ MASK_COLORS = ("lime", "red")  # outlines of digit and clutter
 
 
 @dataclass
-class Model:
-    """A network to look at, and the settings under which it is looked at."""
-
-    name: str  # what it is called in figures and tables: its file, or the flag that named it
-    path: str  # of its file, or "none"
-    config: Config
-    backbone: VisionTransformer
-    epoch: int | None = None  # None: not from a run of train.py
-    history: list | None = None  # the lines of its log.jsonl
-    splits: dict | None = None  # the digits or photographs that it is shown
-    is_measured: bool = False  # runs of train.py are measured, and what --weights names
-
-    def describe(self) -> str:
-        return evaluate.describe(self.config, self.epoch, is_run=self.history is not None)
-
-
-@dataclass
-class Example:
-    """An image to draw maps of, in [0, 1], and its masks if there are any."""
-
-    picture: Tensor  # (1 or 3, H, W)
-    masks: tuple[Tensor, ...] = ()  # of digit and clutter, (H, W) bool
-
-
-@dataclass
 class GridColumn:
     """A column of a figure: an array for each row, and what is drawn over or under them.
 
@@ -115,30 +79,6 @@ class GridColumn:
     arrays: list
     outlines: list[tuple] = field(default_factory=list)  # [(color, a mask (H, W) for each row)]
     notes: list[str] = field(default_factory=list)  # what stands under each array
-
-
-@dataclass
-class MapsOfExample:
-    """What one network makes of one example."""
-
-    maps: dict[str, Tensor]  # {name: (rows, columns)}: maps, "effect", and "head 1" and so on
-    # {name: rank correlation of a map with the effect}, if that was asked for; NaN if it has none
-    correlations: dict[str, float]
-    token_effects: TokenEffects | None = None  # of a picture
-
-
-@dataclass
-class LookedAt:
-    """A network, the examples it was shown, and the maps that it, or its earlier epochs, made of them.
-
-    A figure has a row for each example.
-    """
-
-    model: Model
-    examples: list[Example]
-    maps: list[MapsOfExample]
-    names: list[str] = field(default_factory=list)  # of the maps that are drawn
-    best: dict[str, str] = field(default_factory=dict)  # {name of the map to believe: why}
 
 
 # ----------------------------------------------------------------------------------------- drawing
@@ -329,55 +269,6 @@ def attention_title(networks: list[LookedAt]) -> str:
     return title
 
 
-@torch.no_grad()
-def maps_of(
-    backbone: VisionTransformer,
-    example: Example,
-    names: Sequence[str],
-    index: int = 0,
-    with_srg: bool = False,
-) -> MapsOfExample:
-    """The named maps of an example, and their rank correlation with the effect if that is named.
-
-    The effect is that of blackening a patch with ink. Without masks it is that of leaving a window
-    of patches out; then `token_effects` are measured as well, with the SRG of each map if
-    `with_srg`. `index` is the picture's number.
-    """
-    images = example.picture[None].to(backbone.cls_token.device)
-    patch_size = backbone.shape.patch_size
-    grid = metrics.patch_grid(images, patch_size)
-    maps = {name: explain.MAPS[name](backbone, images) for name in names if name in explain.MAPS}
-    if "heads" in names:
-        heads, _ = explain.cls_attention(backbone, images)
-        for number, head in enumerate(heads.unbind(1), 1):
-            maps[f"head {number}"] = head
-
-    correlations = {}
-    token_effects = None
-    if "effect" in names and example.masks:
-        ink = torch.stack(example.masks).any(0)[None]
-        has_ink = metrics.patch_sums(ink.to(images.device), patch_size) > 0
-        features = effects.feature_of(backbone, images)
-        effect = effects.blackening_effects(backbone, images, has_ink, features)
-        for name, values in maps.items():
-            # on the CPU, since Apple's GPUs have no float64
-            correlation = metrics.spearman(values.cpu(), effect.cpu(), has_ink.cpu())
-            correlations[name] = correlation.item()
-        maps["effect"] = effect
-    elif "effect" in names:
-        rows = {row_of(name): values for name, values in maps.items()}
-        srg_rows = []
-        if with_srg:
-            srg_rows = [row_of(name) for name in evaluate.PHOTO_MAPS]
-        number = torch.tensor([index])
-        effect, token_effects = measure_tokens(backbone, images, rows, number, srg_rows)
-        for name in maps:
-            correlations[name] = token_effects.patch_faithfulness[row_of(name)].item()
-        maps["effect"] = effect[:, effects.window_of_patches(grid)]
-    maps = {name: values[0].unflatten(-1, grid).cpu() for name, values in maps.items()}
-    return MapsOfExample(maps, correlations, token_effects)
-
-
 def plot_curves(model: Model, path: str):
     """curves.png: the lines of log.jsonl against epochs, on validation images."""
     lines = [line["validation"] for line in model.history]
@@ -488,137 +379,6 @@ def plot_tsne(model: Model, evaluation: evaluate.Evaluation, path: str):
     accuracy = evaluation.result["features"]["knn"]["value"]
     title = f"t-SNE of {len(features):,} test images; k-NN accuracy {100 * accuracy:.1f}%"
     save_figure(figure, path, title, [model])
-
-
-# ----------------------------------------------------------------------------------- opening files
-
-
-@torch.no_grad()
-def expect_half(backbone: VisionTransformer):
-    """Make a network that expects pictures (x − 0.5) / 0.5 expect those of `views.normalize`.
-
-    Both normalizations are affine maps, and so is the patch embedding, which takes the change.
-    """
-    proj = backbone.patch_embed.proj
-    shift = (views.MEAN.flatten() - 0.5) / 0.5
-    proj.bias += proj.weight.sum((2, 3)) @ shift
-    proj.weight *= views.STD / 0.5
-
-
-def open_model(source: str, args: argparse.Namespace, like: Model | None = None) -> Model:
-    """The network in a file, or for "none" one with random weights.
-
-    A run of train.py is shown images like those it was trained on. If `like` is given, or for other
-    weights, the images are those of `like`, or else the paper's canvases. Raises ValueError or
-    OSError for a file or an image size that does not fit.
-    """
-    content = {}
-    if source == "none":
-        backbone = random_backbone(like)
-    else:
-        loaded = weights.load_backbone(source, args.heads, args.grid)
-        backbone = loaded.backbone
-        content = loaded.content
-        normalisation = "ImageNet's mean and standard deviation"
-        if args.normalise == "half" and "config" not in content:
-            expect_half(backbone)
-            normalisation = "a mean and standard deviation of 0.5"
-        print(f"{source}: {loaded.description}, pictures normalised with {normalisation}")
-
-    epoch = content.get("epoch")
-    history = content.get("metrics")
-    is_ours = "config" in content and epoch is not None and history is not None
-    is_run = is_ours and like is None
-    if is_run:
-        if not all("validation" in line for line in history):
-            raise ValueError(f"{source}: its log is of a version that is too old to be drawn")
-        try:
-            config = settings.config_from_checkpoint(content["config"])
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-    else:
-        config = config_for_weights(backbone, like)
-        config.weights = os.path.basename(source)
-        epoch = None
-        history = None
-
-    for name in OVERRIDES:
-        if getattr(args, name) is not None:
-            setattr(config, name, getattr(args, name))
-    patch_size = backbone.shape.patch_size
-    if config.image_size < 1 or config.image_size % patch_size:
-        raise ValueError(
-            f"--image-size {config.image_size}: use a multiple of the patch size {patch_size}"
-        )
-    for name, value in asdict(backbone.shape).items():
-        setattr(config, name, value)
-    return Model(source, source, config, backbone.eval(), epoch, history, is_measured=is_run)
-
-
-def random_backbone(like: Model | None) -> VisionTransformer:
-    """A ViT with random weights, of the shape of the run beside it, or else ViT-S/8."""
-    if like is not None:
-        return vit.build_network(like.config).backbone
-    torch.manual_seed(0)
-    return VisionTransformer()
-
-
-def config_for_weights(backbone: VisionTransformer, like: Model | None) -> Config:
-    """Settings that say what weights are shown: what `like` is, or else the paper's canvases."""
-    config = settings.make_config(preset="paper")
-    if like is not None:
-        for name in DATA_SETTINGS:
-            setattr(config, name, getattr(like.config, name))
-    patch_size = backbone.shape.patch_size
-    config.image_size = max(1, round(config.image_size / patch_size)) * patch_size
-    return config
-
-
-def list_images(names: list[str]) -> list[str]:
-    """The pictures that --images names: files, and all those in a folder."""
-    paths = []
-    for name in names:
-        pictures = data.image_files(name) if os.path.isdir(name) else [name]
-        if not pictures:
-            raise ValueError(f"--images {name}: no pictures there; use another folder, or files")
-        paths += pictures
-    return list({os.path.realpath(path): path for path in paths}.values())  # each file once
-
-
-def open_image(path: str, image_size: int, patch_size: int) -> Tensor:
-    """A picture (3, H, W) in [0, 1], its longer side image_size, both multiples of the patch."""
-    picture = data.read_image(path)
-    if min(picture.size) < patch_size:
-        size = f"{picture.width}×{picture.height}"
-        raise ValueError(f"--images {path}: {size} pixels; use at least a patch of {patch_size}")
-    scale = image_size / max(picture.size)
-    size = [max(1, round(side * scale / patch_size)) * patch_size for side in picture.size]
-    pixels = np.array(picture.resize(size, Image.Resampling.BICUBIC))
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
-
-
-def kept_epochs(model: Model) -> dict[str, VisionTransformer]:
-    """{"epoch 1": backbone, …}: the epochs that a run kept beside its checkpoint, itself last."""
-    backbones = {model.epoch: model.backbone}
-    folder = glob.escape(os.path.dirname(model.path))
-    for path in glob.glob(os.path.join(folder, "epoch-*.pth")):
-        kept = weights.load_backbone(path)
-        epoch = kept.content.get("epoch")
-        is_ours = "config" in kept.content and isinstance(epoch, int)
-        has_same_heads = kept.backbone.shape.heads == model.backbone.shape.heads
-        if is_ours and has_same_heads and epoch < model.epoch:
-            backbones[epoch] = kept.backbone.to(model.backbone.cls_token.device)
-    return {f"epoch {epoch}": backbones[epoch] for epoch in sorted(backbones)}
-
-
-def example_images(model: Model, count: int) -> list[Example]:
-    """The first test images, with their masks if any; canvases are in the matched layout."""
-    batch = next(views.evaluation_batches(model.config, model.splits["test"], count))
-    pictures = batch.images.clamp(0, 1)
-    if batch.digit is None:
-        return [Example(picture) for picture in pictures]
-    masks = zip(batch.digit, batch.clutter)
-    return [Example(picture, of_picture) for picture, of_picture in zip(pictures, masks)]
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -738,26 +498,12 @@ def make_folder(args: argparse.Namespace) -> str:
     return folder
 
 
-def open_models(args: argparse.Namespace) -> list[Model]:
-    """The networks of the command line, on the CPU; ValueError if there is none."""
-    models = [open_model(path, args) for path in args.checkpoints]
-    if args.weights is not None:
-        trained = [model for model in models if model.history is not None]
-        model = open_model(args.weights, args, trained[0] if trained else None)
-        model.name = f"--weights {args.weights}"
-        model.is_measured = True
-        models.append(model)
-    if not models:
-        raise ValueError("nothing to look at; use a ckpt.pth, or --weights dino, none or a file")
-    return models
-
-
 def visualize(args: argparse.Namespace):
     """Everything that `python visualize.py` does; raises ValueError or OSError on bad input."""
-    models = open_models(args)
+    models = gallery.open_models(args)
     device = runs.find_device(args.device)
     if args.images:
-        examples = open_pictures(models, list_images(args.images))
+        examples = gallery.open_pictures(models, gallery.list_images(args.images))
         for model in models:
             model.backbone.to(device)
         draw_pictures(models, examples, args)
@@ -815,18 +561,18 @@ def best_by_correlation(maps: list[MapsOfExample]) -> dict[str, str]:
 
 def visualize_one(model: Model, args: argparse.Namespace):
     """Draw and measure one network."""
-    epochs = kept_epochs(model) if model.history else {}
+    epochs = gallery.kept_epochs(model) if model.history else {}
     if len(epochs) < 2:
         epochs = {"": model.backbone}
     count = 8 if len(epochs) == 1 else max(1, 12 // len(epochs))
-    examples = example_images(model, count)
+    examples = gallery.example_images(model, count)
     folder = make_folder(args)
 
     names = names_to_compute(args, ["brightness"])
     rows = [(backbone, example) for example in examples for backbone in epochs.values()]
-    maps = maps_of_examples(rows, names)
+    maps = gallery.maps_of_examples(rows, names)
     network = LookedAt(model, [example for _, example in rows], maps)
-    check_finite(network)
+    gallery.check_finite(network)
     evaluation = None
     if model.is_measured:
         evaluation = evaluate.evaluate(
@@ -848,33 +594,16 @@ def visualize_one(model: Model, args: argparse.Namespace):
     plot_tsne(model, evaluation, os.path.join(folder, "tsne.png"))
 
 
-def maps_of_examples(
-    rows: list[tuple[VisionTransformer, Example]], names: Sequence[str]
-) -> list[MapsOfExample]:
-    """The named maps of each pair of a network and an example."""
-    rows = tqdm(rows, "maps", unit="image", leave=False, disable=None)
-    return [maps_of(backbone, example, names) for backbone, example in rows]
-
-
-def check_finite(network: LookedAt):
-    """Raise FloatingPointError, with the name of the network, if a map is not finite."""
-    for of_example in network.maps:
-        for name, values in of_example.maps.items():
-            if not values.isfinite().all():
-                title = name.replace("_", " ")
-                raise FloatingPointError(f"{network.model.name}: the {title} is NaN or infinite")
-
-
 def compare(models: list[Model], args: argparse.Namespace):
     """Draw several networks side by side, and measure them in one table."""
-    examples = [example_images(model, 8) for model in models]
+    examples = [gallery.example_images(model, 8) for model in models]
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness"])
     networks = []
     for model, of_model in zip(models, examples):
-        maps = maps_of_examples([(model.backbone, example) for example in of_model], names)
+        maps = gallery.maps_of_examples([(model.backbone, example) for example in of_model], names)
         networks.append(LookedAt(model, of_model, maps))
-        check_finite(networks[-1])
+        gallery.check_finite(networks[-1])
 
     measured = [model for model in models if model.is_measured]
     evaluations = []
@@ -921,17 +650,6 @@ def save_and_print(evaluations: list[evaluate.Evaluation], path: str):
     print(report.format_report(results, path))
 
 
-def open_pictures(models: list[Model], paths: list[str]) -> list[list[Example]]:
-    """For each model, the pictures, resized for it."""
-    examples = [[] for _ in models]
-    for path in tqdm(paths, "reading", unit="picture", leave=False, disable=None):
-        for of_model, model in zip(examples, models):
-            shape = model.backbone.shape
-            picture = open_image(path, model.config.image_size, shape.patch_size)
-            of_model.append(Example(picture))
-    return examples
-
-
 def draw_pictures(models: list[Model], examples: list[list[Example]], args: argparse.Namespace):
     """attention-images.png, or pages of it, and the printed report on the maps of these pictures.
 
@@ -945,9 +663,9 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
     networks = []
     results = []
     for model, of_model in zip(models, examples):
-        maps = maps_of_pictures(model, of_model[:measured], names, with_srg=not args.maps)
+        maps = gallery.maps_of_pictures(model, of_model[:measured], names, with_srg=not args.maps)
         network = LookedAt(model, of_model, maps)
-        check_finite(network)
+        gallery.check_finite(network)
         if not args.maps:
             token_effects = concatenate([of_picture.token_effects for of_picture in maps])
             collapse = None
@@ -962,8 +680,8 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
         network.names = names_to_draw(args, network.best, with_heads)
         if measured < count:
             rest = [name for name in network.names if name != "effect"]
-            maps += maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
-            check_finite(network)
+            maps += gallery.maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
+            gallery.check_finite(network)
         networks.append(network)
 
     for start in range(0, count, PICTURES_PER_PAGE):
@@ -985,22 +703,6 @@ def network_on_page(network: LookedAt, page: slice, with_effect: bool) -> Looked
     if not with_effect:
         names = [name for name in names if name != "effect"]
     return replace(network, examples=network.examples[page], maps=network.maps[page], names=names)
-
-
-def maps_of_pictures(
-    model: Model, examples: list[Example], names: Sequence[str], with_srg: bool
-) -> list[MapsOfExample]:
-    """The named maps of each picture. SRG takes long, so only the first pictures have it."""
-    count = 0
-    if with_srg:
-        count = evaluate.effect_images(
-            model.backbone, model.config.image_size, evaluate.PHOTO_PASSES, at_least=4
-        )
-    numbered = enumerate(tqdm(examples, "maps", unit="picture", leave=False, disable=None))
-    return [
-        maps_of(model.backbone, example, names, number, with_srg=number < count)
-        for number, example in numbered
-    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """What the tests of several modules share: a tiny run, and ways to look at what it left."""
 
+import argparse
 import json
 import multiprocessing.forkserver
 import os
@@ -12,10 +13,13 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import data
+import gallery
 import settings
 import train
 import weights
+from gallery import Model
 from settings import Config
+from vit import VisionTransformer, ViTShape
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "results" / "checkpoints"  # two small trained networks, same.pth and different.pth
@@ -58,6 +62,22 @@ def read(folder) -> dict:
 def log_of(folder) -> list[dict]:
     """The lines of a run's log."""
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def small_vit(seed: int = 0, **shape) -> VisionTransformer:
+    """A ViT that was not trained here."""
+    torch.manual_seed(seed)
+    usual = {"patch_size": 8, "dim": 128, "depth": 2, "heads": 2, "pos_size": 32}
+    return VisionTransformer(ViTShape(**usual | shape))
+
+
+def model_of(path) -> Model:
+    """The Model of a checkpoint, with its digits."""
+    flags = dict.fromkeys([*gallery.OVERRIDES, "heads", "grid"])
+    flags |= {"digits": "sklearn", "normalise": "imagenet"}
+    model = gallery.open_model(str(path), argparse.Namespace(**flags))
+    model.splits = DIGITS
+    return model
 
 
 def assert_same(one, other, at: str = ""):

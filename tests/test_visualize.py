@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import DIGITS, ROOT, SHIPPED, closed_url, config_of, log_of, read, resume, start
+from helpers import ROOT, SHIPPED, closed_url, log_of, model_of, read, resume, small_vit, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,16 +29,16 @@ import data
 import effects
 import evaluate
 import explain
+import gallery
 import metrics
-import observe
 import report
-import runs
 import views
 import visualize
 import vit
 import weights
-from visualize import Example, GridColumn, Model
-from vit import VisionTransformer, ViTShape
+from gallery import Example
+from visualize import GridColumn
+from vit import VisionTransformer
 
 SAME = str(SHIPPED / "same.pth")
 DIFFERENT = str(SHIPPED / "different.pth")
@@ -75,13 +75,6 @@ def other_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     assert start(folder, "--epochs 1 --image-size 32 --patch-size 8 --heads 1") == 0
     return folder
-
-
-def small_vit(seed: int = 0, **shape) -> VisionTransformer:
-    """A ViT that was not trained here."""
-    torch.manual_seed(seed)
-    usual = {"patch_size": 8, "dim": 128, "depth": 2, "heads": 2, "pos_size": 32}
-    return VisionTransformer(ViTShape(**usual | shape))
 
 
 def saved(backbone: VisionTransformer, path: Path) -> Path:
@@ -188,14 +181,6 @@ def strict_json(path: Path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def model_of(path) -> Model:
-    """The Model of a checkpoint, with its digits."""
-    args = visualize.parse_args(["--digits", "sklearn"])
-    model = visualize.open_model(str(path), args)
-    model.splits = DIGITS
-    return model
-
-
 # ----------------------------------------------------------------------------------------- figures
 
 
@@ -216,7 +201,7 @@ def test_a_map_is_drawn_upright_and_aligned_with_the_picture(other_run, tmp_path
     attention[..., 8 + 6] = 1
     monkeypatch.setattr(explain, "cls_attention", lambda backbone, images: (attention, None))
     model = model_of(other_run / "ckpt.pth")
-    maps = visualize.maps_of(model.backbone, Example(picture), ["heads"]).maps
+    maps = gallery.maps_of(model.backbone, Example(picture), ["heads"]).maps
     columns = {
         "input": GridColumn([picture.movedim(0, -1)]),
         "head 1": GridColumn([maps["head 1"]]),
@@ -546,46 +531,6 @@ def test_attention_of_a_run_that_kept_no_epochs_has_a_row_for_each_image(other_r
     assert grid.row_names == []
 
 
-@pytest.mark.parametrize("name", ["same", "different"])
-def test_shipped_checkpoints_look_at_ink(name):
-    model = model_of(SHIPPED / f"{name}.pth")
-    assert model.config.views == name
-    assert model.epoch == model.config.epochs
-    images = views.evaluation_batches(model.config, model.splits["test"], 200)
-    observation = observe.observe({"trained": model.backbone}, images)
-    mean = evaluate.measure_attention(observation)["mean"]
-    assert mean["digit_density"]["low"] > 3 * mean["background_density"]["high"]
-    assert mean["selectivity"]["low"] > 1.2
-
-
-def test_dinos_script_reads_our_checkpoints(tmp_path):
-    """As visualize_attention.py of facebookresearch/dino: its torch.load, its key, its prefixes."""
-    config = config_of("--preset paper --weights none --digits sklearn --device cpu")
-    network = vit.build_network(config)
-    content = {
-        "config": asdict(config),
-        "teacher": network.state_dict(),
-        "epoch": 1,
-        "metrics": [],
-    }
-    path = str(tmp_path / "ckpt.pth")
-    runs.save_checkpoint(path, content)
-    state = torch.load(path, map_location="cpu")["teacher"]
-    state = {
-        name.replace("module.", "").replace("backbone.", ""): value for name, value in state.items()
-    }
-    vit_small = VisionTransformer(ViTShape(patch_size=8, dim=384, depth=12, heads=6))
-    missing, unexpected = vit_small.load_state_dict(state, strict=False)
-    assert missing == []
-    assert all(name.startswith("head.") for name in unexpected)
-
-    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = network.backbone.get_last_selfattention(noise)
-        assert torch.equal(vit_small.get_last_selfattention(noise), expected)
-        assert torch.equal(model_of(path).backbone.get_last_selfattention(noise), expected)
-
-
 # -------------------------------------------------------------------------- several networks at once
 
 
@@ -769,29 +714,7 @@ def test_what_was_assumed_about_weights_is_printed_and_can_be_overridden(tmp_pat
         assert "argument --grid" in capsys.readouterr().err
 
 
-def test_a_network_may_expect_a_mean_and_deviation_of_one_half():
-    backbone = small_vit()
-    image = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = backbone((image - 0.5) / 0.5)
-        visualize.expect_half(backbone)
-        feature = backbone(views.normalize(image))
-    torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
-
-
 # ---------------------------------------------------------------------------------------- pictures
-
-
-@pytest.mark.parametrize(
-    "size, shape",
-    [((100, 40), (3, 21, 56)), ((7, 900), (3, 56, 7))],  # 22.4 pixels are about three patches
-)
-def test_pictures_keep_their_proportions_and_fit_the_patches(tmp_path, size, shape):
-    path = tmp_path / "a.png"
-    Image.new("RGB", size, (255, 0, 0)).save(path)
-    picture = visualize.open_image(str(path), image_size=56, patch_size=7)
-    assert picture.shape == shape
-    torch.testing.assert_close(picture.mean((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_a_folder_of_pictures_is_drawn_in_pages(tmp_path, monkeypatch, capsys):
@@ -813,7 +736,7 @@ def test_a_folder_of_pictures_is_drawn_in_pages(tmp_path, monkeypatch, capsys):
         assert all(len(column.arrays) == count for column in columns)
         shown += grids[f"attention-images-{number}.png"].columns["input"].arrays
     for array, name in zip(shown, pictures):
-        expected = visualize.open_image(str(folder / name), image_size=28, patch_size=7)
+        expected = gallery.open_image(str(folder / name), image_size=28, patch_size=7)
         assert torch.equal(array.movedim(-1, 0), expected)
     # There is one report.
     printed = capsys.readouterr().out
@@ -1416,8 +1339,8 @@ def run_python(*command, **environment) -> subprocess.CompletedProcess:
     )
 
 
-def test_training_does_not_need_matplotlib():
-    code = "import train, sys; assert 'matplotlib' not in sys.modules"
+def test_only_figures_need_matplotlib():
+    code = "import train, gallery, sys; assert 'matplotlib' not in sys.modules"
     assert run_python("-c", code).returncode == 0
 
 

@@ -1,0 +1,115 @@
+"""Networks open as they were saved, and are shown pictures that have names and fit the patches."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from helpers import SHIPPED, config_of, model_of, small_vit
+from PIL import Image
+
+import evaluate
+import gallery
+import observe
+import runs
+import views
+import vit
+from data import Split
+from vit import VisionTransformer, ViTShape
+
+# ---------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("name", ["same", "different"])
+def test_shipped_checkpoints_look_at_ink(name):
+    model = model_of(SHIPPED / f"{name}.pth")
+    assert model.config.views == name
+    assert model.epoch == model.config.epochs
+    images = views.evaluation_batches(model.config, model.splits["test"], 200)
+    observation = observe.observe({"trained": model.backbone}, images)
+    mean = evaluate.measure_attention(observation)["mean"]
+    assert mean["digit_density"]["low"] > 3 * mean["background_density"]["high"]
+    assert mean["selectivity"]["low"] > 1.2
+
+
+def test_dinos_script_reads_our_checkpoints(tmp_path):
+    """As visualize_attention.py of facebookresearch/dino: its torch.load, its key, its prefixes."""
+    config = config_of("--preset paper --weights none --digits sklearn --device cpu")
+    network = vit.build_network(config)
+    content = {
+        "config": asdict(config),
+        "teacher": network.state_dict(),
+        "epoch": 1,
+        "metrics": [],
+    }
+    path = str(tmp_path / "ckpt.pth")
+    runs.save_checkpoint(path, content)
+    state = torch.load(path, map_location="cpu")["teacher"]
+    state = {
+        name.replace("module.", "").replace("backbone.", ""): value for name, value in state.items()
+    }
+    vit_small = VisionTransformer(ViTShape(patch_size=8, dim=384, depth=12, heads=6))
+    missing, unexpected = vit_small.load_state_dict(state, strict=False)
+    assert missing == []
+    assert all(name.startswith("head.") for name in unexpected)
+
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network.backbone.get_last_selfattention(noise)
+        assert torch.equal(vit_small.get_last_selfattention(noise), expected)
+        assert torch.equal(model_of(path).backbone.get_last_selfattention(noise), expected)
+
+
+def test_a_network_may_expect_a_mean_and_deviation_of_one_half():
+    backbone = small_vit()
+    image = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = backbone((image - 0.5) / 0.5)
+        gallery.expect_half(backbone)
+        feature = backbone(views.normalize(image))
+    torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize(
+    "size, shape",
+    [((100, 40), (3, 21, 56)), ((7, 900), (3, 56, 7))],  # 22.4 pixels are about three patches
+)
+def test_pictures_keep_their_proportions_and_fit_the_patches(tmp_path, size, shape):
+    path = tmp_path / "a.png"
+    Image.new("RGB", size, (255, 0, 0)).save(path)
+    picture = gallery.open_image(str(path), image_size=56, patch_size=7)
+    assert picture.shape == shape
+    torch.testing.assert_close(picture.mean((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_pictures_have_the_names_of_their_files(tmp_path):
+    """Each file is shown once, to every network at its own size."""
+    (tmp_path / "deeper").mkdir()
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    Image.new("L", (64, 64)).save(tmp_path / "deeper" / "b.png")
+    small = model_of(SHIPPED / "same.pth")
+    small.config.image_size = 14
+    large = model_of(SHIPPED / "different.pth")
+    large.config.image_size = 28
+    paths = gallery.list_images([str(tmp_path), str(tmp_path / "a.png")])
+    examples = gallery.open_pictures([small, large], paths)
+    for of_model, size in zip(examples, (14, 28)):
+        assert [example.name for example in of_model] == ["a.png", "b.png"]
+        assert [example.picture.shape for example in of_model] == [(3, size, size)] * 2
+        assert not any(example.masks for example in of_model)
+
+
+def test_test_images_are_numbered_from_one():
+    model = model_of(SHIPPED / "same.pth")
+    canvases = gallery.example_images(model, 2)
+    assert [canvas.name for canvas in canvases] == ["test canvas 1", "test canvas 2"]
+    assert [len(canvas.masks) for canvas in canvases] == [2, 2]
+
+    photographs = torch.zeros(3, 3, 96, 96, dtype=torch.uint8)
+    model.config.dataset = "stl10"
+    model.splits = {"test": Split(photographs, torch.zeros(3, dtype=torch.int64))}
+    examples = gallery.example_images(model, 2)
+    assert [example.name for example in examples] == ["test photograph 1", "test photograph 2"]
+    assert [example.masks for example in examples] == [(), ()]
