@@ -14,6 +14,7 @@ import views
 from metrics import patch_grid, patch_sums
 from vit import VisionTransformer, attention_matrix
 
+DIRECTIONS = 16  # of squared gradients
 PATCHES_PER_BACKWARD = 8000  # larger batches are split, so that their activations fit into memory
 
 
@@ -51,6 +52,26 @@ def attention(backbone: VisionTransformer, images):
     """
     heads, _ = cls_attention(backbone, images)
     return heads.mean(1)
+
+
+@torch.no_grad()
+def token_attention(backbone: VisionTransformer, images):
+    """Where each token attends, two of maps on the CPU. One forward pass.
+
+    The first, (B, depth, heads, E, patches), has [CLS] and registers, E tokens, in all blocks. The
+    second, (B, heads, patches, patches), has each patch, a row, in the last block. (That of all
+    patches in all blocks would take a hundred megabytes for an image of a ViT-S/8.)
+    """
+    others = 1 + backbone.shape.registers
+    x = backbone.prepare_tokens(views.normalize(images))
+    of_tokens = []
+    for block in backbone.blocks[:-1]:
+        q, k, _ = block.attn.queries_keys_values(block.norm1(x), num_queries=others)
+        of_tokens.append(patch_attention(attention_matrix(q, k), backbone).cpu())
+        x = block(x)
+    last = patch_attention(backbone.last_attention(x), backbone).cpu()  # (B, heads, N, patches)
+    of_tokens.append(last[:, :, :others])
+    return torch.stack(of_tokens, dim=1), last[:, :, others:]
 
 
 @torch.no_grad()
@@ -122,7 +143,7 @@ def passed_on_norms(block, x, num_queries: int | None):
 # --------------------------------------------------------------------------------------- gradients
 
 
-def squared_gradient(backbone: VisionTransformer, images, directions: int = 16):
+def squared_gradient(backbone: VisionTransformer, images, directions: int = DIRECTIONS):
     """How much the feature changes with a patch's pixels, to first order.
 
     The squared gradient of r · feature, summed over a patch's pixels and channels and over random
@@ -147,14 +168,18 @@ def squared_gradients(backbone: VisionTransformer, images, directions: int):
     """
     images = images.detach().requires_grad_()
     features = F.normalize(backbone(views.normalize(images)), dim=-1)
-    rng = torch.Generator().manual_seed(0)
     total = 0
-    for _ in range(directions):
-        direction = F.normalize(torch.randn(features.shape[1], generator=rng), dim=0)
+    for direction in random_directions(features.shape[1], directions):
         projected = features @ direction.to(features)
         (gradient,) = torch.autograd.grad(projected.sum(), images, retain_graph=True)
         total = total + patch_sums(gradient.square().sum(1), backbone.shape.patch_size)
     return total
+
+
+def random_directions(dim: int, count: int = DIRECTIONS):
+    """Unit vectors in random directions, always the same: (count, dim)."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.stack([F.normalize(torch.randn(dim, generator=rng), dim=0) for _ in range(count)])
 
 
 # ------------------------------------------------------ controls, which know nothing of the network
@@ -210,7 +235,7 @@ PASSES = {
     "attention": "1 forward",
     "rollout": "1 forward",
     "norm_rollout": "1 forward",
-    "squared_gradient": "16 backward",
+    "squared_gradient": f"{DIRECTIONS} backward",
 }
 CONTROLS = {"brightness": brightness, "contrast": contrast, "centre": centre, "random": random}
 MAPS = NETWORK_MAPS | CONTROLS

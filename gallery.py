@@ -305,11 +305,11 @@ def maps_of(
 
 
 def maps_of_examples(
-    rows: list[tuple[VisionTransformer, Example]], names: Sequence[str]
+    backbone: VisionTransformer, examples: list[Example], names: Sequence[str]
 ) -> list[MapsOfExample]:
-    """The named maps of each pair of a network and an example."""
-    rows = tqdm(rows, "maps", unit="image", leave=False, disable=None)
-    return [maps_of(backbone, example, names) for backbone, example in rows]
+    """The named maps of each example."""
+    examples = tqdm(examples, "maps", unit="image", leave=False, disable=None)
+    return [maps_of(backbone, example, names) for example in examples]
 
 
 def maps_of_pictures(
@@ -335,3 +335,29 @@ def check_finite(network: LookedAt):
             if not values.isfinite().all():
                 title = name.replace("_", " ")
                 raise FloatingPointError(f"{network.model.name}: the {title} is NaN or infinite")
+
+
+def save_maps(networks: list[LookedAt], path: str):
+    """Write all maps of all pictures as a file of numpy arrays; the README says what it holds."""
+    arrays = {
+        "networks": np.array([network.model.name for network in networks]),
+        "pictures": np.array([example.name for example in networks[0].examples]),
+    }
+    for number, network in enumerate(networks):
+        backbone = network.model.backbone
+        for picture, (example, of_example) in enumerate(zip(network.examples, network.maps)):
+            prefix = f"{number}/{picture}/"
+            arrays[prefix + "picture"] = example.picture.cpu()
+            for name, mask in zip(("digit", "clutter"), example.masks):
+                arrays[prefix + name] = mask.cpu()
+            for name, values in of_example.maps.items():
+                arrays[prefix + name.replace(" ", "_")] = values
+
+            images = example.picture[None].to(backbone.cls_token.device)
+            grid = metrics.patch_grid(images, backbone.shape.patch_size)
+            of_tokens, of_patches = explain.token_attention(backbone, images)
+            arrays[prefix + "attention_of_tokens"] = of_tokens[0].unflatten(-1, grid)
+            arrays[prefix + "attention_of_patches"] = (
+                of_patches[0].unflatten(-1, grid).unflatten(1, grid)
+            )
+    np.savez_compressed(path, **arrays)

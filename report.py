@@ -321,9 +321,7 @@ def format_picture_report(results: list[dict]) -> str:
     lines = []
     for number, result in enumerate(results, 1):
         label = f"[{number}] " if len(results) > 1 else ""
-        heading = f"{label}{result['checkpoint']}: {result['description']}"
-        for text in (heading, belief(result)):
-            lines += textwrap.wrap(text, LINE_WIDTH)
+        lines += network_lines(result, label)
     return "\n".join([*lines, "", *table_lines(results)])
 
 
@@ -331,12 +329,22 @@ def network_lines(result: dict, label: str) -> list[str]:
     """What is said about one network."""
     heading = f"{label}{result['checkpoint']}: {result['description']}"
     lines = []
-    for text in (heading, verdict(result), belief(result)):
+    for text in (heading, *sentences(result)):
         lines += textwrap.wrap(text, LINE_WIDTH)
+    return lines
+
+
+def sentences(result: dict) -> list[str]:
+    """Where the network looks, which map to believe, and how well its feature classifies.
+
+    On somebody's pictures only the second is known.
+    """
+    if "features" not in result:
+        return [belief(result)]
     accuracy = f"Accuracy: {accuracies(result['features'])}"
     if "untrained_features" in result:
         accuracy += f"; before training: {accuracies(result['untrained_features'])}"
-    return [*lines, accuracy]
+    return [verdict(result), belief(result), accuracy]
 
 
 def accuracies(cells: dict) -> str:
@@ -392,10 +400,30 @@ def heading_lines(columns: list[Column], tables: list[dict]) -> list[str]:
 
 
 def row_lines(columns: list[Column], result: dict, label: str) -> list[str]:
-    """The lines of a network: its maps, the best first, its heads, the controls, and its maps before
+    """The lines of a network in the printed table; with a `label` networks are compared."""
+    lines = []
+    for row in table_rows(columns, result, is_compared=bool(label)):
+        cells = [f"{cell:{column.width}}" for cell, column in zip(row.cells, columns)]
+        title = row.title if row.is_heading else f"{label}{row.title}"
+        lines.append(f"{title:{ROW_WIDTH}}{''.join(cells)}{row.passes}".rstrip())
+    return lines
+
+
+@dataclass
+class Row:
+    """A row of the table, as text."""
+
+    title: str
+    cells: list[str]  # one for each column; none in a heading
+    passes: str = ""  # what the map costs
+    is_heading: bool = False
+
+
+def table_rows(columns: list[Column], result: dict, is_compared: bool = False) -> list[Row]:
+    """The rows of a network: its maps, the best first, its heads, the controls, and its maps before
     training.
 
-    With a `label` networks are compared, and each has fewer lines.
+    If networks are compared, each has fewer rows.
     """
     table = measured_table(result)
     best_head = result.get("best_head")
@@ -404,26 +432,28 @@ def row_lines(columns: list[Column], result: dict, label: str) -> list[str]:
         has_best_head = table[best_head]["selectivity"]["value"] is not None
     in_order = maps_in_order(table)
     other_rows = [row for row in table if row not in in_order and row not in HIDDEN_ROWS]
-    lines = []
+    rows = []
     for row in [*in_order, *other_rows]:
         title = title_of(row)
         if row == best_head and has_best_head:
             title += " (selective)"
-        if not label or row in COMPARED_ROWS or row == best_head:
-            lines.append(row_line(columns, label + title, table[row], PASSES.get(row, "")))
-    if "untrained" in result and not label:
-        lines.append("before training:")
+        if not is_compared or row in COMPARED_ROWS or row == best_head:
+            cells = cell_texts(columns, table[row])
+            rows.append(Row(title, cells, PASSES.get(row, "")))
+    if "untrained" in result and not is_compared:
+        rows.append(Row("before training:", [], is_heading=True))
         untrained = result["untrained"]
         for row in [*maps_in_order(untrained), "brightness"]:
             if row in untrained:
-                lines.append(row_line(columns, f"  {title_of(row)}", untrained[row]))
-    return lines
+                rows.append(Row(f"  {title_of(row)}", cell_texts(columns, untrained[row])))
+    return rows
 
 
-def row_line(columns: list[Column], title: str, cells: dict, passes: str = "") -> str:
-    """One line of the table."""
-    texts = [
-        f"{format_cell(cells.get(column.metric), column.with_interval):{column.width}}"
-        for column in columns
-    ]
-    return f"{title:{ROW_WIDTH}}{''.join(texts)}{passes}".rstrip()
+def cell_texts(columns: list[Column], cells: dict) -> list[str]:
+    """The cells of a row, as text."""
+    return [format_cell(cells.get(column.metric), column.with_interval) for column in columns]
+
+
+def columns_of(result: dict) -> list[Column]:
+    """The columns of the table that a network's numbers stand in."""
+    return CANVAS_COLUMNS if "matched" in result else PHOTO_COLUMNS

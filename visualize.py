@@ -7,7 +7,8 @@
 
 The first command prints what the [CLS] token of the last block attends to, and writes metrics.json;
 attention.png, where it looks in each head (the paper's figures 4 and 6); curves.png, how that came
-about; views.png, what the two branches were fed; and tsne.png, the features (figures 2 and 3).
+about; views.png, what the two branches were fed; tsne.png, the features (figures 2 and 3); and
+explorer.html, a page for a browser in which all of this can be tried.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import explain
+import explorer
 import gallery
 import report
 import runs
@@ -436,6 +438,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "believe, effect, heads]; without effect, pictures are drawn quickly and there is no report",
     )
     parser.add_argument(
+        "--save-maps",
+        action="store_true",
+        help="write all maps of the figure's images as numpy arrays too, maps.npz",
+    )
+    parser.add_argument(
         "--image-size", type=int, help="side of the input in pixels [as trained, else 224]"
     )
     parser.add_argument(
@@ -561,33 +568,46 @@ def best_by_correlation(maps: list[MapsOfExample]) -> dict[str, str]:
 
 def visualize_one(model: Model, args: argparse.Namespace):
     """Draw and measure one network."""
-    epochs = gallery.kept_epochs(model) if model.history else {}
-    if len(epochs) < 2:
-        epochs = {"": model.backbone}
-    count = 8 if len(epochs) == 1 else max(1, 12 // len(epochs))
+    backbones = gallery.kept_epochs(model) if model.history else {}
+    if len(backbones) < 2:
+        backbones = {"": model.backbone}
+    count = 8 if len(backbones) == 1 else max(1, 12 // len(backbones))
     examples = gallery.example_images(model, count)
     folder = make_folder(args)
 
     names = names_to_compute(args, ["brightness"])
-    rows = [(backbone, example) for example in examples for backbone in epochs.values()]
-    maps = gallery.maps_of_examples(rows, names)
-    network = LookedAt(model, [example for _, example in rows], maps)
-    gallery.check_finite(network)
+    epochs = {}
+    for label, backbone in backbones.items():
+        name = f"{model.name}, {label}" if label else model.name
+        maps = gallery.maps_of_examples(backbone, examples, names)
+        epochs[label] = LookedAt(replace(model, name=name, backbone=backbone), examples, maps)
+        gallery.check_finite(epochs[label])
+
     evaluation = None
     if model.is_measured:
         evaluation = evaluate.evaluate(
             model.name, model.config, model.history, model.backbone, model.splits
         )
-        network.best = best_by_report(evaluation.result)
+        best = best_by_report(evaluation.result)
     else:
         print_not_measured(model)
-        network.best = best_by_correlation(maps)
-    network.names = names_to_draw(args, network.best, with_heads=model.backbone.shape.heads > 1)
+        best = best_by_correlation(list(epochs.values())[-1].maps)
+    rows = LookedAt(
+        model,
+        examples=[example for example in examples for _ in epochs],
+        maps=[of_epoch.maps[row] for row in range(len(examples)) for of_epoch in epochs.values()],
+        names=names_to_draw(args, best, with_heads=model.backbone.shape.heads > 1),
+        best=best,
+    )
     row_names = list(epochs) * len(examples) if len(epochs) > 1 else []
-    plot_attention([network], os.path.join(folder, "attention.png"), row_names)
+    plot_attention([rows], os.path.join(folder, "attention.png"), row_names)
+    if evaluation is not None:
+        save_and_print([evaluation], os.path.join(folder, "metrics.json"))
+    result = None if evaluation is None else evaluation.result
+    content = explorer.network_content(model, epochs, result)
+    write_explorer([content], list(epochs.values()), folder, "", args)
     if evaluation is None:
         return
-    save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     if model.history:
         plot_views(model, os.path.join(folder, "views.png"))
         plot_curves(model, os.path.join(folder, "curves.png"))
@@ -601,14 +621,16 @@ def compare(models: list[Model], args: argparse.Namespace):
     names = names_to_compute(args, ["brightness"])
     networks = []
     for model, of_model in zip(models, examples):
-        maps = gallery.maps_of_examples([(model.backbone, example) for example in of_model], names)
+        maps = gallery.maps_of_examples(model.backbone, of_model, names)
         networks.append(LookedAt(model, of_model, maps))
         gallery.check_finite(networks[-1])
 
     measured = [model for model in models if model.is_measured]
     evaluations = []
+    contents = []  # of the page
     for network in networks:
         model = network.model
+        result = None
         if model.is_measured:
             # The table of a network has a row for the next one's attention on the same images.
             other = measured[(measured.index(model) + 1) % len(measured)]
@@ -625,15 +647,36 @@ def compare(models: list[Model], args: argparse.Namespace):
                 other_backbone,
             )
             evaluations.append(evaluation)
-            network.best = best_by_report(evaluation.result)
+            result = evaluation.result
+            network.best = best_by_report(result)
         else:
             print_not_measured(model)
             network.best = best_by_correlation(network.maps)
         network.names = names_to_draw(args, network.best, with_heads=False)
+        contents.append(explorer.network_content(model, {"": network}, result))
 
     plot_attention(networks, os.path.join(folder, "attention-compared.png"))
     if evaluations:
         save_and_print(evaluations, os.path.join(folder, "metrics-compared.json"))
+    write_explorer(contents, networks, folder, "-compared", args)
+
+
+def write_explorer(
+    contents: list[dict],
+    networks: list[LookedAt],
+    folder: str,
+    suffix: str,
+    args: argparse.Namespace,
+    notes: Sequence[str] = (),
+):
+    """explorer.html, the page that shows `contents`, and with --save-maps maps.npz."""
+    path = os.path.join(folder, f"explorer{suffix}.html")
+    explorer.write_page(contents, path, notes)
+    print(f"wrote {path}")
+    if args.save_maps:
+        path = os.path.join(folder, f"maps{suffix}.npz")
+        gallery.save_maps(networks, path)
+        print(f"wrote {path}")
 
 
 def print_not_measured(model: Model):
@@ -662,10 +705,12 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
     measured = count if args.maps else min(count, PICTURES_PER_PAGE)
     networks = []
     results = []
+    contents = []  # of the page
     for model, of_model in zip(models, examples):
         maps = gallery.maps_of_pictures(model, of_model[:measured], names, with_srg=not args.maps)
         network = LookedAt(model, of_model, maps)
         gallery.check_finite(network)
+        result = None
         if not args.maps:
             token_effects = concatenate([of_picture.token_effects for of_picture in maps])
             collapse = None
@@ -678,6 +723,8 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
             results.append(result)
         with_heads = len(models) == 1 and model.backbone.shape.heads > 1
         network.names = names_to_draw(args, network.best, with_heads)
+        first_page = network_on_page(network, slice(PICTURES_PER_PAGE), with_effect=True)
+        contents.append(explorer.network_content(model, {"": first_page}, result))
         if measured < count:
             rest = [name for name in network.names if name != "effect"]
             maps += gallery.maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
@@ -695,6 +742,10 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
         print(report.format_picture_report(results))
         if measured < count:
             print(f"These are the first {measured} of {count} pictures; the others are only drawn.")
+    notes = []
+    if count > PICTURES_PER_PAGE:
+        notes.append(f"This page holds the first {PICTURES_PER_PAGE} of {count} pictures.")
+    write_explorer(contents, networks, folder, "-images", args, notes)
 
 
 def network_on_page(network: LookedAt, page: slice, with_effect: bool) -> LookedAt:
