@@ -27,8 +27,9 @@ from vit import VisionTransformer
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "explorer.html")
 MOST_WEIGHTS = 8_000_000  # bytes of the weights of a network that runs in the page
+MOST_MULTIPLICATIONS = 400_000_000  # of a forward pass there, which then takes half a second
 # Characters of the attention of patches, which is what makes the page of a large network large.
-MOST_ATTENTION = 9_000_000
+MOST_ATTENTION = 12_000_000
 FRAGMENTS = 24  # pieces of clutter that the reader can add
 
 # What each map shows, in a sentence.
@@ -110,10 +111,25 @@ def characters(content) -> int:
 # --------------------------------------------------------------------- a network that runs in the page
 
 
-def runs_in_page(backbones: list[VisionTransformer]) -> bool:
-    """Whether the weights, together, are small enough to be written into the page."""
+def runs_in_page(backbones: list[VisionTransformer], examples: list[Example]) -> bool:
+    """Whether networks are small enough, together, for their weights to be written into the page.
+
+    They must also be fast enough for the largest picture.
+    """
     count = sum(weight.numel() for backbone in backbones for weight in backbone.parameters())
-    return 4 * count <= MOST_WEIGHTS
+    patch_size = backbones[0].shape.patch_size
+    patches = max(math.prod(metrics.patch_grid(one.picture, patch_size)) for one in examples)
+    is_fast = multiplications(backbones[0], patches) <= MOST_MULTIPLICATIONS
+    return 4 * count <= MOST_WEIGHTS and is_fast
+
+
+def multiplications(backbone: VisionTransformer, patches: int) -> int:
+    """How many multiplications a forward pass takes in the blocks."""
+    shape = backbone.shape
+    tokens = 1 + shape.registers + patches
+    linear_layers = (4 + 2 * shape.mlp_ratio) * tokens * shape.dim**2
+    attention = 2 * tokens**2 * shape.dim
+    return shape.depth * (linear_layers + attention)
 
 
 @torch.no_grad()
@@ -261,15 +277,22 @@ def packed_attention(backbone: VisionTransformer, picture: Tensor, budget: int) 
     of_tokens, of_patches = explain.token_attention(backbone, images)
     of_patches = of_patches[0].unflatten(1, grid)  # (heads, rows, columns, patches)
     for mean_stride, head_stride in ((1, 1), (1, 2), (1, 3), (2, 3), (2, 4), (4, 8), (8, 16)):
-        mean = of_patches.mean(0)[::mean_stride, ::mean_stride]
-        heads = of_patches[:, ::head_stride, ::head_stride]
         patches = {
-            "mean": packed_rows(mean) | {"stride": mean_stride},
-            "heads": packed_rows(heads) | {"stride": head_stride},
+            "mean": packed_queries(of_patches.mean(0, keepdim=True), mean_stride),
+            "heads": packed_queries(of_patches, head_stride),
         }
         if characters(patches) <= budget:
             break
     return {"tokens": packed_rows(of_tokens[0]), "patches": patches}
+
+
+def packed_queries(attention: Tensor, stride: int) -> dict:
+    """Attention (heads, rows, columns, patches) of one patch in each square of stride × stride."""
+    _, rows, columns, _ = attention.shape
+    kept_rows = list(range(min(stride // 2, rows - 1), rows, stride))
+    kept_columns = list(range(min(stride // 2, columns - 1), columns, stride))
+    content = packed_rows(attention[:, kept_rows][:, :, kept_columns])
+    return content | {"stride": stride, "rows": kept_rows, "columns": kept_columns}
 
 
 # ------------------------------------------------------------------------------- a network's content
@@ -282,12 +305,12 @@ def network_content(model: Model, epochs: dict[str, LookedAt], result: dict | No
     """
     examples = list(epochs.values())[-1].examples
     shape = model.backbone.shape
-    is_live = runs_in_page([of_epoch.model.backbone for of_epoch in epochs.values()])
+    is_live = runs_in_page([of_epoch.model.backbone for of_epoch in epochs.values()], examples)
     has_scenes = is_live and bool(examples[0].masks)
     return {
         "name": model.name,
         "description": model.describe(),
-        "sentences": report.sentences(result) if result else ["This network was not measured."],
+        "sentences": report.sentences(result) if result else ["No report was made on these maps."],
         "table": table_content(result) if result else None,
         "shape": {
             "heads": shape.heads,

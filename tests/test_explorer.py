@@ -126,6 +126,15 @@ def test_small_networks_run_in_the_page_and_large_ones_do_not(monkeypatch):
     assert unpacked(content["pictures"][0]["pixels"]).max() > 200
 
 
+def test_networks_that_would_be_slow_do_not_run_in_the_page(monkeypatch):
+    model = small_model()
+    example = gallery.example_images(model, 1)
+    # 17 tokens of width 24: 3 blocks, each 12 · 17 · 24² and 2 · 17² · 24
+    monkeypatch.setattr(explorer, "MOST_MULTIPLICATIONS", 3 * (12 * 17 * 576 + 2 * 289 * 24))
+    assert explorer.runs_in_page([model.backbone], example)
+    assert not explorer.runs_in_page([model.backbone], [*example, *photographs(1, (35, 28))])
+
+
 def test_the_epochs_of_a_run_share_the_room_for_weights(monkeypatch):
     model = small_model()
     examples = gallery.example_images(model, 1)
@@ -149,8 +158,9 @@ def test_attention_is_thinned_out_until_it_fits():
     assert thinned["patches"]["heads"]["stride"] > 1
     assert explorer.characters(thinned["patches"]) <= budget
     _, of_patches = explain.token_attention(model.backbone, picture[None])
-    stride = thinned["patches"]["heads"]["stride"]
-    kept = of_patches[0].view(2, 8, 8, 64)[:, ::stride, ::stride].flatten(0, 2)
+    stack = thinned["patches"]["heads"]
+    assert len(stack["rows"]) == len(stack["columns"]) < 8
+    kept = of_patches[0].view(2, 8, 8, 64)[:, stack["rows"]][:, :, stack["columns"]].flatten(0, 2)
     values = unpacked(thinned["patches"]["heads"]["values"]).reshape(kept.shape) / 255
     maxima = unpacked(thinned["patches"]["heads"]["maxima"])[:, None]
     np.testing.assert_allclose(values * maxima, kept, atol=float(kept.max()) / 500)
@@ -329,6 +339,16 @@ def test_photographs_are_left_out_in_windows(browser, tmp_path):
         expected = expected[effects.window_of_patches((12, 10))]
         effect = finished(browser, "effectsOf(net(), now, data.windows['12x10'])")
         np.testing.assert_allclose(effect, expected, atol=1e-4)
+        # the page compares maps with effects window by window
+        shares = in_page(
+            browser,
+            "unitsOfEffect().map((patches) => patches.reduce((a, k) => a + currentMap()[k], 0))",
+        )
+        attention = explain.attention(model.backbone, images)
+        expected = effects.window_sums(attention, (12, 10))[0]
+        np.testing.assert_allclose(shares, expected, atol=1e-5)
+        assert "window of 4 patches" in browser.evaluate("$('scatter-hint').textContent")
+        assert "of 30" in browser.evaluate("$('patch-numbers').textContent")
     assert browser.evaluate("$('scene-tools').hidden && !$('lab').hidden")
 
 
