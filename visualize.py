@@ -601,13 +601,12 @@ def visualize_one(model: Model, args: argparse.Namespace):
     )
     row_names = list(epochs) * len(examples) if len(epochs) > 1 else []
     plot_attention([rows], os.path.join(folder, "attention.png"), row_names)
-    if evaluation is not None:
-        save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     result = None if evaluation is None else evaluation.result
     content = explorer.network_content(model, epochs, result)
     write_explorer([content], list(epochs.values()), folder, "", args)
     if evaluation is None:
         return
+    save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     if model.history:
         plot_views(model, os.path.join(folder, "views.png"))
         plot_curves(model, os.path.join(folder, "curves.png"))
@@ -656,9 +655,9 @@ def compare(models: list[Model], args: argparse.Namespace):
         contents.append(explorer.network_content(model, {"": network}, result))
 
     plot_attention(networks, os.path.join(folder, "attention-compared.png"))
+    write_explorer(contents, networks, folder, "-compared", args)
     if evaluations:
         save_and_print(evaluations, os.path.join(folder, "metrics-compared.json"))
-    write_explorer(contents, networks, folder, "-compared", args)
 
 
 def write_explorer(
@@ -738,14 +737,14 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
             name = f"attention-images-{start // PICTURES_PER_PAGE + 1}.png"
         on_page = [network_on_page(network, page, start < measured) for network in networks]
         plot_attention(on_page, os.path.join(folder, name))
-    if results:
-        print(report.format_picture_report(results))
-        if measured < count:
-            print(f"These are the first {measured} of {count} pictures; the others are only drawn.")
     notes = []
     if count > PICTURES_PER_PAGE:
         notes.append(f"This page holds the first {PICTURES_PER_PAGE} of {count} pictures.")
     write_explorer(contents, networks, folder, "-images", args, notes)
+    if results:
+        print(report.format_picture_report(results))
+        if measured < count:
+            print(f"These are the first {measured} of {count} pictures; the others are only drawn.")
 
 
 def network_on_page(network: LookedAt, page: slice, with_effect: bool) -> LookedAt:

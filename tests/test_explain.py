@@ -156,6 +156,36 @@ def test_attention_to_patches_leaves_out_cls_and_registers(registers):
 
 
 @pytest.mark.parametrize("registers", [0, 2])
+def test_every_token_has_an_attention(registers):
+    """In each block, as the blocks one after the other give it; each row without [CLS] and registers."""
+    backbone = small_backbone(registers=registers)
+    images = pictures(2)
+    others = 1 + registers
+    of_tokens, of_patches = explain.token_attention(backbone, images)
+    assert of_tokens.shape == (2, 3, 3, others, 16)
+    assert of_patches.shape == (2, 3, 16, 16)
+    with torch.no_grad():
+        x = backbone.prepare_tokens(views.normalize(images))
+        for number, block in enumerate(backbone.blocks):
+            q, k, _ = block.attn.queries_keys_values(block.norm1(x))
+            attention = vit.attention_matrix(q, k)[..., others:]
+            expected = attention / attention.sum(-1, keepdim=True)
+            torch.testing.assert_close(of_tokens[:, number], expected[:, :, :others])
+            x = block(x)
+    torch.testing.assert_close(of_patches, expected[:, :, others:])
+    heads, _ = explain.cls_attention(backbone, images)
+    torch.testing.assert_close(of_tokens[:, -1, :, 0], heads)
+
+
+def test_random_directions_are_unit_vectors_and_always_the_same():
+    directions = explain.random_directions(24)
+    assert directions.shape == (16, 24)
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(16))
+    assert torch.equal(directions[:3], explain.random_directions(24, 3))
+    assert (directions @ directions.T).fill_diagonal_(0).abs().max() < 0.8
+
+
+@pytest.mark.parametrize("registers", [0, 2])
 def test_rollout_is_a_product_of_matrices(registers):
     """As Abnar & Zuidema write it: ½ · attention + ½ · I of each block, one times the other."""
     backbone = small_backbone(registers=registers)

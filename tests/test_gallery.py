@@ -1,7 +1,8 @@
 """Networks open as they were saved, and are shown pictures that have names and fit the patches."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import SHIPPED, config_of, model_of, small_vit
@@ -14,6 +15,7 @@ import runs
 import views
 import vit
 from data import Split
+from gallery import Example, LookedAt
 from vit import VisionTransformer, ViTShape
 
 # ---------------------------------------------------------------------------------------- networks
@@ -113,3 +115,39 @@ def test_test_images_are_numbered_from_one():
     examples = gallery.example_images(model, 2)
     assert [example.name for example in examples] == ["test photograph 1", "test photograph 2"]
     assert [example.masks for example in examples] == [(), ()]
+
+
+# -------------------------------------------------------------------------------------------- maps
+
+
+def test_maps_are_saved_as_arrays(tmp_path):
+    model = model_of(SHIPPED / "same.pth")
+    canvases = gallery.example_images(model, 2)
+    rng = torch.Generator().manual_seed(0)
+    photo = Example(torch.rand(3, 14, 21, generator=rng), name="猫.png")
+    examples = [*canvases, photo]
+    names = ["attention", "rollout", "effect", "heads"]
+    maps = gallery.maps_of_examples(model.backbone, examples, names)
+    other = replace(model, name="other", backbone=small_vit(patch_size=7, pos_size=28))
+    other_maps = gallery.maps_of_examples(other.backbone, examples, ["attention"])
+    networks = [LookedAt(model, examples, maps), LookedAt(other, examples, other_maps)]
+    gallery.save_maps(networks, str(tmp_path / "maps.npz"))
+
+    saved = np.load(tmp_path / "maps.npz")  # without pickled objects
+    assert saved["networks"].tolist() == [model.name, "other"]
+    assert saved["pictures"].tolist() == ["test canvas 1", "test canvas 2", "猫.png"]
+    for number, (example, of_example) in enumerate(zip(examples, maps)):
+        np.testing.assert_array_equal(saved[f"0/{number}/picture"], example.picture)
+        for name, values in of_example.maps.items():
+            np.testing.assert_array_equal(saved[f"0/{number}/{name.replace(' ', '_')}"], values)
+    np.testing.assert_array_equal(saved["0/1/digit"], canvases[1].masks[0])
+    np.testing.assert_array_equal(saved["0/1/clutter"], canvases[1].masks[1])
+    assert "0/2/digit" not in saved
+    assert saved["0/2/head_2"].shape == (2, 3)
+    assert saved["0/2/attention_of_tokens"].shape == (2, 3, 5, 2, 3)
+    of_tokens = saved["0/2/attention_of_tokens"]
+    np.testing.assert_allclose(of_tokens[-1, :, 0].mean(0), maps[2].maps["attention"], atol=1e-6)
+    assert saved["0/2/attention_of_patches"].shape == (3, 2, 3, 2, 3)
+    np.testing.assert_allclose(saved["0/2/attention_of_patches"].sum((-2, -1)), 1, atol=1e-5)
+    assert saved["1/2/attention"].shape == (2, 3)
+    assert "1/2/rollout" not in saved

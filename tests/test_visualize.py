@@ -368,9 +368,9 @@ def test_pictures_of_any_shape_and_their_notes_lie_apart(shapes, has_notes, othe
 
 
 def test_all_figures_of_a_run_are_drawn(drawn_run):
-    names = {"attention.png", "curves.png", "metrics.json", "tsne.png", "views.png"}
-    assert set(os.listdir(drawn_run.folder)) == names
-    for name in names - {"metrics.json"}:
+    names = {"attention.png", "curves.png", "tsne.png", "views.png"}
+    assert set(os.listdir(drawn_run.folder)) == names | {"metrics.json", "explorer.html"}
+    for name in names:
         assert min(Image.open(drawn_run.folder / name).size) > 300, name
 
 
@@ -549,7 +549,8 @@ def test_networks_side_by_side_are_each_shown_their_own_size(
     assert "other_network" not in first["matched"]  # which has patches of another size
     assert second["matched"]["mean"]["diversity"]["value"] is None  # one head
     assert second["matched"]["mean"]["selectivity"] == second["matched"]["head_1"]["selectivity"]
-    assert sorted(os.listdir(tmp_path)) == ["attention-compared.png", "metrics-compared.json"]
+    names = ["attention-compared.png", "explorer-compared.html", "metrics-compared.json"]
+    assert sorted(os.listdir(tmp_path)) == names
 
     columns = grids["attention-compared.png"].columns
     of_first = headings_of_maps(best_of(first), "highest equal ink", "[1]\n")
@@ -616,7 +617,7 @@ def test_weights_from_elsewhere_are_drawn_and_measured_if_asked(
     with recorded_grids() as grids:
         assert look(path, *flags, output=tmp_path / "drawn") == 0
     assert sum("(highest here)" in heading for heading in grids["attention.png"].columns) == 1
-    assert os.listdir(tmp_path / "drawn") == ["attention.png"]
+    assert sorted(os.listdir(tmp_path / "drawn")) == ["attention.png", "explorer.html"]
     printed = capsys.readouterr().out
     assert "Where does it look?" not in printed
     assert f"not measured; measure it with --weights {path}" in printed
@@ -686,7 +687,7 @@ def test_own_pictures_through_networks_of_any_origin(other_run, tmp_path):
         output = tmp_path / str(number)
         flags = ["--images", transparent, white, "--image-size", "24"]
         assert look(*checkpoints, *flags, output=output) == 0
-        assert os.listdir(output) == ["attention-images.png"]
+        assert sorted(os.listdir(output)) == ["attention-images.png", "explorer-images.html"]
 
 
 def gradient() -> Image.Image:
@@ -729,7 +730,8 @@ def test_a_folder_of_pictures_is_drawn_in_pages(tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     with recorded_grids() as grids:
         assert look(SAME, "--image-size", "28", "--images", folder, output=output) == 0
-    assert sorted(os.listdir(output)) == ["attention-images-1.png", "attention-images-2.png"]
+    names = ["attention-images-1.png", "attention-images-2.png", "explorer-images.html"]
+    assert sorted(os.listdir(output)) == names
     shown = []
     for number, count in ((1, 2), (2, 1)):
         columns = grids[f"attention-images-{number}.png"].columns.values()
@@ -1054,7 +1056,7 @@ def test_maps_chooses_the_columns_and_their_order(
     with recorded_grids() as grids:
         assert look(path, *flags, "--maps", maps, output=tmp_path) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2  # what was read and what was written, and no report
+    assert len(printed) == 3  # what was read, and the two files that were written; no report
     columns = grids["attention-images.png"].columns
     assert list(columns) == ["input", *shown]
     for row, picture in enumerate(columns["input"].arrays):
@@ -1100,7 +1102,7 @@ def test_without_the_effect_nothing_is_blackened_or_left_out(
         assert look(path, *flags, output=tmp_path) == 0
         capsys.readouterr()
         assert look(path, *flags, "--images", *pictures, output=tmp_path) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2  # no report
+    assert len(capsys.readouterr().out.splitlines()) == 3  # no report
     for grid in grids.values():
         assert list(grid.columns) == ["input", "rollout", "head 1", "head 2"]
         assert not any(column.notes for column in grid.columns.values())
@@ -1484,3 +1486,71 @@ def test_any_command_line_ends_well(template, tmp_path, monkeypatch, few_images,
     # The lines are neither all good nor all bad.
     assert statuses.count(0) > count // 20
     assert statuses.count(2) > count // 20
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def page_data(path: Path) -> dict:
+    """What is written into the explorer's page."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[1])
+
+
+def test_the_page_of_a_run_has_its_epochs_and_its_report(drawn_run):
+    (network,) = page_data(drawn_run.folder / "explorer.html")["networks"]
+    assert [epoch["label"] for epoch in network["epochs"]] == ["epoch 0", "epoch 1", "epoch 2"]
+    weights_of_epochs = [epoch["net"]["norm"][0]["data"] for epoch in network["epochs"]]
+    assert len(set(weights_of_epochs)) == 3
+    assert len(network["pictures"]) == 12 // 3
+    printed = " ".join(drawn_run.printed.split())
+    assert all(sentence in printed for sentence in network["sentences"])
+    assert len(network["sentences"]) == 3
+    rows = [row["text"] for row in network["table"]["rows"]]
+    assert [title for title in table_in(drawn_run.printed) if title in rows]
+    notes = drawn_run.grids["attention.png"].columns["attention"].notes
+    # the last epoch's correlations stand under the maps of the figure, in the rows of that epoch
+    for number, of_picture in enumerate(network["epochs"][-1]["pictures"]):
+        correlations = {entry["name"]: entry["correlation"] for entry in of_picture["maps"]}
+        assert notes[3 * number + 2] == f"{correlations['attention']:.2f}"
+
+
+def test_the_page_of_several_networks_has_each(other_run, tmp_path):
+    assert look(SAME, other_run, "--digits", "sklearn", output=tmp_path) == 0
+    networks = page_data(tmp_path / "explorer-compared.html")["networks"]
+    assert [network["name"] for network in networks] == [SAME, str(other_run / "ckpt.pth")]
+    for network in networks:
+        assert network["table"]["rows"][0]["cells"]
+        assert len(network["epochs"][0]["pictures"]) == 8
+
+
+def test_the_page_of_pictures_holds_the_first_page_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "PICTURES_PER_PAGE", 2)
+    for name in ("a.png", "b.png", "c.png"):
+        gradient().save(tmp_path / name)
+    out = tmp_path / "out"
+    flags = ["--image-size", "28", "--images", tmp_path]
+    assert look(SAME, *flags, "--save-maps", output=out) == 0
+    content = page_data(out / "explorer-images.html")
+    (network,) = content["networks"]
+    assert [picture["name"] for picture in network["pictures"]] == ["a.png", "b.png"]
+    assert "This page holds the first 2 of 3 pictures." in content["notes"]
+    assert len(network["sentences"]) == 1
+    # the arrays are of all pictures
+    saved_maps = np.load(out / "maps-images.npz")
+    assert saved_maps["pictures"].tolist() == ["a.png", "b.png", "c.png"]
+    assert "0/1/effect" in saved_maps
+    assert "0/2/effect" not in saved_maps
+    assert saved_maps["0/2/attention"].shape == (3, 4)
+
+
+def test_arrays_are_saved_of_every_epoch(run_folder, tmp_path):
+    assert look(run_folder, "--save-maps", "--maps", "attention", output=tmp_path) == 0
+    saved_maps = np.load(tmp_path / "maps.npz")
+    path = str(run_folder / "ckpt.pth")
+    names = [f"{path}, epoch {number}" for number in range(3)]
+    assert saved_maps["networks"].tolist() == names
+    maps = [saved_maps[f"{number}/1/attention"] for number in range(3)]
+    assert not np.allclose(maps[0], maps[2])
+    model = model_of(path)
+    expected = explain.attention(model.backbone, gallery.example_images(model, 2)[1].picture[None])
+    np.testing.assert_allclose(maps[2].flatten(), expected[0], atol=1e-6)
