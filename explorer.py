@@ -27,7 +27,9 @@ from vit import VisionTransformer
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "explorer.html")
 MOST_WEIGHTS = 8_000_000  # bytes of the weights of a network that runs in the page
-MOST_MULTIPLICATIONS = 400_000_000  # of a forward pass there, which then takes half a second
+MOST_MULTIPLICATIONS = (
+    100_000_000  # of a forward pass there, which then takes a quarter of a second
+)
 # Characters of the attention of patches, which is what makes the page of a large network large.
 MOST_ATTENTION = 12_000_000
 FRAGMENTS = 24  # pieces of clutter that the reader can add
@@ -36,22 +38,23 @@ FRAGMENTS = 24  # pieces of clutter that the reader can add
 MAP_HELP = {
     "attention": "How much of its attention a token gives to each patch.",
     "rollout": "Attention of [CLS], followed back through all blocks and residual connections.",
-    "norm_rollout": "The same, by the size of what each token passes on.",
+    "norm_rollout": "Rollout in which a token counts by the size of the vector that it passes on.",
     "squared_gradient": "How strongly the feature reacts to small changes of each patch’s pixels.",
     "brightness": "How bright each patch is. This knows nothing of the network.",
     "contrast": "How much the grey levels vary in each patch. This knows nothing of the network.",
-    "centre": "Most in the middle of the picture. This knows nothing of the network.",
+    "centre": "A fixed map that is highest in the middle. This knows nothing of the network.",
     "random": "Noise. This knows nothing of the network or the picture.",
     "effect": "How much the feature changes if the patch is blackened: what the network does depend "
-    "on. Of photographs, if the window of patches is left out.",
+    "on. In photographs, a window of patches is left out instead.",
 }
-# What the columns of the table mean, and other words of the report.
+# What the columns of the table mean.
 METRIC_HELP = {
     "equal_ink": "Of two patches of one canvas with equally much ink, how often does the patch with "
     "more of the map have the larger effect? Chance is .5.",
     "patch_faithfulness": "The rank correlation of the map with the effect, over the patches of an "
     "image: 1 if the map puts them in the right order, 0 if it knows nothing.",
-    "object_faithfulness": "The same over whole pieces of clutter, each left out in turn.",
+    "object_faithfulness": "The rank correlation of the map with the effect, over whole pieces of "
+    "clutter, each left out in turn.",
     "direct_faithfulness": "The rank correlation of the map with the direct effect: what a patch "
     "does through its own token alone, at the input of the last block.",
     "selectivity": "How many times as dense the map is on the digit as on the clutter. 1: alike.",
@@ -60,12 +63,14 @@ METRIC_HELP = {
     "srg": "Patches are left out, those with most of the map first or those with least first. The "
     "symmetric relevance gain is the gap between the two curves of the feature’s cosine.",
 }
+# What the last column and the rows of the table mean.
 PASSES_HELP = "What the map costs: how often an image goes through the network, forward or back."
 ROW_HELP = MAP_HELP | {
     "attention": "Of [CLS] in the last block, the mean of the heads.",
     "shuffled": "The network’s attention to another image: what position alone gives.",
     "before_training:": "The same network with the weights that it started from, and its own effects.",
 }
+# Other words of the page.
 WORDS = {
     "patch": "The picture is cut into squares. Each becomes a token of the network.",
     "[CLS]": "A token that stands for no patch. Its last state is the feature.",
@@ -162,8 +167,8 @@ def packed_weights(model: Model, examples: list[Example]) -> dict:
         "blocks": [packed_block(block) for block in backbone.blocks],
         "norm": packed_layer(backbone.norm),
     }
-    for example in examples:
-        grid = metrics.patch_grid(example.picture, shape.patch_size)
+    grids = {metrics.patch_grid(example.picture, shape.patch_size) for example in examples}
+    for grid in grids:
         positions = backbone.interpolate_pos_encoding(grid)
         content["positions"][grid_name(grid)] = packed(positions, "f32")
     if examples[0].masks:
@@ -190,7 +195,8 @@ def grid_name(grid: tuple[int, int]) -> str:
 def resize_matrix(model: Model) -> Tensor:
     """R (image_size, canvas_size), such that `views.resize` of a canvas is R · canvas · Rᵀ.
 
-    Its column k is what becomes of a canvas whose row k is white: all columns of that are alike.
+    Its column k is what becomes of a canvas whose row k is white; all columns of the result are
+    equal.
     """
     size = model.config.canvas_size
     white_rows = torch.eye(size)[:, None, :, None].expand(-1, 1, -1, size).contiguous()
@@ -267,10 +273,10 @@ def fragments_to_add(model: Model) -> list[dict]:
 
 
 def packed_attention(backbone: VisionTransformer, picture: Tensor, budget: int) -> dict:
-    """The attention of a picture's tokens; the patches' has at most `budget` characters.
+    """The attention of a picture's tokens, in at most `budget` characters if that is possible.
 
-    To keep it so, every patch, or every second one in each direction, and so on, is a query; of the
-    mean of the heads, which takes less, more patches are kept than of each head.
+    To stay within it, only every patch, or one in 2 × 2, and so on, is kept as a query. The mean of
+    the heads takes less room than the heads, so more queries are kept of it.
     """
     images = picture[None].to(backbone.cls_token.device)
     grid = metrics.patch_grid(images, backbone.shape.patch_size)
@@ -298,15 +304,18 @@ def packed_queries(attention: Tensor, stride: int) -> dict:
 # ------------------------------------------------------------------------------- a network's content
 
 
-def network_content(model: Model, epochs: dict[str, LookedAt], result: dict | None) -> dict:
+def network_content(
+    model: Model, epochs: dict[str, LookedAt], result: dict | None, networks: int = 1
+) -> dict:
     """What the page shows of a network, as it was after one or several epochs, {label: …}.
 
-    `result` is that of the report; None if the network was not measured.
+    `result` is that of the report; None if the network was not measured. `networks` share the page.
     """
     examples = list(epochs.values())[-1].examples
     shape = model.backbone.shape
     is_live = runs_in_page([of_epoch.model.backbone for of_epoch in epochs.values()], examples)
     has_scenes = is_live and bool(examples[0].masks)
+    budget = MOST_ATTENTION // (networks * len(epochs) * len(examples))  # of each picture
     return {
         "name": model.name,
         "description": model.describe(),
@@ -324,7 +333,9 @@ def network_content(model: Model, epochs: dict[str, LookedAt], result: dict | No
         "scenes": canvas_scenes(model, len(examples)) if has_scenes else [],
         "digits": digits_to_choose(model) if has_scenes else [],
         "fragments": fragments_to_add(model) if has_scenes else [],
-        "epochs": [epoch_content(label, epochs[label], is_live) for label in epochs],
+        "epochs": [
+            epoch_content(label, of_epoch, is_live, budget) for label, of_epoch in epochs.items()
+        ],
     }
 
 
@@ -345,67 +356,72 @@ def picture_content(example: Example, model: Model, is_live: bool) -> dict:
     if example.masks and is_live:
         return content
     # 16 bits where the page computes with the pixels
-    levels, kind = (65535, "u16") if is_live else (255, "u8")
-    content["pixels"] = packed((levels * example.picture).round(), kind)
+    if is_live:
+        content["pixels"] = packed((65535 * example.picture).round(), "u16")
+    else:
+        content["pixels"] = packed((255 * example.picture).round(), "u8")
     if example.masks:
-        digit, others = example.masks
+        digit_mask, clutter_mask = example.masks
         content["masks"] = {
-            "digit": packed(digit, "u8"),
-            "clutter": packed(others, "u8"),
+            "digit": packed(digit_mask, "u8"),
+            "clutter": packed(clutter_mask, "u8"),
             "height": height,
             "width": width,
         }
-        has_ink = metrics.patch_sums((digit | others)[None].cpu(), patch_size) > 0
+        has_ink = metrics.patch_sums((digit_mask | clutter_mask)[None].cpu(), patch_size) > 0
         content["has_ink"] = packed(has_ink, "u8")
     return content
 
 
-def epoch_content(label: str, network: LookedAt, is_live: bool) -> dict:
+def epoch_content(label: str, network: LookedAt, is_live: bool, budget: int) -> dict:
     """What a network made of the examples after an epoch."""
     backbone = network.model.backbone
     pictures = []
     for example, of_example in zip(network.examples, network.maps):
         attention = None
         if not is_live:
-            budget = MOST_ATTENTION // len(network.examples)
             attention = packed_attention(backbone, example.picture, budget)
         pictures.append({"maps": maps_content(of_example), "attention": attention})
     return {
         "label": label,
         "net": packed_weights(network.model, network.examples) if is_live else None,
-        "two_pictures": mean_cosine(backbone, network.examples),
+        "two_pictures": mean_cosine(network),
         "pictures": pictures,
     }
 
 
 def maps_content(of_example: MapsOfExample) -> list[dict]:
-    """The maps of one picture, as 8-bit shares of their maximum; the page spells out the heads."""
+    """The maps of one picture, with their rank correlations with the effect where they have one.
+
+    The heads are left out, since the page has them from the attention.
+    """
     contents = []
     for name, values in of_example.maps.items():
         if name.startswith("head "):
             continue
-        correlation = of_example.correlations.get(name, math.nan)
-        content = packed_rows(values.flatten())
-        contents.append(
-            {
-                "name": name,
-                "values": content["values"],
-                "max": values.max().item(),
-                "correlation": None if math.isnan(correlation) else correlation,
-            }
-        )
+        content = {"name": name, "values": packed(values, "f32")}
+        if name in of_example.correlations:
+            correlation = of_example.correlations[name]
+            content["correlation"] = None if math.isnan(correlation) else correlation
+        contents.append(content)
     return contents
 
 
 @torch.no_grad()
-def mean_cosine(backbone: VisionTransformer, examples: list[Example]) -> float | None:
-    """The mean cosine of the features of two of the pictures; None if there is only one."""
-    if len(examples) < 2:
-        return None
+def mean_cosine(network: LookedAt) -> float | None:
+    """The mean cosine over all pairs of pictures; None if there is only one.
+
+    Raises FloatingPointError if a feature is not finite.
+    """
+    backbone = network.model.backbone
     device = backbone.cls_token.device
-    pictures = [example.picture[None].to(device) for example in examples]
+    pictures = [example.picture[None].to(device) for example in network.examples]
     features = torch.cat([effects.feature_of(backbone, picture) for picture in pictures])
+    if not features.isfinite().all():
+        raise FloatingPointError(f"{network.model.name}: the feature is NaN or infinite")
     count = len(features)
+    if count < 2:
+        return None
     total = features.sum(0).square().sum() - count  # the cosines with themselves are 1
     return (total / (count * (count - 1))).item()
 
@@ -413,8 +429,13 @@ def mean_cosine(backbone: VisionTransformer, examples: list[Example]) -> float |
 def table_content(result: dict) -> dict:
     """The table of the report, with the meaning of each column and of the maps' rows."""
     columns = report.columns_of(result)
-    headings = [{"text": column.title, "help": METRIC_HELP[column.metric]} for column in columns]
-    headings.append({"text": "passes of the network", "help": PASSES_HELP})
+    headings = []
+    group = ""
+    for column in columns:
+        group = column.group or group  # it stands over the columns after it too
+        explanation = METRIC_HELP[column.metric]
+        headings.append({"group": group, "text": column.title, "help": explanation})
+    headings.append({"group": "", "text": "passes of the network", "help": PASSES_HELP})
     rows = []
     for row in report.table_rows(columns, result):
         name = row.title.strip().replace(" ", "_")
@@ -435,13 +456,12 @@ def write_page(networks: list[dict], path: str, notes: list[str] = ()):
     grids = {tuple(picture["grid"]) for network in networks for picture in network["pictures"]}
     windows = {grid_name(grid): packed(effects.window_of_patches(grid), "u16") for grid in grids}
     colors = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round()
-    metric_titles = {
-        column.metric: column.title for column in (*report.CANVAS_COLUMNS, *report.PHOTO_COLUMNS)
-    }
     glossary = [{"term": term, "text": text} for term, text in WORDS.items()]
-    glossary += [
-        {"term": title, "text": METRIC_HELP[metric]} for metric, title in metric_titles.items()
-    ]
+    for columns in (report.CANVAS_COLUMNS, report.PHOTO_COLUMNS):
+        for column in columns:
+            entry = {"term": column.title, "text": METRIC_HELP[column.metric]}
+            if entry not in glossary:
+                glossary.append(entry)
     content = {
         "networks": networks,
         "scenes": scenes,
@@ -487,7 +507,7 @@ def attention_notes(networks: list[dict]) -> list[str]:
         stacks = [picture["attention"] for picture in network["epochs"][-1]["pictures"]]
         if stacks[0] is None:
             continue
-        name = f"Of {network['name']} this" if len(networks) > 1 else "This"
+        name = f"For {network['name']}, this" if len(networks) > 1 else "This"
         mean = max(stack["patches"]["mean"]["stride"] for stack in stacks)
         heads = max(stack["patches"]["heads"]["stride"] for stack in stacks)
         notes.append(

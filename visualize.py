@@ -652,7 +652,7 @@ def compare(models: list[Model], args: argparse.Namespace):
             print_not_measured(model)
             network.best = best_by_correlation(network.maps)
         network.names = names_to_draw(args, network.best, with_heads=False)
-        contents.append(explorer.network_content(model, {"": network}, result))
+        contents.append(explorer.network_content(model, {"": network}, result, len(models)))
 
     plot_attention(networks, os.path.join(folder, "attention-compared.png"))
     write_explorer(contents, networks, folder, "-compared", args)
@@ -723,10 +723,11 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
         with_heads = len(models) == 1 and model.backbone.shape.heads > 1
         network.names = names_to_draw(args, network.best, with_heads)
         first_page = network_on_page(network, slice(PICTURES_PER_PAGE), with_effect=True)
-        contents.append(explorer.network_content(model, {"": first_page}, result))
+        contents.append(explorer.network_content(model, {"": first_page}, result, len(models)))
         if measured < count:
             rest = [name for name in network.names if name != "effect"]
-            maps += gallery.maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
+            rest_maps = gallery.maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
+            network.maps = [*maps, *rest_maps]
             gallery.check_finite(network)
         networks.append(network)
 

@@ -25,10 +25,13 @@ import gallery
 
 # JavaScript: {what is timed: (how often, an expression)}
 TIMED = {
-    "forward pass": (100, "forward(net(), now.image)"),
+    "forward pass": (100, "forward(weights(), shown.image)"),
     "a step of a drag": (100, "isEdited = true; look(); draw()"),
-    "effects of all patches with ink": (10, "finish(effectsOf(net(), now, null))"),
-    "squared gradients": (10, "finish(squaredGradientMap(net(), now.run, network().directions))"),
+    "effects of all patches with ink": (10, "finish(effectsOf(weights(), shown, null))"),
+    "squared gradients": (
+        10,
+        "finish(squaredGradientMap(weights(), shown.run, network().directions))",
+    ),
 }
 
 

@@ -1,12 +1,13 @@
-"""A headless Chromium for tests of the page: the DevTools protocol over two pipes, no packages.
+"""A headless Chromium for tests and benchmarks of the page.
 
-Messages are JSON, each followed by a zero byte. Chromium reads them from its file descriptor 3 and
-writes to 4.
+It is driven by the DevTools protocol over two pipes, which needs no package. Messages are JSON, each
+followed by a zero byte. Chromium reads them from its file descriptor 3 and writes to 4.
 """
 
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -57,6 +58,7 @@ class Browser:
         self.messages = []  # what the page printed, and errors
         self.requests = []  # addresses
         self.loaded = False
+        self.is_held = False  # the mouse's button
         targets = self.send("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         answer = self.send("Target.attachToTarget", targetId=page, flatten=True)
@@ -91,6 +93,8 @@ class Browser:
     def receive(self) -> dict:
         """The next message of the browser; events are noted."""
         while b"\0" not in self.received:
+            if not select.select([self.from_browser], [], [], TIMEOUT)[0]:
+                raise TimeoutError(f"the browser has not answered for {TIMEOUT} seconds")
             piece = os.read(self.from_browser, 1 << 20)
             if not piece:
                 raise RuntimeError("the browser has ended")
@@ -140,8 +144,12 @@ class Browser:
 
     def mouse(self, kind: str, x: float, y: float):
         """`kind` is mousePressed, mouseMoved or mouseReleased; x and y are pixels of the window."""
-        held = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, buttons=1, **held)
+        button = {}
+        if kind != "mouseMoved":
+            button = {"button": "left", "clickCount": 1}
+            self.is_held = kind == "mousePressed"
+        held = int(self.is_held)
+        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, buttons=held, **button)
 
     def key(self, key: str):
         """Press a key and let it go."""

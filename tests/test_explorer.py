@@ -82,7 +82,7 @@ def test_canvases_are_resized_by_one_matrix(image_size, canvas_size):
     torch.testing.assert_close(matrix @ canvas @ matrix.T, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_maps_are_shares_of_their_maximum():
+def test_the_page_holds_the_maps_and_their_correlations():
     model = small_model()
     examples = gallery.example_images(model, 2)
     maps = gallery.maps_of_examples(model.backbone, examples, NAMES)
@@ -93,10 +93,8 @@ def test_maps_are_shares_of_their_maximum():
         assert names == [*explain.NETWORK_MAPS, "brightness", "effect"]
         for entry in of_picture["maps"]:
             values = of_example.maps[entry["name"]].flatten()
-            shares = unpacked(entry["values"]) / 255 * entry["max"]
-            np.testing.assert_allclose(shares, values, atol=float(values.max()) / 500)
-            correlation = of_example.correlations.get(entry["name"])
-            assert entry["correlation"] == correlation
+            np.testing.assert_array_equal(unpacked(entry["values"]), values)
+            assert entry.get("correlation") == of_example.correlations.get(entry["name"])
 
 
 def test_a_map_that_cannot_be_ranked_has_no_correlation():
@@ -104,8 +102,17 @@ def test_a_map_that_cannot_be_ranked_has_no_correlation():
     model = small_model()
     maps = gallery.maps_of_examples(model.backbone, [example], ["attention", "effect"])
     entries = explorer.maps_content(maps[0])
-    assert [entry["correlation"] for entry in entries] == [None, None]
-    assert [entry["max"] for entry in entries][1] == 0
+    assert entries[0]["correlation"] is None
+    assert "correlation" not in entries[1]
+
+
+def test_a_network_whose_feature_is_not_a_number_is_named():
+    model = small_model()
+    model.name = "broken.pth"
+    with torch.no_grad():
+        model.backbone.norm.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="broken.pth: the feature is NaN"):
+        content_of(model, photographs(1, (28, 28)), ["brightness"])
 
 
 def test_small_networks_run_in_the_page_and_large_ones_do_not(monkeypatch):
@@ -292,33 +299,35 @@ def test_the_networks_features_and_maps_are_torchs(browser, tmp_path, any_model)
         browser.evaluate(f"openPicture({number})")
         images = example.picture[None]
         np.testing.assert_allclose(
-            in_page(browser, "now.image.pixels"), images.flatten(), atol=1e-5
+            in_page(browser, "shown.image.pixels"), images.flatten(), atol=1e-5
         )
         with torch.no_grad():
             feature = effects.feature_of(backbone, images)[0]
             attention = backbone.get_last_selfattention(views.normalize(images))
-        np.testing.assert_allclose(in_page(browser, "now.run.feature"), feature, atol=1e-4)
-        last = in_page(browser, "now.run.blocks.at(-1).attention")
+        np.testing.assert_allclose(in_page(browser, "shown.run.feature"), feature, atol=1e-4)
+        last = in_page(browser, "shown.run.blocks.at(-1).attention")
         np.testing.assert_allclose(last, attention.flatten(), atol=1e-5)
 
         live = {
-            "attention": "attentionMap(net(), now.run.blocks.at(-1), 0, 0)",
-            "rollout": "followBack(net(), now.run, rolloutFactor)",
-            "norm_rollout": "followBack(net(), now.run, normFactor)",
-            "brightness": "brightnessMap(now.image, net().patch)",
+            "attention": "attentionMap(weights(), shown.run.blocks.at(-1), 0)",
+            "rollout": "followBack(weights(), shown.run, rolloutFactor)",
+            "norm_rollout": "followBack(weights(), shown.run, normFactor)",
+            "brightness": "brightnessMap(shown.image, weights().patch)",
         }
         for name, expression in live.items():
             expected = explain.MAPS[name](backbone, images)[0]
             np.testing.assert_allclose(in_page(browser, expression), expected, atol=1e-4)
-        squared = finished(browser, "squaredGradientMap(net(), now.run, network().directions)")
+        squared = finished(
+            browser, "squaredGradientMap(weights(), shown.run, network().directions)"
+        )
         expected = explain.squared_gradient(backbone, images)[0]
         np.testing.assert_allclose(squared, expected, atol=1e-4)
 
         ink = torch.stack(example.masks).any(0)[None]
         has_ink = metrics.patch_sums(ink, backbone.shape.patch_size) > 0
-        np.testing.assert_array_equal(in_page(browser, "now.hasInk"), has_ink[0])
+        np.testing.assert_array_equal(in_page(browser, "shown.hasInk"), has_ink[0])
         expected = effects.blackening_effects(backbone, images, has_ink, feature[None])[0]
-        effect = finished(browser, "effectsOf(net(), now, null)")
+        effect = finished(browser, "effectsOf(weights(), shown, null)")
         np.testing.assert_allclose(effect, expected, atol=1e-4)
 
 
@@ -331,13 +340,13 @@ def test_photographs_are_left_out_in_windows(browser, tmp_path):
         browser.evaluate(f"openPicture({number})")
         images = example.picture[None]
         np.testing.assert_array_equal(
-            in_page(browser, "now.image.pixels").astype(np.float32), images.flatten()
+            in_page(browser, "shown.image.pixels").astype(np.float32), images.flatten()
         )
         feature = effects.feature_of(model.backbone, images)[0].detach()
-        np.testing.assert_allclose(in_page(browser, "now.run.feature"), feature, atol=1e-4)
+        np.testing.assert_allclose(in_page(browser, "shown.run.feature"), feature, atol=1e-4)
         expected = effects.token_effects(model.backbone, images, [0])[0, 0]
         expected = expected[effects.window_of_patches((12, 10))]
-        effect = finished(browser, "effectsOf(net(), now, data.windows['12x10'])")
+        effect = finished(browser, "effectsOf(weights(), shown, data.windows['12x10'])")
         np.testing.assert_allclose(effect, expected, atol=1e-4)
         # the page compares maps with effects window by window
         shares = in_page(
@@ -362,18 +371,20 @@ def test_erasing_a_patch_moves_the_feature_as_explained(browser, tmp_path):
     browser.evaluate("$('erase-effect').click()")
     browser.wait_for("isEdited && !lookIsDue")
     assert browser.evaluate("state.patch") == effect.argmax()
-    cosine = browser.evaluate("dot(now.run.feature, before.feature)")
+    cosine = browser.evaluate("dot(shown.run.feature, originalRun.feature)")
     assert cosine == pytest.approx(1 - effect.max().item(), abs=1e-3)
     assert f"{cosine:.3f}" in browser.evaluate("$('feature-numbers').textContent")
     # the others are recomputed once the reader pauses
-    browser.wait_for("now.effects && now.gradients")
+    browser.wait_for("mapOf('effect') && mapOf('squared_gradient')")
     image = examples[0].picture[None].clone()
     image = effects.blacken(image, effect.argmax()[None], model.backbone.shape.patch_size)
     expected = explain.squared_gradient(model.backbone, image)[0]
-    np.testing.assert_allclose(in_page(browser, "now.gradients"), expected, atol=1e-4)
+    np.testing.assert_allclose(in_page(browser, "mapOf('squared_gradient')"), expected, atol=1e-4)
 
     browser.evaluate("$('reset').click()")
-    assert browser.evaluate("dot(now.run.feature, before.feature)") == pytest.approx(1, abs=1e-6)
+    assert browser.evaluate("dot(shown.run.feature, originalRun.feature)") == pytest.approx(
+        1, abs=1e-6
+    )
     assert browser.evaluate("isEdited") is False
 
 
@@ -420,7 +431,7 @@ def test_things_are_added_removed_drawn_and_swapped(browser, tmp_path):
 
     def ink() -> int:
         browser.wait_for("!lookIsDue")
-        return browser.evaluate("now.masks.clutter.reduce((a, b) => a + b)")
+        return browser.evaluate("shown.masks.clutter.reduce((a, b) => a + b)")
 
     pieces = browser.evaluate("scene.clutter.length")
     before = ink()
@@ -447,7 +458,7 @@ def test_things_are_added_removed_drawn_and_swapped(browser, tmp_path):
     labels = model.splits["test"].labels
     digit = model.splits["test"].images[(labels == other).nonzero()[0, 0]]
     row, column = browser.evaluate("scene.digit.at")
-    mask = in_page(browser, "now.masks.digit").reshape(64, 64)
+    mask = in_page(browser, "shown.masks.digit").reshape(64, 64)
     np.testing.assert_array_equal(
         mask[row : row + 28, column : column + 28], digit > clutter.INK_LEVEL
     )
@@ -469,7 +480,7 @@ def test_the_keyboard_moves_the_patch_and_chooses_head_and_block(browser, tmp_pa
     browser.key("2")
     browser.key("b")
     assert browser.evaluate("[state.head, state.block]") == [2, 1]
-    expected = "attentionMap(net(), now.run.blocks[1], 0, 2)"
+    expected = "headMap(weights(), shown.run.blocks[1], 0, 1)"
     np.testing.assert_array_equal(in_page(browser, "currentMap()"), in_page(browser, expected))
     browser.key("7")  # there is no such head
     browser.key("n")
@@ -531,7 +542,7 @@ def test_a_large_networks_maps_are_stored(browser, tmp_path, monkeypatch, has_ma
     assert_shown(of_patches[0, 0, 7])
     browser.evaluate("Object.assign(state, {block: 0}); draw()")
     assert browser.evaluate("currentMap()") is None
-    assert "[CLS] and registers only" in browser.evaluate("$('map-hint').textContent")
+    assert "only the attention of [CLS]" in browser.evaluate("$('map-hint').textContent")
     assert browser.messages == []
 
 
@@ -575,9 +586,148 @@ def test_another_network_looks_at_what_the_reader_has_changed(browser, tmp_path)
         effects.feature_of(second.backbone, one)[0] for one in (image, examples[1].picture[None])
     ]
     cosine = (features[0] * features[1]).sum().item()
-    assert browser.evaluate("dot(now.run.feature, before.feature)") == pytest.approx(
+    assert browser.evaluate("dot(shown.run.feature, originalRun.feature)") == pytest.approx(
         cosine, abs=1e-5
     )
+
+
+@needs_browser
+def test_changes_survive_a_network_with_another_grid(browser, tmp_path):
+    """Erased patches are numbers of one grid; what was moved stays where it is."""
+    first = small_model(image_size=56)
+    second = small_model(image_size=56, patch_size=14)
+    contents = [content_of(one, gallery.example_images(one, 1)) for one in (first, second)]
+    open_page(browser, tmp_path, contents)
+    browser.evaluate("scene.digit.at = [0, 36]; state.patch = 63; toggleErased(62)")
+    browser.wait_for("!lookIsDue")
+    browser.evaluate("openNetwork(1)")
+    assert browser.evaluate("[scene.erased.size, ...scene.digit.at, state.patch]") == [0, 0, 36, 15]
+    assert browser.messages == []
+
+
+@needs_browser
+def test_pictures_of_other_shapes_and_networks_follow_each_other(browser, tmp_path, monkeypatch):
+    """Whatever was chosen, and while effects are still due, the next picture is shown whole."""
+    live = small_model(heads=3, registers=1)
+    examples = [*photographs(1, (70, 42)), *photographs(1, (28, 14))]
+    contents = [content_of(live, examples)]
+    monkeypatch.setattr(explorer, "MOST_WEIGHTS", 0)
+    stored = small_model(heads=1, depth=1)
+    contents.append(content_of(stored, examples))
+    open_page(browser, tmp_path, contents)
+    browser.evaluate("Object.assign(state, {query: 'patch', patch: 59, head: 3, block: 0}); draw()")
+    browser.evaluate("toggleErased(59); openPicture(1)")
+    browser.wait_for("!lookIsDue")
+    assert browser.evaluate("[isEdited, currentMap().length, state.patch < 8]") == [False, 8, True]
+    assert in_page(browser, "currentMap()").sum() == pytest.approx(1, abs=1e-5)
+    browser.evaluate("toggleErased(1)")
+    browser.wait_for("!lookIsDue")
+    browser.evaluate("openNetwork(1)")
+    assert "Erase" not in browser.evaluate("$('lead').textContent")
+    assert browser.evaluate("[state.head, state.block, state.query]") == [0, 0, "cls"]
+    browser.evaluate("new Promise((resume) => setTimeout(resume, 400))")  # the effects were due
+    assert browser.messages == []
+
+
+@needs_browser
+def test_a_live_page_computes_the_maps_that_were_not_asked_for(browser, tmp_path):
+    model = small_model()
+    example = gallery.example_images(model, 1)[0]
+    open_page(browser, tmp_path, [content_of(model, [example], ["attention"])])
+    names = browser.evaluate("[...$('maps').children].map((button) => button.textContent)")
+    assert names == [
+        "attention",
+        "rollout",
+        "norm rollout",
+        "squared gradient",
+        "brightness",
+        "effect",
+    ]
+    browser.wait_for("mapOf('effect') && mapOf('squared_gradient')")
+    expected = explain.squared_gradient(model.backbone, example.picture[None])[0]
+    np.testing.assert_allclose(in_page(browser, "mapOf('squared_gradient')"), expected, atol=1e-4)
+
+
+@needs_browser
+def test_without_clutter_none_is_offered(browser, tmp_path):
+    model = small_model()
+    model.config.num_distractors = 0
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    assert browser.evaluate("$('add').hidden && $('remove').hidden && !$('digit').hidden")
+    assert browser.evaluate("shown.masks.clutter.every((pixel) => pixel === 0)")
+
+
+@needs_browser
+def test_everything_may_be_erased(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    browser.evaluate("for (let k = 0; k < 16; k++) scene.erased.add(k); edited()")
+    browser.wait_for("!lookIsDue && mapOf('effect')")
+    assert browser.evaluate("$('erase-map').disabled && $('erase-effect').disabled")
+    assert "no ink" in browser.evaluate("$('patch-numbers').textContent")
+    browser.evaluate("eraseTop(currentMap())")  # there is nothing left to erase
+    assert browser.evaluate("scene.erased.size") == 16
+    assert browser.messages == []
+
+
+@needs_browser
+def test_only_the_left_button_changes_the_scene(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    browser.evaluate("state.tool = 'erase'; showControls()")
+    x, y = point_on_view(browser, 0.1, 0.1)
+    for button, count in (("right", 0), ("left", 1)):
+        for kind in ("mousePressed", "mouseReleased"):
+            browser.send(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1
+            )
+        assert browser.evaluate("scene.erased.size") == count
+
+
+@needs_browser
+def test_a_quick_stroke_is_a_line(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    browser.evaluate("brush([0.2, 0.1], [0.2, 0.9])")
+    drawn = in_page(browser, "scene.drawn").reshape(64, 64)
+    row = int(0.2 * 64)
+    assert (drawn[row, 7:57] == 255).all()
+    assert drawn[row + 4].max() == drawn[row - 4].max() == 0
+    assert drawn[row, 62:].max() == 0
+
+
+@needs_browser
+def test_arrow_keys_scroll_once_the_view_is_out_of_sight(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    browser.evaluate("document.body.style.paddingBottom = '3000px'; state.patch = 5; draw()")
+    browser.evaluate("window.scrollTo(0, 2500)")
+    browser.key("ArrowDown")
+    assert browser.evaluate("state.patch") == 5
+    browser.evaluate("window.scrollTo(0, 0)")
+    browser.key("ArrowDown")
+    assert browser.evaluate("state.patch") == 9
+
+
+@needs_browser
+def test_the_table_stands_under_its_groups(browser, tmp_path, few_images):
+    model = model_of(SHIPPED / "different.pth")
+    result = evaluate.evaluate(
+        model.name, model.config, model.history, model.backbone, model.splits
+    ).result
+    examples = gallery.example_images(model, 1)
+    maps = gallery.maps_of_examples(model.backbone, examples, NAMES)
+    content = explorer.network_content(model, {"": LookedAt(model, examples, maps)}, result)
+    open_page(browser, tmp_path, [content])
+    groups = browser.evaluate(
+        "[...$('table').rows[0].cells].map((c) => [c.textContent, c.colSpan])"
+    )
+    assert groups == [["", 1], ["", 1], ["rank correlation with", 3], ["on the digit", 2], ["", 1]]
+    titles = browser.evaluate("[...$('table').rows[1].cells].map((cell) => cell.textContent)")
+    assert titles[2:5] == ["patches", "objects", "direct"]
+    first = browser.evaluate("[...$('table').rows[2].cells].map((cell) => cell.textContent)")
+    row = content["table"]["rows"][0]
+    assert first == [row["text"], *row["cells"]]
 
 
 @needs_browser
