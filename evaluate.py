@@ -506,9 +506,8 @@ def describe(config: Config, epoch: int | None = None, is_run: bool = True) -> s
     parts.append(f"patch {config.patch_size}")
     if config.dataset == "stl10":
         parts.append("STL-10")
-    else:
-        names = {"mnist": "MNIST", "sklearn": "scikit-learn's digits", "auto": "digits"}
-        parts.append(names[config.digits])
+    elif config.digits != "auto":  # else it is shown no digits, but somebody's pictures
+        parts.append({"mnist": "MNIST", "sklearn": "scikit-learn's digits"}[config.digits])
     if config.background != "black":
         parts.append(f"background {config.background}")
     if epoch is not None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,8 +46,12 @@ MAP_HELP = {
     "centre": "A fixed map that is highest in the middle. This knows nothing of the network.",
     "random": "Noise. This knows nothing of the network or the picture.",
     "effect": "How much the feature changes if the patch is blackened: what the network does depend "
-    "on. In photographs, a window of patches is left out instead.",
+    "on.",
 }
+EFFECT_OF_WINDOW = (
+    "How much the feature changes if the patch’s window is left out: what the network does depend "
+    "on. The picture is divided into at most 64 windows of patches."
+)
 # What the columns of the table mean.
 METRIC_HELP = {
     "equal_ink": "Of two patches of one canvas with equally much ink, how often does the patch with "
@@ -68,12 +73,15 @@ PASSES_HELP = "What the map costs: how often an image goes through the network, 
 ROW_HELP = MAP_HELP | {
     "attention": "Of [CLS] in the last block, the mean of the heads.",
     "shuffled": "The network’s attention to another image: what position alone gives.",
+    "other_network": "The attention of the next network on this page, tested against the effects of "
+    "this one.",
     "before_training:": "The same network with the weights that it started from, and its own effects.",
 }
 # Other words of the page.
 WORDS = {
     "patch": "The picture is cut into squares. Each becomes a token of the network.",
     "[CLS]": "A token that stands for no patch. Its last state is the feature.",
+    "register": "A learned token that stands for no patch and that nothing is read from.",
     "feature": "What the network makes of the whole picture: the direction of a vector.",
     "cosine": "How alike two features are. 1: the same.",
     "attention": "In each block and head, every token takes a mean of all tokens, weighted by its "
@@ -81,6 +89,10 @@ WORDS = {
     "effect": "1 − cosine of the feature before and after a patch is blackened or left out. Nothing "
     "is estimated: the network looks again.",
     "ink": "The summed brightness of a patch, in white pixels.",
+    "[low, high]": "A 95% interval over the images, for this one network.",
+    "(selective)": "The most selective head, chosen on validation canvases.",
+    "k-NN, linear probe": "Two classifiers that learn from the feature: how much it knows of the "
+    "class.",
 }
 
 
@@ -318,8 +330,9 @@ def network_content(
     budget = MOST_ATTENTION // (networks * len(epochs) * len(examples))  # of each picture
     return {
         "name": model.name,
-        "description": model.describe(),
-        "sentences": report.sentences(result) if result else ["No report was made on these maps."],
+        "description": description(model, len(epochs)),
+        "measured_on": measured_on(result),
+        "sentences": report.sentences(result) if result else [],
         "table": table_content(result) if result else None,
         "shape": {
             "heads": shape.heads,
@@ -337,6 +350,25 @@ def network_content(
             epoch_content(label, of_epoch, is_live, budget) for label, of_epoch in epochs.items()
         ],
     }
+
+
+def description(model: Model, epochs: int) -> str:
+    """What the network is; without its epoch if the page shows several."""
+    if epochs > 1:
+        model = replace(model, epoch=None)
+    return model.describe()
+
+
+def measured_on(result: dict | None) -> str:
+    """On which images the report was made."""
+    if result is None:
+        return "No report was made on these maps."
+    count = max(cell["images"] for cell in report.measured_table(result)["mean"].values())
+    if "matched" in result:
+        return f"On {count:,} test canvases; the pictures above are the first of them."
+    if "features" in result:
+        return f"On {count:,} test photographs; the pictures above are the first of them."
+    return "On the pictures above."
 
 
 def picture_content(example: Example, model: Model, is_live: bool) -> dict:
@@ -456,19 +488,13 @@ def write_page(networks: list[dict], path: str, notes: list[str] = ()):
     grids = {tuple(picture["grid"]) for network in networks for picture in network["pictures"]}
     windows = {grid_name(grid): packed(effects.window_of_patches(grid), "u16") for grid in grids}
     colors = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round()
-    glossary = [{"term": term, "text": text} for term, text in WORDS.items()]
-    for columns in (report.CANVAS_COLUMNS, report.PHOTO_COLUMNS):
-        for column in columns:
-            entry = {"term": column.title, "text": METRIC_HELP[column.metric]}
-            if entry not in glossary:
-                glossary.append(entry)
     content = {
         "networks": networks,
         "scenes": scenes,
         "windows": windows,
         "colors": packed(colors, "u8"),
-        "help": MAP_HELP,
-        "glossary": glossary,
+        "help": MAP_HELP | {"effect_of_window": EFFECT_OF_WINDOW},
+        "glossary": glossary(networks),
         "notes": [*attention_notes(networks), *notes],
     }
     # In a script element only "<" could end it; in JSON it may be written by its number.
@@ -477,6 +503,19 @@ def write_page(networks: list[dict], path: str, notes: list[str] = ()):
         before, after = file.read().split(">DATA<")
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"{before}>{text}<{after}")
+
+
+def glossary(networks: list[dict]) -> list[dict]:
+    """The words of the page and what they mean: those of its maps and tables, and others."""
+    meanings = dict(WORDS)
+    for network in networks:
+        for entry in network["epochs"][-1]["pictures"][0]["maps"]:
+            name = entry["name"]
+            if name not in meanings:
+                meanings[name.replace("_", " ")] = MAP_HELP[name]
+        for column in network["table"]["columns"] if network["table"] else []:
+            meanings[column["text"]] = column["help"]
+    return [{"term": term, "text": text} for term, text in meanings.items()]
 
 
 def shared_scenes(networks: list[dict]) -> tuple[list[dict], list[dict]]:

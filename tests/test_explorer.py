@@ -208,6 +208,20 @@ def test_the_table_is_that_of_the_report(few_images):
         printed = printed.replace(line, "", 1)
     explained = {row["text"]: row["help"] for row in table["rows"]}
     assert explained["squared gradient"] == explorer.MAP_HELP["squared_gradient"]
+    assert explorer.measured_on(result).startswith("On 16 test canvases")
+
+
+def test_the_glossary_has_the_words_that_are_used():
+    model = small_model()
+    content = content_of(model, gallery.example_images(model, 1), ["rollout", "centre"])
+    terms = {entry["term"]: entry["text"] for entry in explorer.glossary([content])}
+    assert terms["rollout"] == explorer.MAP_HELP["rollout"]
+    assert "centre" in terms
+    assert "norm rollout" not in terms
+    assert "SRG" not in terms
+    content["table"] = {"columns": [{"text": "SRG", "help": "a gap"}]}
+    (srg,) = [entry for entry in explorer.glossary([content]) if entry["term"] == "SRG"]
+    assert srg["text"] == "a gap"
 
 
 def test_networks_share_the_scenes_that_are_alike():
@@ -682,6 +696,55 @@ def test_only_the_left_button_changes_the_scene(browser, tmp_path):
                 "Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1
             )
         assert browser.evaluate("scene.erased.size") == count
+
+
+@needs_browser
+def test_every_change_can_be_taken_back(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    assert browser.evaluate("$('undo').disabled")
+    pixels = [in_page(browser, "shown.image.pixels")]
+    x, y = point_on_view(browser, 0.9, 0.1)
+    drawing = "state.tool = 'draw'; showControls()"
+    changes = ["$('add').click()", "$('remove').click()", "toggleErased(5)", drawing]
+    changes.append("$('digit').value = 3; $('digit').onchange({target: $('digit')})")
+    for change in changes:
+        browser.evaluate(change)
+        if change == drawing:
+            for kind in ("mousePressed", "mouseReleased"):
+                browser.mouse(kind, x, y)
+        browser.wait_for("!lookIsDue")
+        pixels.append(in_page(browser, "shown.image.pixels"))
+        assert not np.array_equal(pixels[-1], pixels[-2]), change
+    for expected in reversed(pixels[:-1]):
+        browser.evaluate("$('undo').click()")
+        browser.wait_for("!lookIsDue")
+        np.testing.assert_array_equal(in_page(browser, "shown.image.pixels"), expected)
+    assert browser.evaluate("$('undo').disabled")
+
+
+@needs_browser
+def test_patches_are_erased_by_rubbing_over_them(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    browser.evaluate("state.tool = 'erase'; showControls()")
+    for places, erased in (((0.1, 0.4, 0.6), [0, 1, 2]), ((0.4, 0.9), [0, 2])):
+        browser.mouse("mousePressed", *point_on_view(browser, 0.1, places[0]))
+        for place in places[1:]:
+            browser.mouse("mouseMoved", *point_on_view(browser, 0.1, place))
+        browser.mouse("mouseReleased", *point_on_view(browser, 0.1, places[-1]))
+        assert browser.evaluate("[...scene.erased].sort()") == erased
+
+
+@needs_browser
+def test_a_dot_leads_to_its_patch(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    inky = browser.evaluate("unitsOfEffect().map(([patch]) => patch)")
+    for number, patch in enumerate(inky):
+        dots = "document.querySelectorAll('#scatter circle')"
+        browser.evaluate(f"{dots}[{number}].dispatchEvent(new MouseEvent('click'))")
+        assert browser.evaluate("state.patch") == patch
 
 
 @needs_browser
