@@ -1,12 +1,14 @@
 """How fast the explorer's page is: its own network in a browser, writing it, and its size.
 
     python benchmarks/explorer.py
+    python benchmarks/explorer.py --screenshot explorer.png runs/…/explorer.html  # the README's picture
 
 Needs a Chromium. The page is that of results/checkpoints/different.pth, a network of the laptop
 preset. In the browser a forward pass, what a drag costs (rendering the canvas, a forward pass, the
 maps, drawing), and the maps that take many passes are timed, each a hundred times or ten.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -66,6 +68,22 @@ def milliseconds(browser: Browser, count: int, expression: str) -> list[float]:
 
 
 def main():
+    parser = argparse.ArgumentParser(description="Time the explorer's page in a browser.")
+    parser.add_argument(
+        "--screenshot", nargs=2, metavar=("PNG", "PAGE"), help="draw a page instead"
+    )
+    args = parser.parse_args()
+    if args.screenshot:
+        picture, page = args.screenshot
+        with Browser(1280, 1000) as browser:
+            browser.open(Path(page).resolve().as_uri())
+            browser.screenshot(picture)
+        return
+    measure()
+
+
+def measure():
+    """Print all times, and the same as one line of JSON."""
     result = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder, Browser() as browser:
         path = Path(folder) / "explorer.html"

@@ -157,8 +157,8 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
-    def screenshot(self, path: str, full: bool = False):
-        """Write a picture of the window, or of the whole page, as PNG."""
-        answer = self.send("Page.captureScreenshot", captureBeyondViewport=full)
+    def screenshot(self, path: str):
+        """Write a picture of the window as PNG."""
+        answer = self.send("Page.captureScreenshot")
         with open(path, "wb") as file:
             file.write(base64.b64decode(answer["data"]))
