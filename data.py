@@ -56,6 +56,16 @@ def to_device(tensor, device: torch.device):
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
+def digest(*tensors, rows: int = 1000) -> str:
+    """A short text by which other tensors can be told apart, from up to `rows` rows of each."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        tensor = torch.atleast_1d(tensor.detach())
+        step = max(1, len(tensor) // rows)
+        sha.update(tensor[::step].cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
 # ------------------------------------------------------------------------------ seeded randomness
 
 
