@@ -72,15 +72,15 @@ def is_resumable(checkpoint) -> bool:
     """Whether what a file holds has all that train.py writes, each of its kind."""
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= RESUMABLE:
         return False
-    if any(not isinstance(checkpoint[name], int) for name in ("step", "epoch", "threads")):
+    if not all(isinstance(checkpoint[name], list) for name in ("metrics", "epoch_loss")):
         return False
-    return (
-        checkpoint["step"] >= 0
-        and checkpoint["threads"] >= 1
-        and isinstance(checkpoint["config"], dict)
-        and isinstance(checkpoint["metrics"], list)
-        and isinstance(checkpoint["epoch_loss"], list)
-    )
+    if not all(isinstance(checkpoint[name], int) for name in ("step", "epoch", "threads")):
+        return False
+    for line in checkpoint["metrics"]:
+        if not isinstance(line, dict) or not isinstance(line.get("validation"), dict):
+            return False
+    has_losses = all(isinstance(loss, (int, float)) for loss in checkpoint["epoch_loss"])
+    return has_losses and checkpoint["threads"] > 0 and isinstance(checkpoint["config"], dict)
 
 
 def read_run(path: str, flags: dict) -> tuple[dict, Config]:
@@ -105,8 +105,13 @@ def read_run(path: str, flags: dict) -> tuple[dict, Config]:
             raise ValueError(f"{flag(name)} {value}: the run has {current}; leave it as it is")
         setattr(config, name, value)
 
-    # The log has a line for epoch 0 too, so a run of n epochs ends with n + 1 lines.
-    if config.epochs < len(checkpoint["metrics"]):
+    # The log has a line for epoch 0 too. After the last step of an epoch its line may be missing.
+    lines = len(checkpoint["metrics"])
+    steps_per_epoch = max(1, config.images_per_epoch // max(1, config.batch_size))
+    if not lines - 1 <= checkpoint["step"] / steps_per_epoch <= lines:
+        raise ValueError(f"--resume {path}: its log is not of its step; use another copy of it")
+    # So a run of n epochs ends with n + 1 lines.
+    if config.epochs < lines:
         raise ValueError(
             f"--resume {path}: the run has ended after {checkpoint['epoch']} epochs; use more "
             f"--epochs, or python visualize.py {path}"

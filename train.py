@@ -167,8 +167,14 @@ class TrainingState:
         return {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state_dict(self, checkpoint: dict):
+        """Raises ValueError if a part is missing or of another shape."""
         for name, part in self.parts().items():
-            part.load_state_dict(checkpoint[name])
+            try:
+                part.load_state_dict(checkpoint[name])
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the checkpoint's {name} does not fit its settings; use another copy of it"
+                ) from error
 
 
 def make_state(config: Config, student: nn.Module) -> TrainingState:
