@@ -214,8 +214,8 @@ def read_mnist(folder: str):
 def check_digits(images_name: str, images, labels_name: str, labels):
     """Raise ValueError unless there are digits of 28×28 pixels, with a label of 0 to 9 for each."""
     if images.ndim != 3 or images.shape[1:] != (28, 28):
-        sides = "×".join(str(side) for side in images.shape[1:])
-        raise ValueError(f"{images_name} holds images of {sides} pixels; supported are 28×28")
+        size = "×".join(str(side) for side in images.shape)
+        raise ValueError(f"{images_name} is of {size} pixels; supported are images of 28×28")
     if len(images) < LEAST_DIGITS:
         raise ValueError(
             f"{images_name} holds {len(images)} images; at least {LEAST_DIGITS} are needed"
