@@ -327,7 +327,7 @@ def read_stl10_file(folder: str, name: str) -> Split:
     path = f"{folder}/{name}_X.bin"
     size = os.path.getsize(path)
     if not size or size % (3 * 96 * 96):
-        raise ValueError(f"{name}_X.bin has {size:,} bytes, not those of 3×96×96 images")
+        raise ValueError(f"{name}_X.bin has {size:,} bytes, no multiple of 3×96×96")
     images = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write
     images = torch.from_numpy(images.reshape(-1, 3, 96, 96)).mT  # they are stored by columns
     if name == "unlabeled":

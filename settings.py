@@ -633,6 +633,8 @@ def config_from_checkpoint(saved: dict) -> Config:
         if not is_choice or not is_of_type(value, entry.type):
             text = repr(value)[:50]
             raise ValueError(f"its setting {entry.name} cannot be {text}; use another copy of it")
+        if entry.type == tuple[float, float]:
+            values[entry.name] = tuple(value)
     if saved.get("texture_pool"):
         line = f"its run had {saved['texture_pool']} textures in all; now every canvas has its own"
         values["fallbacks"] = [*values["fallbacks"], line]
