@@ -7,6 +7,7 @@ that says what to use instead.
 import functools
 import gzip
 import hashlib
+import math
 import os
 import tarfile
 import tempfile
@@ -25,6 +26,7 @@ from PIL import Image, ImageOps
 from settings import Config
 
 STL10_COUNTS = {"unlabeled": 100_000, "train": 5000, "test": 8000}
+LEAST_DIGITS = 12  # in a file, so that each split has two
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 # Some of Pillow's other formats start other programs (EPS runs Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -54,6 +56,16 @@ def to_device(tensor, device: torch.device):
     """Copy a tensor to a device, and do not wait for the copy if the device is a GPU."""
     # On MPS such a copy may read memory that has been freed since (pytorch issue 189690).
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def digest(*tensors, rows: int = 1000) -> str:
+    """A short text by which other tensors can be told apart, from up to `rows` rows of each."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        tensor = torch.atleast_1d(tensor.detach())
+        step = max(1, len(tensor) // rows)
+        sha.update(tensor[::step].cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------ seeded randomness
@@ -130,12 +142,13 @@ def load_digits(source: str = "auto", data_root: str = "data"):
     try:
         train, test = load_mnist(data_root)
     except Exception as error:  # damaged files and failed downloads raise many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = f"{data_root}/MNIST/raw is missing or damaged, and its download failed ({reason})"
-        way_out = "use --data-root with the folder that holds MNIST/raw"
+        reason = f"{data_root}/MNIST/raw is missing or damaged ({short_reason(error)})"
+        if isinstance(error, ValueError):  # the files are there
+            reason = f"{data_root}/MNIST/raw: {short_reason(error)}"
+        way_out = "use --data-root with the folder of MNIST/raw"
         if source == "mnist":
             raise OSError(f"{reason}; {way_out}, or --digits sklearn") from error
-        warning = f"scikit-learn's 1,797 digits instead of MNIST: {reason[:200]}; {way_out}"
+        warning = f"scikit-learn's 1,797 digits instead of MNIST: {reason}; {way_out}"
         return read_sklearn_digits(), "sklearn", warning
     training_count = len(train) * 5 // 6  # 50,000 of 60,000
     splits = {
@@ -144,6 +157,19 @@ def load_digits(source: str = "auto", data_root: str = "data"):
         "test": test,
     }
     return splits, "mnist", None
+
+
+def short_reason(error: Exception) -> str:
+    """What an error says, on one line of at most 90 characters.
+
+    After a failed download that is what the last of torchvision's addresses answered.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    _, was_download, answer = text.rpartition("got: ")
+    if was_download:
+        answer = answer.removeprefix("<urlopen error ").removesuffix(">")
+        text = f"download failed: {answer}"
+    return "".join(filter(str.isprintable, text))[:90]
 
 
 def load_mnist(data_root: str):
@@ -170,28 +196,63 @@ def mnist_files() -> list[str]:
 
 
 def read_mnist(folder: str):
-    """MNIST's training and test Split, from its four files in `folder`, unpacked or gzipped."""
-    train_images, train_labels, test_images, test_labels = (
-        read_idx(os.path.join(folder, name)) for name in mnist_files()
-    )
-    return Split(train_images, train_labels.long()), Split(test_images, test_labels.long())
+    """MNIST's training and test Split, from its four files in `folder`, unpacked or gzipped.
+
+    Raises ValueError for files that do not hold digits of 28×28 pixels and a label of 0 to 9 for
+    each.
+    """
+    splits = []
+    names = mnist_files()
+    for images_name, labels_name in (names[:2], names[2:]):
+        images = read_idx(os.path.join(folder, images_name))
+        labels = read_idx(os.path.join(folder, labels_name))
+        check_digits(images_name, images, labels_name, labels)
+        splits.append(Split(images, labels.long()))
+    return splits
+
+
+def check_digits(images_name: str, images, labels_name: str, labels):
+    """Raise ValueError unless there are digits of 28×28 pixels, with a label of 0 to 9 for each."""
+    if images.ndim != 3 or images.shape[1:] != (28, 28):
+        size = "×".join(str(side) for side in images.shape)
+        raise ValueError(f"{images_name} is of {size} pixels; supported are images of 28×28")
+    if len(images) < LEAST_DIGITS:
+        raise ValueError(
+            f"{images_name} holds {len(images)} images; at least {LEAST_DIGITS} are needed"
+        )
+    if labels.shape != images.shape[:1]:
+        count = "×".join(str(size) for size in labels.shape)
+        raise ValueError(f"{labels_name} holds {count} labels of {len(images)} images")
+    if labels.max() > 9:
+        raise ValueError(f"{labels_name} holds labels up to {labels.max()}; supported are 0 to 9")
+    bright_pixels = (images > 127).flatten(1).sum(1)
+    if bright_pixels.min() < 5:
+        number = int(bright_pixels.argmin())
+        raise ValueError(f"{images_name} holds a dark image, number {number} from 0")
 
 
 def read_idx(path: str):
     """The uint8 array in a file of MNIST's format, or in the same file with .gz at its end.
 
-    Four bytes, of which the last is the number of dimensions; four bytes for the size of each,
-    the most significant first; then the numbers.
+    Two zeros; 8, which stands for uint8; the number of dimensions; four bytes for the size of each,
+    the most significant first; then the numbers. Raises ValueError for any other file.
     """
     if os.path.isfile(path):
         raw = Path(path).read_bytes()
     else:
         with gzip.open(f"{path}.gz") as file:
             raw = file.read()
-    content = np.frombuffer(bytearray(raw), dtype=np.uint8)  # torch wants a writable buffer
-    dimensions = int(content[3])
+    name = os.path.basename(path)
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{name} is not in MNIST's format")
+    dimensions = raw[3]
     header_size = 4 + 4 * dimensions
-    shape = content[4:header_size].view(">i4").tolist()
+    shape = []
+    for start in range(4, header_size, 4):
+        shape.append(int.from_bytes(raw[start : start + 4], "big"))
+    if len(raw) != header_size + math.prod(shape):
+        raise ValueError(f"{name} has {len(raw):,} bytes, which is not what its header says")
+    content = np.frombuffer(bytearray(raw), dtype=np.uint8)  # torch wants a writable buffer
     return torch.from_numpy(content[header_size:].reshape(shape))
 
 
@@ -225,11 +286,13 @@ def load_stl10(data_root: str, split: str = "unlabeled"):
         files = {name: read_stl10_file(folder, name) for name in names}
     except Exception as error:  # numpy and torchvision raise many kinds
         raise OSError(
-            f"{folder} is missing or damaged, and cannot be fetched ({error}); use --data-root "
-            f"with the folder that holds stl10_binary, with {', '.join(names)}"
+            f"{folder} is missing or damaged ({short_reason(error)}); use --data-root with the "
+            f"folder of stl10_binary, with {', '.join(names)}"
         ) from error
 
     test = files["test"]
+    if len(test) < 2:
+        raise ValueError(f"{folder}/test_X.bin holds one image; at least 2 are needed")
     test_count = len(test) * 7 // 8
     splits = {
         "train": files[split],
@@ -257,14 +320,21 @@ def unpack_or_download_stl10(data_root: str):
 
 
 def read_stl10_file(folder: str, name: str) -> Split:
-    """One of STL-10's files, "unlabeled", "train" or "test"; ValueError for wrong labels."""
-    images = np.memmap(f"{folder}/{name}_X.bin", dtype=np.uint8, mode="c")  # copy on write
+    """One of STL-10's files, "unlabeled", "train" or "test".
+
+    Raises ValueError unless it holds whole images, and a label of 1 to 10 for each.
+    """
+    path = f"{folder}/{name}_X.bin"
+    size = os.path.getsize(path)
+    if not size or size % (3 * 96 * 96):
+        raise ValueError(f"{name}_X.bin has {size:,} bytes, no multiple of 3×96×96")
+    images = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write
     images = torch.from_numpy(images.reshape(-1, 3, 96, 96)).mT  # they are stored by columns
     if name == "unlabeled":
         return Split(images, torch.full((len(images),), -1))
     labels = np.fromfile(f"{folder}/{name}_y.bin", dtype=np.uint8)
     if len(labels) != len(images) or labels.min() < 1 or labels.max() > 10:
-        raise ValueError(f"{name}_y.bin does not hold a label of 1 to 10 for every image")
+        raise ValueError(f"{name}_y.bin has no label of 1 to 10 for every image")
     return Split(images, torch.from_numpy(labels).long() - 1)
 
 

@@ -7,6 +7,7 @@ images of its data set, or picture files. visualize.py draws the maps and prints
 import argparse
 import glob
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -28,6 +29,7 @@ import weights
 from observe import TokenEffects, measure_tokens, row_of
 from settings import Config
 from vit import VisionTransformer
+from weights import LoadedWeights
 
 # Settings that say which images a network is shown. Weights that do not come from train.py take
 # them from the run beside them, or else are shown the paper's canvases.
@@ -153,17 +155,62 @@ def config_for_weights(backbone: VisionTransformer, like: Model | None) -> Confi
 
 
 def kept_epochs(model: Model) -> dict[str, VisionTransformer]:
-    """{"epoch 1": backbone, …}: the epochs that a run kept beside its checkpoint, itself last."""
+    """{"epoch 1": backbone, …}: the epochs that a run kept beside its checkpoint, itself last.
+
+    Files of another run, and epochs later than the checkpoint, are left out; a line says which
+    and why.
+    """
     backbones = {model.epoch: model.backbone}
-    folder = glob.escape(os.path.dirname(model.path))
-    for path in glob.glob(os.path.join(folder, "epoch-*.pth")):
-        kept = weights.load_backbone(path)
-        epoch = kept.content.get("epoch")
-        is_ours = "config" in kept.content and isinstance(epoch, int)
-        has_same_heads = kept.backbone.shape.heads == model.backbone.shape.heads
-        if is_ours and has_same_heads and epoch < model.epoch:
-            backbones[epoch] = kept.backbone.to(model.backbone.cls_token.device)
+    left_out = {}  # {reason: names of files}
+    folder = os.path.dirname(model.path)
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "epoch-*.pth"))):
+        try:
+            kept = weights.load_backbone(path)
+            reason = why_not_of_run(model, kept)
+        except (OSError, ValueError):
+            reason = "they cannot be read"
+        if reason:
+            left_out.setdefault(reason, []).append(os.path.basename(path))
+        elif kept.content["epoch"] < model.epoch:
+            backbones[kept.content["epoch"]] = kept.backbone.to(model.backbone.cls_token.device)
+    for reason, names in left_out.items():
+        shown = ", ".join(names[:3])
+        if len(names) > 3:
+            shown += f" and {len(names) - 3} more"
+        line = f"{model.name}: kept epochs are left out, since {reason}: {shown}"
+        print(f"warning: {line}", file=sys.stderr)
     return {f"epoch {epoch}": backbones[epoch] for epoch in sorted(backbones)}
+
+
+def why_not_of_run(model: Model, kept: LoadedWeights) -> str | None:
+    """Why a file cannot be a kept epoch of the run that the model is from; None if it can be.
+
+    A kept epoch holds the log up to it. Two runs with different settings have different numbers
+    there, and with the same numbers the networks are the same. Times are not compared, since a
+    resumed run may have repeated the epoch. Copies of a folder keep both, and so did all versions.
+    """
+    epoch = kept.content.get("epoch")
+    history = kept.content.get("metrics")
+    is_log = isinstance(history, list) and all(isinstance(line, dict) for line in history)
+    if not is_log or not history or epoch != len(history) - 1:
+        return "train.py did not write them"
+    length = min(len(history), len(model.history))
+    if without_times(history[:length]) != without_times(model.history[:length]):
+        return "they are of another run"
+    if kept.backbone.shape != model.backbone.shape:
+        return "they are of another run"
+    if epoch > model.epoch:
+        return f"they are later than the checkpoint, which is of epoch {model.epoch}"
+    return None
+
+
+def without_times(history: list[dict]) -> str:
+    """The lines of a log without seconds, as text, in which NaN equals NaN."""
+    lines = []
+    for line in history:
+        names = [name for name in line if "second" not in str(name)]
+        lines.append({name: line[name] for name in names})
+    return repr(lines)
 
 
 # ---------------------------------------------------------------------------------------- pictures

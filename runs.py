@@ -4,6 +4,8 @@ A checkpoint is written whole or not at all, so a run can be killed at any insta
 """
 
 import contextlib
+import errno
+import glob
 import itertools
 import json
 import os
@@ -11,6 +13,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
 
 import torch
 import torch.distributed as dist
@@ -60,6 +68,21 @@ def checkpoint_path(path: str) -> str:
     return os.path.join(path, "ckpt.pth") if os.path.isdir(path) else path
 
 
+def is_resumable(checkpoint) -> bool:
+    """Whether what a file holds has all that train.py writes, each of its kind."""
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= RESUMABLE:
+        return False
+    if not all(isinstance(checkpoint[name], list) for name in ("metrics", "epoch_loss")):
+        return False
+    if not all(isinstance(checkpoint[name], int) for name in ("step", "epoch", "threads")):
+        return False
+    for line in checkpoint["metrics"]:
+        if not isinstance(line, dict) or not isinstance(line.get("validation"), dict):
+            return False
+    has_losses = all(isinstance(loss, (int, float)) for loss in checkpoint["epoch_loss"])
+    return has_losses and checkpoint["threads"] > 0 and isinstance(checkpoint["config"], dict)
+
+
 def read_run(path: str, flags: dict) -> tuple[dict, Config]:
     """The checkpoint of a run that is to go on, and its settings with the new `flags`.
 
@@ -67,8 +90,7 @@ def read_run(path: str, flags: dict) -> tuple[dict, Config]:
     what the run computes, and for a run that has ended.
     """
     checkpoint = read_checkpoint(path)
-    is_ours = isinstance(checkpoint, dict) and checkpoint.keys() >= RESUMABLE
-    if not is_ours or not isinstance(checkpoint["config"], dict):
+    if not is_resumable(checkpoint):
         raise ValueError(f"--resume {path}: use a ckpt.pth of train.py")
     if checkpoint["config"].get("texture_pool"):
         raise ValueError(f"--resume {path}: its --texture-pool no longer exists; start a new run")
@@ -83,8 +105,13 @@ def read_run(path: str, flags: dict) -> tuple[dict, Config]:
             raise ValueError(f"{flag(name)} {value}: the run has {current}; leave it as it is")
         setattr(config, name, value)
 
-    # The log has a line for epoch 0 too, so a run of n epochs ends with n + 1 lines.
-    if config.epochs < len(checkpoint["metrics"]):
+    # The log has a line for epoch 0 too. After the last step of an epoch its line may be missing.
+    lines = len(checkpoint["metrics"])
+    steps_per_epoch = max(1, config.images_per_epoch // max(1, config.batch_size))
+    if not lines - 1 <= checkpoint["step"] / steps_per_epoch <= lines:
+        raise ValueError(f"--resume {path}: its log is not of its step; use another copy of it")
+    # So a run of n epochs ends with n + 1 lines.
+    if config.epochs < lines:
         raise ValueError(
             f"--resume {path}: the run has ended after {checkpoint['epoch']} epochs; use more "
             f"--epochs, or python visualize.py {path}"
@@ -107,25 +134,143 @@ def make_folder(config: Config, output: str | None) -> str:
             return folder
 
 
+def check_output(folder: str):
+    """Raise ValueError if a folder holds files of a run, which a new run would be mixed with."""
+    if os.path.exists(os.path.join(folder, "ckpt.pth")):
+        raise ValueError(f"--output {folder}: it holds a run; use a new folder")
+    leftovers = sorted(glob.glob("epoch-*.pth", root_dir=folder))
+    for name in ("log.jsonl", "metrics.json"):
+        if os.path.exists(os.path.join(folder, name)):
+            leftovers.append(name)
+    if leftovers:
+        raise ValueError(
+            f"--output {folder}: it holds {leftovers[0]} of an earlier run; use a new folder"
+        )
+
+
+class FolderLock:
+    """Held by the run that writes into a folder, so that no second one does.
+
+    The system locks a file in the folder, and gives the lock up when the process ends, however it
+    ends. Where files cannot be made or locked there is no lock, and nothing is said. Leaving the
+    context of `with` gives it up.
+    """
+
+    NAME = ".lock"
+
+    def __init__(self):
+        self.file = None  # the number by which the system knows the open file
+        self.path = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file is None:
+            return
+        # It is removed while it is still locked; Windows removes no file that is open.
+        with contextlib.suppress(OSError):
+            os.remove(self.path)
+        os.close(self.file)
+        self.file = None
+
+    def take(self, folder: str):
+        """Lock a folder, unless that was done before; ValueError if another run has locked it."""
+        self.path = os.path.join(folder, self.NAME)
+        while self.file is None:
+            try:
+                file = os.open(self.path, os.O_RDWR | os.O_CREAT)
+            except OSError:  # no such folder, or one in which nothing can be written
+                return
+            try:
+                lock_file(file)
+            except OSError as error:
+                os.close(file)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(
+                        f"{folder}: another train.py is writing there; wait for it or stop it, or "
+                        f"use another folder"
+                    ) from error
+                with contextlib.suppress(OSError):  # this file system has no locks
+                    os.remove(self.path)
+                return
+            if is_file_at(file, self.path):
+                self.file = file
+            else:  # the run that held it has just ended, and has removed it
+                os.close(file)
+
+
+def lock_file(file: int):
+    """Lock an open file for this process, or raise OSError at once."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+
+
+def is_file_at(file: int, path: str) -> bool:
+    """Whether the file that lies at the path now is the one that was opened."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------- ranks
+
+
+# What starts several processes, and says so in these variables: Slurm's srun, Open MPI's mpirun,
+# and that of MPICH and Intel.
+LAUNCHER_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class RanksError(Exception):
+    """Why the ranks cannot go on together. All of them end with it; the first one prints it."""
 
 
 def init_distributed():
     """Under torchrun: join the other ranks, each with a GPU of its own where there are any.
 
-    Raises ValueError if the environment looks like torchrun's but is not complete.
+    Raises ValueError if the environment looks like torchrun's but is not complete, if another
+    launcher has started several processes, or if the ranks do not meet.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    if "WORLD_SIZE" not in os.environ:
+        for name in LAUNCHER_VARIABLES:
+            if os.environ.get(name, "1") != "1":
+                raise ValueError(
+                    f"{name} is {os.environ[name]}, but without torchrun's WORLD_SIZE and RANK each "
+                    f"process is a run of its own; use torchrun, or {name}=1 to train alone"
+                )
+        return
+    ranks = number_in_environment("WORLD_SIZE")
+    if ranks <= 1:
         return
     has_cuda = torch.cuda.is_available()
-    needed = {"RANK", "MASTER_ADDR"}
+    needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"}
     if has_cuda:
         needed.add("LOCAL_RANK")
     if not os.environ.keys() >= needed:
         raise ValueError("WORLD_SIZE is set; use torchrun, or unset it to train alone")
+    if not 0 <= number_in_environment("RANK") < ranks:
+        raise ValueError(f"RANK is {os.environ['RANK']}: use torchrun, which counts from 0")
     if has_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
+        local_rank = number_in_environment("LOCAL_RANK")
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = one_line(error)[:100]
+        raise ValueError(f"the {ranks} ranks did not meet at {place} ({reason})") from error
+
+
+def number_in_environment(name: str) -> int:
+    """The whole number in a variable of torchrun's; ValueError if it is something else."""
+    try:
+        return int(os.environ[name])
+    except ValueError as error:
+        value = os.environ[name][:50]
+        raise ValueError(f"{name} is {value!r}, not a number; use torchrun, or unset it") from error
 
 
 def rank() -> int:
@@ -151,10 +296,61 @@ def any_rank(*statements: bool) -> list[bool]:
     return [count > 0 for count in counts.tolist()]
 
 
-def print_rank0(line: str):
-    """Print to standard error, once for all ranks and above the progress bar."""
-    if rank() == 0:
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Work that fails on all ranks if it fails on one. All ranks must enter this together.
+
+    The rank with the error raises it, the others raise RanksError.
+    """
+    own_error = None
+    try:
+        yield
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        own_error = error
+    if world_size() > 1:
+        failed = [None] * world_size()
+        dist.all_gather_object(failed, own_error is not None)
+        if any(failed) and own_error is None:
+            raise RanksError(f"rank {failed.index(True)} cannot go on; its own line says why")
+    if own_error is not None:
+        raise own_error
+
+
+def compare_ranks(values: dict):
+    """Raise RanksError if a rank has other `values`, {what they are: value}, than the first one.
+
+    All ranks must call this together.
+    """
+    of_ranks = [None] * world_size()
+    dist.all_gather_object(of_ranks, values)
+    for number, other in enumerate(of_ranks):
+        different = [what for what in of_ranks[0] if other.get(what) != of_ranks[0][what]]
+        if different:
+            what = different[0]
+            here = str(of_ranks[0][what])[:50]
+            there = str(other.get(what))[:50]
+            line = f"rank {number} has {what} {there}, rank 0 has {here}"
+            if len(different) > 1:
+                line += f" ({len(different) - 1} more differ)"
+            raise RanksError(f"{line}; give all ranks the same data and flags")
+
+
+def print_line(line: str):
+    """Print to standard error, if there is one, above the progress bar."""
+    if sys.stderr is not None:
         tqdm.write(line, file=sys.stderr)
+
+
+def print_rank0(line: str):
+    """Print to standard error, once for all ranks."""
+    if rank() == 0:
+        print_line(line)
+
+
+def print_error(line: str):
+    """Print the error of this rank to standard error, with the rank's number if there are more."""
+    prefix = f"rank {rank()}: " if world_size() > 1 else ""
+    print_line(f"train.py: error: {prefix}{line}")
 
 
 # --------------------------------------------------------------------------------- stopping a run
@@ -199,6 +395,20 @@ class StopRequest:
 # -------------------------------------------------------------------------------- devices, errors
 
 
+def use_threads(count: int):
+    """Compute with the number of threads that a run had, on which the last bits of sums depend.
+
+    OMP_NUM_THREADS, which the user or torchrun has set, comes first; a line says so if it differs.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(count)
+    elif torch.get_num_threads() != count:
+        print_rank0(
+            f"warning: OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS'][:20]}, and the run had "
+            f"{count} threads: the last bits of its numbers may differ"
+        )
+
+
 def find_device(name: str) -> torch.device:
     """The device of `--device`; ValueError if this machine has no such thing."""
     try:
@@ -218,6 +428,8 @@ def error_line(error: BaseException) -> str:
     text = one_line(error)
     if not isinstance(error, (RuntimeError, MemoryError)):
         return text
+    if dist.is_initialized() and is_lost_rank(error):
+        return "another rank has ended; what it printed says why"
     if "MPS" in text and "out of memory" not in text:
         return f"{text[:200]}; use PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu"
     # what a GPU says, and what CPUs say
@@ -228,3 +440,10 @@ def error_line(error: BaseException) -> str:
         "out of memory; use a smaller --image-size or, in training, --micro-batch or "
         "--checkpoint-blocks"
     )
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank no longer takes part."""
+    if isinstance(error, dist.DistError):  # what NCCL and the store raise
+        return True
+    return "gloo" in str(error) or "Connection closed by peer" in str(error)

@@ -415,6 +415,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         "train.py",
+        usage="train.py [FLAGS]; --help lists them",
         description="Train a ViT on cluttered digits without labels. Numbers in parentheses are "
         "the paper's sections, square brackets hold the defaults.",
         argument_default=argparse.SUPPRESS,
@@ -610,7 +611,7 @@ def check_images(config: Config):
 def config_from_checkpoint(saved: dict) -> Config:
     """The settings that a checkpoint of train.py holds; keys that are unknown here are ignored.
 
-    Raises ValueError if settings are missing.
+    Raises ValueError if settings are missing, or are not of their kind.
     """
     values = {}
     missing = []
@@ -625,7 +626,32 @@ def config_from_checkpoint(saved: dict) -> Config:
         raise ValueError(f"it lacks these settings: {', '.join(missing)}; use another copy of it")
     if values["init_std"] is None:  # what earlier versions wrote for 1/√inputs
         values["init_std"] = 0.0
+    for entry in fields(Config):
+        allowed = entry.metadata.get("allowed")
+        value = values[entry.name]
+        is_choice = not isinstance(allowed, list) or value in allowed
+        if not is_choice or not is_of_type(value, entry.type):
+            text = repr(value)[:50]
+            raise ValueError(f"its setting {entry.name} cannot be {text}; use another copy of it")
+        if entry.type == tuple[float, float]:
+            values[entry.name] = tuple(value)
     if saved.get("texture_pool"):
         line = f"its run had {saved['texture_pool']} textures in all; now every canvas has its own"
         values["fallbacks"] = [*values["fallbacks"], line]
     return Config(**values)
+
+
+def is_of_type(value, kind) -> bool:
+    """Whether a value is of the type of a field of Config; whole numbers are floats too."""
+    is_sequence = isinstance(value, (list, tuple))
+    if kind is float:
+        return isinstance(value, (int, float))
+    if kind == tuple[float, float]:
+        return is_sequence and len(value) == 2 and all(is_of_type(side, float) for side in value)
+    if kind == int | tuple[int, int]:
+        return isinstance(value, int) or (is_sequence and all(isinstance(n, int) for n in value))
+    if kind == list[int]:
+        return is_sequence and all(isinstance(item, int) for item in value)
+    if kind == list[str]:
+        return is_sequence and all(isinstance(item, str) for item in value)
+    return isinstance(value, kind)

@@ -36,7 +36,7 @@ import settings
 import vit
 import weights
 from losses import make_loss
-from runs import StopRequest, any_rank, print_rank0
+from runs import FolderLock, StopRequest, any_rank, print_rank0
 from settings import Config
 from views import TrainingViews, left_out_batches
 
@@ -167,8 +167,14 @@ class TrainingState:
         return {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state_dict(self, checkpoint: dict):
+        """Raises ValueError if a part is missing or of another shape."""
         for name, part in self.parts().items():
-            part.load_state_dict(checkpoint[name])
+            try:
+                part.load_state_dict(checkpoint[name])
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the checkpoint's {name} does not fit its settings; use another copy of it"
+                ) from error
 
 
 def make_state(config: Config, student: nn.Module) -> TrainingState:
@@ -660,27 +666,38 @@ def save_run(run: Run, state: TrainingState, step: int, history: list[dict], epo
 # -------------------------------------------------------------------------------- the command line
 
 
-def prepare(args, folder: str | None = None) -> Run:
-    """Try all that can fail because of what the user gave, then make the run's folder.
+def claim_folder(args, lock: FolderLock):
+    """Lock the folder that the run is to write into, if it is there already.
 
-    If another rank has made the folder already, it is given as `folder`. Raises ValueError or
-    OSError.
+    A run is resumed from what is read after this, so no other process is about to write it anew.
+    Raises ValueError for a folder that another run writes into or has written into.
+    """
+    if args.resume:
+        if args.output:
+            raise ValueError("--output: a resumed run goes on in its own folder; leave it out")
+        lock.take(os.path.dirname(runs.checkpoint_path(args.resume)) or ".")
+    elif args.output:
+        lock.take(args.output)
+        runs.check_output(args.output)
+
+
+def prepare(args) -> Run:
+    """Try all that can fail because of what the user gave; a new run has no folder yet.
+
+    Raises ValueError or OSError.
     """
     checkpoint = None
     initial_backbone = None  # what a new run starts from, if not random weights
     start_description = "random weights"
     weights_shape = {}
+    folder = ""
     if args.resume:
-        if args.output:
-            raise ValueError("--output: a resumed run goes on in its own folder; leave it out")
         path = runs.checkpoint_path(args.resume)
         checkpoint, config = runs.read_run(path, args.flags)
         start_description = f"step {checkpoint['step']} of {path}"
         folder = os.path.dirname(path) or "."
-        torch.set_num_threads(checkpoint["threads"])
+        runs.use_threads(checkpoint["threads"])
     else:
-        if not folder and args.output and os.path.exists(f"{args.output}/ckpt.pth"):
-            raise ValueError(f"--output {args.output}: it holds a run; use a new folder")
         config = settings.make_config(args.flags, args.preset)
         if config.weights != "none":
             loaded = weights.load_backbone(config.weights)
@@ -702,29 +719,54 @@ def prepare(args, folder: str | None = None) -> Run:
             )
     splits, config = data.load_dataset(config, device)
     views = TrainingViews(config, splits["train"], device=device)
-    folder = folder or runs.make_folder(config, args.output)
     return Run(config, student.to(device), splits, views, folder, checkpoint, start_description)
 
 
-def prepare_ranks(args) -> Run:
-    """`prepare` on every rank; the first goes ahead, since it downloads and makes what is missing.
+def prepare_ranks(args, lock: FolderLock) -> Run:
+    """`prepare` on every rank, and the run's folder, which the first rank makes.
 
-    If it fails, the other ranks leave without a word.
+    The first rank goes ahead, since it downloads what is missing. An error of one rank ends all.
     """
-    if runs.world_size() == 1:
-        return prepare(args)
-    message = [None]  # the folder, from the first rank to the others
-    try:
+    run = None
+    with runs.together():
         if runs.rank() == 0:
+            claim_folder(args, lock)
             run = prepare(args)
-            message = [run.folder]
-    finally:  # after an error too: the others wait for it
-        dist.broadcast_object_list(message)
-    if runs.rank() == 0:
-        return run
-    if message == [None]:
-        sys.exit(2)
-    return prepare(args, message[0])
+    with runs.together():
+        if runs.rank() > 0:
+            run = prepare(args)
+    if runs.world_size() > 1:
+        runs.compare_ranks(what_ranks_share(run))
+    with runs.together():
+        if runs.rank() == 0 and not args.resume:
+            run.folder = runs.make_folder(run.config, args.output)
+            # Another process may have done the same meanwhile.
+            lock.take(run.folder)
+            runs.check_output(run.folder)
+    return run
+
+
+def what_ranks_share(run: Run) -> dict:
+    """What must be the same on all ranks, {what it is: value}: settings, data, first weights.
+
+    The folder of the data may be another on another machine. Random first weights are not compared,
+    since other processors may round them otherwise.
+    """
+    values = {}
+    for name, value in asdict(run.config).items():
+        if name not in ("data_root", "fallbacks"):
+            values[settings.flag(name)] = value
+    for name, split in run.splits.items():
+        values[f"number of {name} images"] = len(split)
+        values[f"digest of {name} images"] = data.digest(split.images, split.labels)
+    if run.config.background not in ("black", "texture"):
+        values["digest of background images"] = data.digest(run.views.background.images)
+    values["start from"] = run.start_description
+    if run.checkpoint:
+        values["digest of weights"] = data.digest(*run.checkpoint["teacher"].values())
+    elif run.config.weights != "none":
+        values["digest of weights"] = data.digest(*run.student.backbone.parameters())
+    return values
 
 
 def print_start(run: Run, args):
@@ -747,9 +789,9 @@ def print_start(run: Run, args):
         print_rank0(f"warning: {line}")
 
 
-def train_and_report(args) -> int:
+def train_and_report(args, lock: FolderLock) -> int:
     """The whole run that the command line asks for; returns the exit status."""
-    run = prepare_ranks(args)
+    run = prepare_ranks(args, lock)
     config = run.config
     print_start(run, args)
     state = make_state(config, run.student)
@@ -779,12 +821,16 @@ def main(argv: list[str] | None = None) -> int:
     socket.setdefaulttimeout(15)  # seconds; a host that has not answered by then is unreachable
     try:
         runs.init_distributed()
-        return train_and_report(args)
+        with FolderLock() as lock:
+            return train_and_report(args, lock)
     except KeyboardInterrupt:
         print_rank0("interrupted; python train.py --resume RUN goes on from its last checkpoint")
         return 128 + signal.SIGINT
-    except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
-        print_rank0(f"train.py: error: {runs.error_line(error)}")
+    except (FloatingPointError, runs.RanksError) as error:  # all ranks have the same
+        print_rank0(f"train.py: error: {error}")
+        return 2
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        runs.print_error(runs.error_line(error))
         return 2
     finally:
         if dist.is_initialized():
@@ -792,5 +838,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # Windows' code pages often lack τ
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook has another kind of output, or it is closed
+        sys.stdout.reconfigure(errors="replace")  # Windows' code pages often lack τ
     sys.exit(main())

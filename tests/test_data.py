@@ -195,7 +195,8 @@ def test_without_mnist_auto_warns_and_takes_sklearns_digits(tmp_path):
 def assert_mnist_is_refused(root, reason: str = ""):
     """`reason` is a regular expression."""
     folder = os.path.join(root, "MNIST", "raw")
-    sentence = rf"{folder} is missing or damaged, and its download failed \(.*{reason}.*\); use .*"
+    what = rf"( is missing or damaged \(.*{reason}.*\)|: .*{reason}.*)"
+    sentence = rf"{folder}{what}; use .*"
     with pytest.raises(OSError, match=rf"^{sentence}--digits sklearn$") as caught:
         data.load_digits("mnist", str(root))
     assert "\n" not in str(caught.value)
@@ -269,6 +270,68 @@ def test_gzipped_mnist_that_is_cut_off_is_refused(mnist_root):
     file = mnist_root / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-100])
     assert_mnist_is_refused(mnist_root)
+
+
+def write_labels(raw, name: str, labels):
+    write_idx(raw / f"{name}-labels-idx1-ubyte", np.asarray(labels))
+
+
+def write_images(raw, name: str, images):
+    write_idx(raw / f"{name}-images-idx3-ubyte", np.asarray(images))
+
+
+WHITE = np.full((120, 28, 28), 255)
+NOT_DIGITS = [
+    (write_labels, "train", np.arange(120) % 26, "train-labels.* labels up to 25; .* 0 to 9"),
+    (write_labels, "t10k", np.arange(30) % 10 + 1, "t10k-labels.* labels up to 10; .* 0 to 9"),
+    (write_labels, "t10k", np.full(30, -1), "labels up to 255; supported are 0 to 9"),
+    (write_labels, "train", np.arange(119) % 10, "holds 119 labels of 120 images"),
+    (write_labels, "train", np.arange(121) % 10, "holds 121 labels of 120 images"),
+    (write_labels, "train", np.zeros((120, 1)), "holds 120×1 labels of 120 images"),
+    (write_labels, "t10k", [], "holds 0 labels of 30 images"),
+    (write_images, "train", WHITE[:, :27], "is of 120×27×28 pixels; supported are images of 28×28"),
+    (write_images, "train", np.full((120, 28, 28, 3), 255), "is of 120×28×28×3 pixels"),
+    (write_images, "t10k", np.full(30, 255), "is of 30 pixels"),
+    (write_images, "train", WHITE[:0], "holds 0 images; at least 12 are needed"),
+    (write_images, "t10k", WHITE[:1], "holds 1 images; at least 12 are needed"),
+    (write_images, "train", 0 * WHITE, "holds a dark image, number 0 from 0"),
+]
+
+
+@pytest.mark.parametrize("write, name, array, reason", NOT_DIGITS)
+def test_files_that_do_not_hold_digits_are_refused(mnist_root, write, name, array, reason):
+    write(mnist_root / "MNIST" / "raw", name, array)
+    assert_mnist_is_refused(mnist_root, reason)
+
+
+def test_a_file_of_numbers_that_are_no_bytes_is_refused(mnist_root):
+    path = mnist_root / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + b"\x0d" + content[3:])  # float32
+    assert_mnist_is_refused(mnist_root, "train-images-idx3-ubyte is not in MNIST's format")
+
+
+@pytest.mark.parametrize("source", ["auto", "mnist"])
+def test_what_is_said_of_digits_fits_on_two_lines(mnist_root, source):
+    write_labels(mnist_root / "MNIST" / "raw", "train", np.arange(120) % 26)
+    config = settings.make_config({"data_root": str(mnist_root), "digits": source}, "laptop")
+    if source == "auto":
+        (line,) = data.load_dataset(config, CPU)[1].fallbacks
+    else:
+        with pytest.raises(OSError) as caught:
+            data.load_dataset(config, CPU)
+        line = str(caught.value)
+    assert "labels up to 25" in line
+    assert len(line.replace(str(mnist_root), "data")) < 180
+
+
+@pytest.mark.parametrize("shape", [(3000, 4), (5,), ()])
+def test_a_digest_tells_tensors_apart(shape):
+    tensor = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    digest = data.digest(tensor)
+    assert data.digest(tensor.clone()) == digest
+    assert data.digest(tensor + 1) != digest
+    assert data.digest(tensor, tensor) != digest
 
 
 # ------------------------------------------------------------------------------------------ STL-10
@@ -351,7 +414,7 @@ def test_the_whole_of_stl10_causes_no_warning(stl10_root, monkeypatch):
 
 
 def assert_stl10_is_refused(root, split: str = "unlabeled"):
-    sentence = rf"^{root}/stl10_binary is missing or damaged, and cannot be fetched \(.*\); use "
+    sentence = rf"^{root}/stl10_binary is missing or damaged \(.*\); use "
     with pytest.raises(OSError, match=f"{sentence}--data-root .*with {split}, ") as caught:
         data.load_stl10(str(root), split)
     assert "\n" not in str(caught.value)
@@ -367,6 +430,7 @@ DAMAGE = [
     pytest.param("test_X.bin", lambda raw: raw[: -3 * 96 * 96], id="an image is missing"),
     pytest.param("unlabeled_X.bin", lambda raw: b"", id="no image is left"),
     pytest.param("test_y.bin", lambda raw: raw[:-1], id="a label is missing"),
+    pytest.param("test_y.bin", lambda raw: b"", id="no label is left"),
     pytest.param("train_y.bin", lambda raw: b"\x00" + raw[1:], id="label 0"),
     pytest.param("train_y.bin", lambda raw: raw[:-1] + b"\x0b", id="label 11"),
 ]
@@ -378,6 +442,12 @@ def test_damaged_stl10_is_refused(stl10_root, tmp_path, name, change):
     file = tmp_path / "root" / "stl10_binary" / name
     file.write_bytes(change(file.read_bytes()))
     assert_stl10_is_refused(tmp_path / "root")
+
+
+def test_one_image_is_not_enough_to_test_and_validate(tmp_path):
+    write_stl10(tmp_path, {"unlabeled": 8, "train": 8, "test": 1})
+    with pytest.raises(ValueError, match="test_X.bin holds one image; at least 2 are needed"):
+        data.load_stl10(str(tmp_path))
 
 
 def test_stl10_without_a_file_of_labels_is_refused(stl10_root, tmp_path):

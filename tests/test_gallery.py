@@ -1,11 +1,12 @@
 """Networks open as they were saved, and are shown pictures that have names and fit the patches."""
 
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHIPPED, config_of, model_of, small_vit
+from helpers import SHIPPED, config_of, model_of, read, resume, small_vit, start
 from PIL import Image
 
 import evaluate
@@ -69,6 +70,80 @@ def test_a_network_may_expect_a_mean_and_deviation_of_one_half():
         gallery.expect_half(backbone)
         feature = backbone(views.normalize(image))
     torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- kept epochs
+
+
+@pytest.fixture
+def kept(tmp_path, few_images):
+    """The folder of a run of two epochs that kept both, and the network before."""
+    assert start(tmp_path / "kept", "--keep-epochs 0,1,2") == 0
+    return tmp_path / "kept"
+
+
+def epochs_of(folder) -> list[str]:
+    return list(gallery.kept_epochs(model_of(folder / "ckpt.pth")))
+
+
+def test_the_epochs_of_a_run_are_found_wherever_its_folder_is(tmp_path, capsys, kept):
+    """Also after it was resumed, and with a checkpoint of another name."""
+    shutil.copytree(kept, tmp_path / "copy")
+    shutil.move(tmp_path / "copy" / "ckpt.pth", tmp_path / "copy" / "best.pth")
+    model = model_of(tmp_path / "copy" / "best.pth")
+    backbones = gallery.kept_epochs(model)
+    assert list(backbones) == ["epoch 0", "epoch 1", "epoch 2"]
+    assert backbones["epoch 2"] is model.backbone
+    expected = model_of(kept / "epoch-1.pth").backbone.state_dict()
+    for name, value in backbones["epoch 1"].state_dict().items():
+        assert torch.equal(value, expected[name])
+    assert resume(kept, "--epochs 3") == 0
+    capsys.readouterr()
+    assert epochs_of(kept) == ["epoch 0", "epoch 1", "epoch 2", "epoch 3"]
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_times_do_not_make_another_run(tmp_path, kept):
+    """A run that is killed after it has kept an epoch repeats the epoch."""
+    content = torch.load(kept / "epoch-1.pth", weights_only=True)
+    content["metrics"][1]["seconds"] += 1
+    torch.save(content, kept / "epoch-1.pth")
+    assert epochs_of(kept) == ["epoch 0", "epoch 1", "epoch 2"]
+
+
+@pytest.mark.parametrize("flags", ["--seed 1", "--lr 0.1", "--loss dino --depth 1"])
+def test_the_epochs_of_another_run_are_left_out(tmp_path, capsys, kept, flags):
+    other = tmp_path / "other"
+    assert start(other, f"--keep-epochs 1 {flags}") == 0
+    shutil.copy(other / "epoch-1.pth", kept)
+    capsys.readouterr()
+    assert epochs_of(kept) == ["epoch 0", "epoch 2"]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "kept epochs are left out, since they are of another run: epoch-1.pth" in error
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", "weights", "no log"])
+def test_files_that_are_no_kept_epochs_are_left_out(capsys, kept, content):
+    if content == "weights":
+        torch.save(small_vit().state_dict(), kept / "epoch-1.pth")
+    elif content == "no log":
+        saved = torch.load(kept / "epoch-1.pth", weights_only=True)
+        torch.save(saved | {"metrics": [1, 2]}, kept / "epoch-1.pth")
+    else:
+        (kept / "epoch-1.pth").write_bytes(content)
+    assert epochs_of(kept) == ["epoch 0", "epoch 2"]
+    error = capsys.readouterr().err.splitlines()[-1]
+    reason = "they cannot be read" if isinstance(content, bytes) else "train.py did not write them"
+    assert error.endswith(f"kept epochs are left out, since {reason}: epoch-1.pth")
+
+
+def test_an_epoch_after_the_checkpoint_is_left_out(capsys, kept):
+    checkpoint = read(kept)
+    checkpoint |= {"epoch": 1, "step": 2, "metrics": checkpoint["metrics"][:2]}
+    torch.save(checkpoint, kept / "ckpt.pth")
+    assert epochs_of(kept) == ["epoch 0", "epoch 1"]
+    assert "they are later than the checkpoint, which is of epoch 1" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -1,6 +1,7 @@
 """A run can be stopped at any instant, and then ends as if it had not been; nothing breaks it."""
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -195,6 +196,114 @@ def test_an_output_folder_that_cannot_be_used(tmp_path, monkeypatch, capsys, out
     assert os.listdir("taken") == ["ckpt.pth"]
 
 
+@pytest.mark.parametrize("name", ["epoch-1.pth", "log.jsonl", "metrics.json"])
+def test_a_run_does_not_start_beside_files_of_an_earlier_one(tmp_path, capsys, whole, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("these may stay")
+    assert start(run) == 0
+    (run / "ckpt.pth").rename(run / "epoch-1.pth")
+    for path in run.iterdir():
+        if path.name not in (name, "notes.txt"):
+            path.unlink()
+    before = contents_of(run)
+    capsys.readouterr()
+    assert start(run, "--loss dino") == 2
+    message = f"--output {run}: it holds {name} of an earlier run; use a new folder"
+    assert capsys.readouterr().err == f"train.py: error: {message}\n"
+    assert contents_of(run) == before
+
+
+# ------------------------------------------------------------------------------------- two writers
+
+
+@pytest.mark.parametrize("command", ["--output", "--resume"])
+def test_a_folder_in_which_a_run_writes_is_refused(tmp_path, monkeypatch, capsys, whole, command):
+    """At once: before data are read, and so before anything else that takes time."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    if command == "--output":
+        (run / "ckpt.pth").unlink()
+    with runs.FolderLock() as lock:
+        lock.take(str(run))
+        before = contents_of(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "load_dataset", lambda *args: pytest.fail("data are read"))
+            assert train.main([*TINY.split(), command, str(run)]) == 2
+        message = f"{run}: another train.py is writing there; wait for it or stop it, or use"
+        assert capsys.readouterr().err.startswith(f"train.py: error: {message}")
+        assert contents_of(run) == before
+    assert contents_of(run).keys() == before.keys() - {".lock"}
+
+
+def test_a_run_holds_its_folder_until_it_ends(tmp_path, monkeypatch, whole):
+    run = tmp_path / "run"
+    statuses = []
+
+    def start_another(state):
+        before = contents_of(run)
+        statuses.append(start(run))
+        statuses.append(resume(run))
+        assert contents_of(run) == before
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 1, start_another)
+        assert start(run) == 0
+    assert statuses == [2, 2]
+    assert_same_end(run, whole)
+    assert not (run / ".lock").exists()
+    assert resume(run, "--epochs 3") == 0
+
+
+def test_a_killed_run_gives_its_folder_up(tmp_path):
+    program = f"import runs, time; lock = runs.FolderLock(); lock.take({str(tmp_path)!r}); print(flush=True); "
+    process = subprocess.Popen(
+        [sys.executable, "-c", program + "time.sleep(100)"], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    process.stdout.read(1)
+    with runs.FolderLock() as lock, pytest.raises(ValueError, match="another train.py is writing"):
+        lock.take(str(tmp_path))
+    process.kill()
+    process.wait()
+    assert os.listdir(tmp_path) == [".lock"]
+    with runs.FolderLock() as lock:
+        lock.take(str(tmp_path))
+        assert lock.file is not None
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_file_that_is_removed_while_it_is_opened(tmp_path, monkeypatch):
+    """The run that held it ends just then. A lock on a file that is gone would keep nobody out."""
+    lock_file = runs.lock_file
+    calls = []
+
+    def lock_a_removed_file(file):
+        calls.append(file)
+        if len(calls) == 1:
+            os.remove(tmp_path / ".lock")
+        lock_file(file)
+
+    monkeypatch.setattr(runs, "lock_file", lock_a_removed_file)
+    with runs.FolderLock() as first, runs.FolderLock() as second:
+        first.take(str(tmp_path))
+        assert len(calls) == 2
+        with pytest.raises(ValueError, match="another train.py is writing"):
+            second.take(str(tmp_path))
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, capsys, whole):
+    def no_locks(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs, "lock_file", no_locks)
+    assert start(tmp_path / "run") == 0
+    assert "lock" not in capsys.readouterr().err
+    assert_same_end(tmp_path / "run", whole)
+    with runs.FolderLock() as lock:
+        lock.take(str(tmp_path / "no such folder"))
+        assert lock.file is None
+
+
 # ------------------------------------------------------------------------------- stopping, resuming
 
 
@@ -350,6 +459,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
 
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert resume(tmp_path) == 0
     assert threads == [2]  # the last bits of a sum depend on their number
     lines = log_of(tmp_path)
@@ -358,6 +468,23 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
     # epoch 2 has two steps: those before add up to 50, and the last one is as of epoch 3
     assert 25 < lines[2]["loss"] < 27
     assert lines[3]["loss"] < 4
+
+
+def test_the_users_number_of_threads_comes_first(monkeypatch, capsys):
+    """torchrun sets it too."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runs.use_threads(1)
+    assert capsys.readouterr().err == ""
+    runs.use_threads(5)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: OMP_NUM_THREADS is 1, and the run had 5 threads: ")
+    assert error.count("\n") == 1
+    assert threads == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    runs.use_threads(5)
+    assert threads == [5]
 
 
 @pytest.mark.parametrize(
@@ -418,6 +545,41 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(
     assert contents_of("run") == before
 
 
+NOT_OF_ITS_KIND = [
+    ({"threads": 0}, "use a ckpt.pth of train.py"),
+    ({"threads": "two"}, "use a ckpt.pth of train.py"),
+    ({"step": 2.5}, "use a ckpt.pth of train.py"),
+    ({"epoch_loss": 3.0}, "use a ckpt.pth of train.py"),
+    ({"metrics": [1]}, "use a ckpt.pth of train.py"),
+    ({"metrics": [{}, {}]}, "use a ckpt.pth of train.py"),
+    ({"metrics": []}, "its log is not of its step"),
+    ({"step": 10**9}, "its log is not of its step"),
+    ({"config": {"lr": "high"}}, "its setting lr cannot be 'high'; use another copy of it"),
+    ({"config": {"blur": [1.0]}}, "its setting blur cannot be [1.0]"),
+    ({"config": {"loss": "clip"}}, "its setting loss cannot be 'clip'"),
+    ({"config": {"fallbacks": None}}, "its setting fallbacks cannot be None"),
+    ({"config": {"dim": 48}}, "the checkpoint's student does not fit its settings"),
+    ({"student": {}}, "the checkpoint's student does not fit its settings"),
+    ({"teacher": None}, "the checkpoint's teacher does not fit its settings"),
+    ({"optimizer": {}}, "the checkpoint's optimizer does not fit its settings"),
+]
+
+
+@pytest.mark.parametrize("changes, message", NOT_OF_ITS_KIND)
+def test_a_checkpoint_whose_content_was_changed(tmp_path, capsys, whole, changes, message):
+    shutil.copytree(whole, tmp_path / "run")
+    checkpoint = read(tmp_path / "run")
+    config = checkpoint["config"] | {"epochs": 3} | changes.get("config", {})
+    torch.save(checkpoint | changes | {"config": config}, tmp_path / "run" / "ckpt.pth")
+    before = contents_of(tmp_path / "run")
+    assert resume(tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("train.py: error: ")
+    assert message in error
+    assert contents_of(tmp_path / "run") == before
+
+
 def test_a_background_folder_that_has_vanished(tmp_path, capsys):
     """This shows before anything is written; the run's network can be looked at without it."""
     backgrounds = tmp_path / "backgrounds"
@@ -448,17 +610,18 @@ def test_a_background_folder_that_has_vanished(tmp_path, capsys):
 def launch(tmp_path_factory):
     """A function that starts train.py in a folder and returns its processes, one for each rank.
 
-    What they print is appended to out.txt.
+    The last rank may have more flags. What they print is appended to out.txt.
     """
     context = forking_context()
 
-    def start_ranks(flags: str, folder: Path, ranks: int = 1) -> list:
+    def start_ranks(flags: str, folder: Path, ranks: int = 1, last_rank: str = "") -> list:
         folder.mkdir(exist_ok=True)
         port = free_port()
-        processes = [
-            context.Process(target=train_in_folder, args=(flags, folder, rank, ranks, port))
-            for rank in range(ranks)
-        ]
+        processes = []
+        for rank in range(ranks):
+            flags_of_rank = f"{flags} {last_rank}" if rank == ranks - 1 else flags
+            args = (flags_of_rank, folder, rank, ranks, port)
+            processes.append(context.Process(target=train_in_folder, args=args))
         for process in processes:
             process.start()
         return processes
@@ -559,6 +722,16 @@ def test_two_runs_started_at_once_have_a_folder_each(tmp_path, launch):
     assert (first.name, second.name) == ("clutter-nce-same", "clutter-nce-same-2")
     assert_same_end(first, second)
     assert sorted(os.listdir(first)) == sorted(os.listdir(second))
+
+
+def test_two_runs_started_at_once_with_one_folder(tmp_path, launch, whole):
+    flags = f"{TINY} --output run"
+    processes = launch(flags, tmp_path) + launch(flags, tmp_path)
+    assert sorted(statuses_of(processes)) == [0, 2]
+    printed = (tmp_path / "out.txt").read_text()
+    assert printed.count("epoch 1/2: ") == 1  # the other one was refused before it took a step
+    assert printed.count("train.py: error: ") == 1
+    assert_same_end(tmp_path / "run", whole)
 
 
 @pytest.mark.long
@@ -731,8 +904,105 @@ def test_an_error_of_several_ranks_is_printed_once(tmp_path, launch, flags, mess
     assert statuses_of(launch(f"{TINY} {flags}", tmp_path, ranks=2)) == [2, 2]
     printed = (tmp_path / "out.txt").read_text()
     assert printed.count("train.py: error: ") == 1
-    assert printed.splitlines()[-1].startswith(f"train.py: error: {message}")
+    number = "" if "NaN" in message else "rank 0: "  # all ranks get the same NaN
+    assert printed.splitlines()[-1].startswith(f"train.py: error: {number}{message}")
     assert (tmp_path / "run").exists() == ("NaN" in message)
+
+
+def write_mnist(root: Path, last_label: int):
+    """MNIST's four files with 24 digits each, of which the last may have another label."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    labels = bytes([number % 10 for number in range(23)] + [last_label])
+    for name in ("train", "t10k"):
+        images = (
+            bytes([0, 0, 8, 3, 0, 0, 0, 24, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes([200]) * 24 * 784
+        )
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(
+            bytes([0, 0, 8, 1, 0, 0, 0, 24]) + labels
+        )
+
+
+@pytest.mark.parametrize(
+    "first_rank, last_rank, message",
+    [
+        (
+            "--digits mnist --data-root a",
+            "--digits sklearn",
+            "--digits sklearn, rank 0 has mnist (",
+        ),
+        ("--digits mnist --data-root a", "--data-root b", "digest of validation images "),
+        ("", "--lr 0.5", "--lr 0.5, rank 0 has 0.000125; give all ranks the same data and flags"),
+    ],
+)
+def test_ranks_that_differ_do_not_start(tmp_path, launch, first_rank, last_rank, message):
+    write_mnist(tmp_path / "a", last_label=1)
+    write_mnist(tmp_path / "b", last_label=2)
+    flags = f"{TINY} --output run {first_rank}"
+    assert statuses_of(launch(flags, tmp_path, 2, last_rank)) == [2, 2]
+    (line,) = (tmp_path / "out.txt").read_text().splitlines()
+    assert line.startswith(f"train.py: error: rank 1 has {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_rank_is_printed_by_that_rank(tmp_path, launch):
+    processes = launch(f"{TINY} --output run", tmp_path, 2, "--weights missing.pth")
+    assert statuses_of(processes) == [2, 2]
+    lines = sorted((tmp_path / "out.txt").read_text().splitlines())
+    assert lines[0] == "train.py: error: rank 1 cannot go on; its own line says why"
+    assert lines[1].startswith("train.py: error: rank 1: missing.pth: no such file")
+    assert len(lines) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(tmp_path, launch, killed):
+    run = tmp_path / "run"
+    processes = launch(f"{TINY} --epochs 500 --output run", tmp_path, ranks=2)
+    stuck_at = time.monotonic() + SECONDS_UNTIL_STUCK
+    while not (run / "log.jsonl").exists() or len(log_of(run)) < 2:
+        assert time.monotonic() < stuck_at
+        time.sleep(0.02)
+    processes[killed].kill()
+    assert sorted(statuses_of(processes)) == [-signal.SIGKILL, 2]
+    last_line = (tmp_path / "out.txt").read_text().splitlines()[-1]
+    message = "another rank has ended; what it printed says why"
+    assert last_line == f"train.py: error: rank {1 - killed}: {message}"
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_of_another_launcher(monkeypatch, capsys, name):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "2")
+    assert train.main([*TINY.split(), "--output", "/nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: error: {name} is 2, but without torchrun's WORLD_SIZE and ")
+    assert error.endswith(f"use torchrun, or {name}=1 to train alone\n")
+    monkeypatch.setenv(name, "1")
+    runs.init_distributed()
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one rank, in a task of Slurm's
+    runs.init_distributed()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
+        ({"RANK": "2"}, "RANK is 2: use torchrun, which counts from 0"),
+        ({"RANK": ""}, "RANK is '', not a number"),
+        ({"MASTER_PORT": "http"}, "the 2 ranks did not meet at 127.0.0.1:http ("),
+    ],
+)
+def test_an_environment_that_is_not_torchruns(monkeypatch, capsys, changes, message):
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (environment | {"MASTER_PORT": "1"} | changes).items():
+        monkeypatch.setenv(name, value)
+    assert train.main(TINY.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: error: {message}")
+    assert error.count("\n") == 1
 
 
 def test_ranks_without_torchrun(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 import torchvision
-from helpers import TINY, closed_url, config_of, start
+from helpers import TINY, closed_url, config_of, read, start
 from hypothesis import strategies
 from PIL import Image
 
@@ -204,9 +204,9 @@ def test_a_word_that_is_no_value_of_its_flag_is_refused_with_the_usage(capsys, f
     with pytest.raises(SystemExit) as stop:
         settings.parse_args(flags.split())
     assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("usage: train.py")
-    assert "train.py: error: " in error
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: train.py [FLAGS]; --help lists them"
+    assert error.startswith("train.py: error: ")
 
 
 # ----------------------------------------------------------------------------------- bad settings
@@ -283,7 +283,7 @@ BAD_SETTINGS = [
     ("--weights in-memory.pth", "in-memory.pth: no such file"),
     ("--weights text.pth", "text.pth is not a PyTorch checkpoint"),
     ("--weights dino", "--weights dino: download from http"),
-    ("--digits mnist --data-root nowhere", "nowhere/MNIST/raw is missing or damaged"),
+    ("--digits mnist --data-root nowhere", "nowhere/MNIST/raw is missing or damaged (download fa"),
     ("--dataset stl10 --data-root nowhere", "nowhere/stl10_binary is missing or damaged"),
     ("--dataset stl10 --data-root damaged", "damaged/stl10_binary is missing or damaged"),
     ("--background nowhere", "--background nowhere: no images there"),
@@ -382,6 +382,36 @@ def test_settings_of_a_checkpoint_that_cannot_be_used():
         settings.config_from_checkpoint(saved)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lr", "0.1"),
+        ("lr", None),
+        ("dim", 24.0),
+        ("head_norm", "yes"),
+        ("blur", 2.0),
+        ("blur", (0.1, "2")),
+        ("keep_epochs", "1,2"),
+        ("keep_epochs", [1.5]),
+        ("pos_size", "56"),
+        ("fallbacks", [1]),
+        ("digits", "emnist"),
+        ("crops", 3),
+        ("crops", [2]),
+    ],
+)
+def test_a_setting_of_a_checkpoint_that_is_not_of_its_kind(name, value):
+    saved = asdict(config_of("--preset laptop")) | {name: value}
+    with pytest.raises(ValueError, match=f"its setting {name} cannot be .*; use another copy"):
+        settings.config_from_checkpoint(saved)
+
+
+def test_numbers_of_a_checkpoint_may_be_whole_and_pairs_may_be_lists():
+    saved = asdict(config_of("--preset laptop")) | {"lr": 1, "blur": [0, 2], "pos_size": (4, 8)}
+    config = settings.config_from_checkpoint(saved)
+    assert (config.lr, config.blur, config.pos_size) == (1, (0, 2), (4, 8))
+
+
 # -------------------------------------------------------------------------------- any command line
 
 # Words that are hardly ever a good value, for any flag.
@@ -463,10 +493,10 @@ TRAIN_FLAGS = [
     "--seed 1 0 -1 1.5 seven ٣ 1_0 2147483648 9223372036854775808",
     "--device cpu cpu:0 cuda:77 meta tpu",
     "--checkpoint-minutes 1e-9 1e30 0 -1 nan inf",
-    "--data-root folder nowhere",
+    "--data-root folder nowhere letters",
     "--preset laptop desktop",
-    "--resume good.pth finished nowhere folder text.pth",
-    "--output new folder finished text.pth",
+    "--resume good.pth finished nowhere folder text.pth strange used",
+    "--output new folder finished text.pth used",
 ]
 
 
@@ -499,6 +529,20 @@ def make_files(folder):
     (folder / "text.pth").write_text("hello")
     (folder / "empty.pth").write_text("")
     (folder / "folder").mkdir()
+    (folder / "used").mkdir()
+    (folder / "used" / "epoch-1.pth").write_text("of an earlier run")
+    checkpoint = read(folder / "finished")
+    checkpoint["config"]["lr"] = "high"
+    (folder / "strange").mkdir()
+    torch.save(checkpoint, folder / "strange" / "ckpt.pth")
+    raw = folder / "letters" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train", "t10k"):  # 26 labels of 26 white images
+        sizes = bytes([0, 0, 0, 26, 0, 0, 0, 28, 0, 0, 0, 28])
+        images = bytes([0, 0, 8, 3]) + sizes + bytes([255]) * 26 * 28 * 28
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(images)
+        labels = bytes([0, 0, 8, 1]) + sizes[:4] + bytes(range(26))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
     Image.new("RGB", (60, 40), "red").save(folder / "picture.png")
 
 
