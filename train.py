@@ -792,5 +792,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # Windows' code pages often lack τ
+    runs.prepare_output()
     sys.exit(main())
