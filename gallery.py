@@ -430,9 +430,11 @@ def counting_passes(backbone: VisionTransformer, bar: tqdm | None):
     if bar is None:
         yield
         return
-    hook = backbone.norm.register_forward_hook(
-        lambda norm, inputs, outputs: bar.update(len(outputs))
-    )
+
+    def count(norm, inputs, outputs):
+        bar.update(len(outputs))
+
+    hook = backbone.norm.register_forward_hook(count)
     try:
         yield
     finally:

@@ -25,7 +25,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+# A notebook's backend may not be installed here; matplotlib could not even be imported with it.
+backend_of_host = None
+if "matplotlib" not in sys.modules:
+    backend_of_host = os.environ.pop("MPLBACKEND", None)
 import matplotlib.style
+
+if backend_of_host is not None:
+    os.environ["MPLBACKEND"] = backend_of_host
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend_of_host
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
