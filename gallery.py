@@ -5,6 +5,7 @@ images of its data set, or picture files. visualize.py draws the maps and prints
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import sys
@@ -225,38 +226,112 @@ class Example:
     name: str = ""  # what it is called: the name of its file, or the like
 
 
-def list_images(names: list[str]) -> list[str]:
-    """The pictures that --images names: files, and all those in a folder."""
-    paths = []
+def list_images(names: list[str]) -> dict[str, bool]:
+    """The pictures that --images names, each file once, {path: whether it was named itself}.
+
+    The others lie in a folder that was named.
+    """
+    paths = {}  # {where it really is: path}
+    named = set()  # where those really are that were named themselves
     for name in names:
-        pictures = data.image_files(name) if os.path.isdir(name) else [name]
+        is_folder = os.path.isdir(name)
+        pictures = data.image_files(name) if is_folder else [name]
         if not pictures:
             raise ValueError(f"--images {name}: no pictures there; use another folder, or files")
-        paths += pictures
-    return list({os.path.realpath(path): path for path in paths}.values())  # each file once
+        for path in pictures:
+            paths.setdefault(os.path.realpath(path), path)
+        if not is_folder:
+            named.add(os.path.realpath(name))
+    return {path: real_path in named for real_path, path in paths.items()}
 
 
-def open_pictures(models: list[Model], paths: list[str]) -> list[list[Example]]:
-    """For each model, the pictures, resized for it."""
+def open_pictures(
+    models: list[Model], paths: dict[str, bool], levels: tuple[float, float] | None = None
+) -> list[list[Example]]:
+    """For each model, the pictures of `list_images`, resized for it.
+
+    `levels` is what is black and white in pictures of more than 8 bits, if that was given. What was
+    assumed of the pictures is printed, and how they were resized. A picture of a folder that cannot
+    be shown is skipped; ValueError or OSError for one that was named, or if none is left.
+    """
+    survey = data.survey_pictures(paths, levels)
     examples = [[] for _ in models]
-    for path in tqdm(paths, "reading", unit="picture", leave=False, disable=None):
-        for of_model, model in zip(examples, models):
-            shape = model.backbone.shape
-            picture = open_image(path, model.config.image_size, shape.patch_size)
+    sizes = {}  # {path: (width, height)}
+    errors = []
+    for path, is_named in tqdm(paths.items(), "reading", unit="picture", leave=False, disable=None):
+        try:
+            image = data.read_image(path, survey.levels)
+            pictures = [resize_image(image, path, *sizes_of(model)) for model in models]
+        except (OSError, ValueError) as error:
+            if is_named:
+                raise
+            errors.append(error)
+            continue
+        sizes[path] = image.size
+        for of_model, picture in zip(examples, pictures):
             of_model.append(Example(picture, name=os.path.basename(path)))
+    if not sizes:
+        raise errors[0]
+    if levels is not None and not survey.levels:
+        raise ValueError("--levels: no picture has more than 8 bits; leave it out")
+
+    data.print_skipped(errors)
+    lines = survey.notes("" if levels else "; override with --levels")
+    lines += [resizing_note(sizes, *size) for size in dict.fromkeys(map(sizes_of, models))]
+    for line in lines:
+        print(f"--images: {line}")
     return examples
+
+
+def sizes_of(model: Model) -> tuple[int, int]:
+    """The sides of a network's input and of its patches, in pixels."""
+    return model.config.image_size, model.backbone.shape.patch_size
 
 
 def open_image(path: str, image_size: int, patch_size: int) -> Tensor:
     """A picture (3, H, W) in [0, 1], its longer side image_size, both multiples of the patch."""
-    picture = data.read_image(path)
-    if min(picture.size) < patch_size:
-        size = f"{picture.width}×{picture.height}"
+    return resize_image(data.read_image(path), path, image_size, patch_size)
+
+
+def resize_image(image: Image.Image, path: str, image_size: int, patch_size: int) -> Tensor:
+    """A picture (3, H, W) in [0, 1], its longer side image_size, both multiples of the patch."""
+    if min(image.size) < patch_size:
+        size = f"{image.width}×{image.height}"
         raise ValueError(f"--images {path}: {size} pixels; use at least a patch of {patch_size}")
-    scale = image_size / max(picture.size)
-    size = [max(1, round(side * scale / patch_size)) * patch_size for side in picture.size]
-    pixels = np.array(picture.resize(size, Image.Resampling.BICUBIC))
+    pixels = np.array(
+        image.resize(resized(image.size, image_size, patch_size), Image.Resampling.BICUBIC)
+    )
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+def resized(size: tuple[int, int], image_size: int, patch_size: int) -> list[int]:
+    """Width and height of a picture of this size as a network is shown it."""
+    scale = image_size / max(size)
+    return [max(1, round(side * scale / patch_size)) * patch_size for side in size]
+
+
+def resizing_note(sizes: dict[str, tuple[int, int]], image_size: int, patch_size: int) -> str:
+    """How pictures, {path: (width, height)}, are resized, and which changes its proportions most."""
+    changes = {}  # {path: by which factor its proportions change, at least 1}
+    for path, (width, height) in sizes.items():
+        new_width, new_height = resized((width, height), image_size, patch_size)
+        factor = (width * new_height) / (height * new_width)
+        changes[path] = max(factor, 1 / factor)
+    path = max(changes, key=changes.get)
+    before = proportions(*sizes[path])
+    after = proportions(*resized(sizes[path], image_size, patch_size))
+    line = f"longer sides are resized to {image_size} pixels, both to whole patches of {patch_size}"
+    if after != before:
+        name = data.shortened(os.path.basename(path), 30)
+        line += f"; proportions change, most of {name} from {before} to {after}"
+    return line
+
+
+def proportions(width: int, height: int) -> str:
+    """Such as 1.5:1 for a wide picture, and 1:1.5 for a high one."""
+    ratio = max(width, height) / min(width, height)
+    text = f"{ratio:.3g}" if ratio < 100 else f"{ratio:,.0f}"
+    return f"{text}:1" if width >= height else f"1:{text}"
 
 
 def example_images(model: Model, count: int) -> list[Example]:
@@ -309,12 +384,13 @@ def maps_of(
     names: Sequence[str],
     index: int = 0,
     with_srg: bool = False,
+    bar: tqdm | None = None,
 ) -> MapsOfExample:
     """The named maps of an example, and their rank correlation with the effect if that is named.
 
     The effect is that of blackening a patch with ink. Without masks it is that of leaving a window
     of patches out; then `token_effects` are measured as well, with the SRG of each map if
-    `with_srg`. `index` is the picture's number.
+    `with_srg`. `index` is the picture's number. `bar` advances with the passes that this takes.
     """
     images = example.picture[None].to(backbone.cls_token.device)
     patch_size = backbone.shape.patch_size
@@ -343,7 +419,8 @@ def maps_of(
         if with_srg:
             srg_rows = [row_of(name) for name in evaluate.PHOTO_MAPS]
         number = torch.tensor([index])
-        effect, token_effects = measure_tokens(backbone, images, rows, number, srg_rows)
+        with counting_passes(backbone, bar):
+            effect, token_effects = measure_tokens(backbone, images, rows, number, srg_rows)
         for name in maps:
             correlations[name] = token_effects.patch_faithfulness[row_of(name)].item()
         maps["effect"] = effect[:, effects.window_of_patches(grid)]
@@ -368,11 +445,47 @@ def maps_of_pictures(
         count = evaluate.effect_images(
             model.backbone, model.config.image_size, evaluate.PHOTO_PASSES, at_least=4
         )
-    numbered = enumerate(tqdm(examples, "maps", unit="picture", leave=False, disable=None))
-    return [
-        maps_of(model.backbone, example, names, number, with_srg=number < count)
-        for number, example in numbered
-    ]
+    if "effect" not in names:
+        examples = tqdm(examples, "maps", unit="picture", leave=False, disable=None)
+        return [maps_of(model.backbone, example, names) for example in examples]
+    # Measuring a picture takes so long that the bar counts the passes through the network.
+    passes = sum(
+        passes_to_measure(model.backbone, example, with_srg=number < count)
+        for number, example in enumerate(examples)
+    )
+    with tqdm(total=passes, desc="measuring", unit="pass", leave=False, disable=None) as bar:
+        return [
+            maps_of(model.backbone, example, names, number, with_srg=number < count, bar=bar)
+            for number, example in enumerate(examples)
+        ]
+
+
+def passes_to_measure(backbone: VisionTransformer, example: Example, with_srg: bool) -> int:
+    """How many images go through the network's last layer for the effects of a picture's patches."""
+    grid = metrics.patch_grid(example.picture, backbone.shape.patch_size)
+    windows = int(effects.window_of_patches(grid).max()) + 1
+    blocks = min(2, backbone.shape.depth)  # the whole effect, and the direct one at the last block
+    passes = 1 + windows * blocks
+    if with_srg and max(grid) > 1:
+        passes += len(evaluate.PHOTO_MAPS) * (1 + 2 * effects.SRG_STEPS)
+    return passes
+
+
+@contextlib.contextmanager
+def counting_passes(backbone: VisionTransformer, bar: tqdm | None):
+    """Within this context the bar advances by an image whenever one leaves the network."""
+    if bar is None:
+        yield
+        return
+
+    def count(norm, inputs, outputs):
+        bar.update(len(outputs))
+
+    hook = backbone.norm.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_finite(network: LookedAt):

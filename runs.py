@@ -6,6 +6,7 @@ A checkpoint is written whole or not at all, so a run can be killed at any insta
 import contextlib
 import errno
 import glob
+import io
 import itertools
 import json
 import os
@@ -417,6 +418,20 @@ def find_device(name: str) -> torch.device:
         reason = one_line(error).split(". ")[0]
         raise ValueError(f"--device {name} cannot be used ({reason}); use --device cpu") from error
     return torch.device(name)
+
+
+def prepare_output():
+    """Make sure that printing cannot fail, before a program prints anything.
+
+    Characters that the output's encoding lacks are replaced: Windows' code pages often lack τ. The
+    output of a notebook takes all, and cannot be changed. If there is none, nothing is printed.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, io.StringIO())  # which nobody reads
+        elif name == "stdout" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def error_line(error: BaseException) -> str:

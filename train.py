@@ -838,6 +838,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook has another kind of output, or it is closed
-        sys.stdout.reconfigure(errors="replace")  # Windows' code pages often lack τ
+    runs.prepare_output()
     sys.exit(main())

@@ -12,6 +12,8 @@ explorer.html, a page for a browser in which all of this can be tried.
 """
 
 import argparse
+import contextlib
+import glob
 import math
 import os
 import re
@@ -23,15 +25,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
-import matplotlib
+# A notebook's backend may not be installed here; matplotlib could not even be imported with it.
+backend_of_host = None
+if "matplotlib" not in sys.modules:
+    backend_of_host = os.environ.pop("MPLBACKEND", None)
+import matplotlib.style
 
-matplotlib.use("Agg")  # draws to files; needs no screen
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a file's name is a $
+if backend_of_host is not None:
+    os.environ["MPLBACKEND"] = backend_of_host
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend_of_host
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
 from tqdm import tqdm
@@ -51,7 +58,12 @@ from losses import make_loss
 from observe import concatenate, name_of
 
 PICTURES_PER_PAGE = 20
+LONGEST_ROW_NAME = 24  # characters
+OVERLAY_OPACITY = 0.6  # of a map over a picture
 MAP_NAMES = (*explain.MAPS, "effect", "heads")  # of --maps
+QUICK_MAPS = ["attention", "rollout", "heads"]  # with --no-measure, a forward pass each
+# How the files end that hold weights, so that a checkpoint after --images is not taken for a picture.
+WEIGHT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
 STL10_CLASSES = (
     "airplane",
     "bird",
@@ -81,9 +93,24 @@ class GridColumn:
     arrays: list
     outlines: list[tuple] = field(default_factory=list)  # [(color, a mask (H, W) for each row)]
     notes: list[str] = field(default_factory=list)  # what stands under each array
+    # With these, the picture (H, W, 3) that is seen through each map
+    pictures: list = field(default_factory=list)
+    is_smooth: bool = False  # maps are interpolated between the centres of patches
 
 
 # ----------------------------------------------------------------------------------------- drawing
+
+
+@contextlib.contextmanager
+def own_style():
+    """Within this context matplotlib draws as it does by default, whatever the user's settings.
+
+    Figures are made without pyplot, which would choose a backend for the whole program, such as a
+    notebook's.
+    """
+    # A $ in a file's name is a $.
+    with matplotlib.style.context(["default", {"text.parse_math": False}]):
+        yield
 
 
 def save_figure(figure, path: str, title: str, models: list[Model]):
@@ -99,11 +126,19 @@ def save_figure(figure, path: str, title: str, models: list[Model]):
     wrapped = [title]
     for line in lines:
         wrapped += textwrap.wrap(line[:300], characters, break_on_hyphens=False)
-    figure.suptitle("\n".join(wrapped), fontsize=9)
+    text = "\n".join(wrapped)
+    # A font refuses what is not UTF-8, which a file's name may hold.
+    text = "\n".join(map(data.printable, text.split("\n")))
+    figure.suptitle(text, fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # there is one for each that the font lacks
-        figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.1)
-    plt.close(figure)
+        figure.savefig(
+            path,
+            dpi=120,
+            bbox_inches="tight",
+            pad_inches=0.1,
+            metadata={"Software": data.FIGURE_MARK},
+        )
     tqdm.write(f"wrote {path}")
 
 
@@ -118,6 +153,7 @@ def extent_in_column(array, row: float) -> tuple[float, float, float, float]:
     return -half_width, half_width, row + half_height, row - half_height
 
 
+@own_style()
 def plot_grid(
     columns: dict[str, GridColumn], path: str, title: str, models: list[Model], row_names=()
 ):
@@ -128,16 +164,31 @@ def plot_grid(
     has_notes = any(column.notes for column in columns.values())
     pitch = 0.94 * tallest + (0.21 if has_notes else 0.06)  # from row to row
     lines_above = title.count("\n") + len(models) + max(name.count("\n") for name in columns)
-    size = (max(6, 1.4 * len(columns)), 1.45 * rows * pitch + 0.8 + 0.17 * lines_above)
+    row_names = [data.shortened(name, LONGEST_ROW_NAME) for name in row_names]
+    width_of_names = 0.08 * max(map(len, row_names), default=0)
+    width = max(6, 1.4 * len(columns)) + width_of_names
+    size = (width, 1.45 * rows * pitch + 0.8 + 0.17 * lines_above)
     # One axis for each column, `pitch` high for each row: an axis for every picture takes ten times
     # as long. "compressed": no gaps between pictures, however wide the title is.
-    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout="compressed")
+    figure = Figure(figsize=size, layout="compressed")
+    axes = figure.subplots(1, len(columns), squeeze=False)
     for axis, (heading, column) in zip(axes[0], columns.items()):
         axis.set_title(heading, fontsize=8)
         for row, array in enumerate(column.arrays):
             array = np.asarray(array)
             extent = extent_in_column(array, row * pitch)
-            axis.imshow(array, cmap="inferno", vmin=0, extent=extent)
+            opacity = 1
+            if column.pictures:
+                axis.imshow(np.asarray(column.pictures[row]), extent=extent)
+                opacity = OVERLAY_OPACITY
+            axis.imshow(
+                array,
+                cmap="inferno",
+                vmin=0,
+                extent=extent,
+                alpha=opacity,
+                interpolation="bilinear" if column.is_smooth else "auto",
+            )
             if column.notes:
                 bottom = extent[2]
                 note = column.notes[row]
@@ -148,7 +199,7 @@ def plot_grid(
         axis.set(xlim=(-0.5, 0.5), ylim=(top + rows * pitch, top))
         axis.axis("off")
     for row, name in enumerate(row_names):
-        axes[0, 0].text(-0.56, row * pitch, name, rotation=90, ha="right", va="center", fontsize=8)
+        axes[0, 0].text(-0.53, row * pitch, name, ha="right", va="center", fontsize=8)
     save_figure(figure, path, title, models)
 
 
@@ -191,8 +242,17 @@ def plot_views(model: Model, path: str, images: int = 4):
     plot_grid(columns, path, "What each branch is fed", [replace(model, epoch=None)])
 
 
-def plot_attention(networks: list[LookedAt], path: str, row_names: Sequence[str] = ()):
-    """The input and the maps of each network, a row for each example."""
+def plot_attention(
+    networks: list[LookedAt],
+    path: str,
+    row_names: Sequence[str] = (),
+    is_overlay: bool = False,
+    is_smooth: bool = False,
+):
+    """The input and the maps of each network, a row for each example.
+
+    With `is_overlay` the input is seen through the maps; with `is_smooth` these have no edges.
+    """
     columns = {}
     last_pictures = None
     last_patch_size = None
@@ -213,6 +273,9 @@ def plot_attention(networks: list[LookedAt], path: str, row_names: Sequence[str]
 
         for name in heads_spelled_out(network.names, network.model.backbone.shape.heads):
             arrays = [of_example.maps[name] for of_example in network.maps]
+            column = GridColumn(
+                arrays, pictures=pictures if is_overlay else [], is_smooth=is_smooth
+            )
             heading = name.replace("_", " ")
             if name in network.best:
                 heading += f"\n({network.best[name]})"
@@ -220,12 +283,12 @@ def plot_attention(networks: list[LookedAt], path: str, row_names: Sequence[str]
             # Of several networks, what depends on none of them is drawn once.
             if len(networks) > 1 and name in explain.CONTROLS:
                 if has_new_grid:
-                    columns[f"{label_of_pictures}{heading}"] = GridColumn(arrays)
+                    columns[f"{label_of_pictures}{heading}"] = column
             else:
-                columns[f"{label}{heading}"] = GridColumn(arrays, notes=notes if any(notes) else [])
-    plot_grid(
-        columns, path, attention_title(networks), [network.model for network in networks], row_names
-    )
+                column.notes = notes if any(notes) else []
+                columns[f"{label}{heading}"] = column
+    models = [network.model for network in networks]
+    plot_grid(columns, path, attention_title(networks, is_overlay), models, row_names)
 
 
 def as_rgb(picture: Tensor) -> Tensor:
@@ -252,9 +315,11 @@ def correlation_note(of_example: MapsOfExample, name: str) -> str:
     return "–" if math.isnan(correlation) else f"{correlation:.2f}"
 
 
-def attention_title(networks: list[LookedAt]) -> str:
+def attention_title(networks: list[LookedAt], is_overlay: bool = False) -> str:
     """What stands above maps."""
     title = "Where the network looks; each map from 0 (black) to its own maximum"
+    if is_overlay:
+        title += ", over the input"
     has_masks = [bool(example.masks) for network in networks for example in network.examples]
     if any(has_masks):
         title += ". The digit is outlined in green, clutter in red"
@@ -271,6 +336,7 @@ def attention_title(networks: list[LookedAt]) -> str:
     return title
 
 
+@own_style()
 def plot_curves(model: Model, path: str):
     """curves.png: the lines of log.jsonl against epochs, on validation images."""
     lines = [line["validation"] for line in model.history]
@@ -285,9 +351,8 @@ def plot_curves(model: Model, path: str):
     if len(panels) % 2:
         panels.append(".")  # an empty place
     width = len(panels) // 2
-    figure, axes = plt.subplot_mosaic(
-        [panels[:width], panels[width:]], figsize=(3.5 * width, 6.6), layout="constrained"
-    )
+    figure = Figure(figsize=(3.5 * width, 6.6), layout="constrained")
+    axes = figure.subplot_mosaic([panels[:width], panels[width:]])
     plot_loss_curve(axes["loss"], model)
     for name in names:
         plot_metric_curves(axes[name], model, name, heads)
@@ -359,6 +424,7 @@ def plot_knn_curve(axis, model: Model):
     axis.axhline(accuracy[0], **REFERENCE_LINE)
 
 
+@own_style()
 def plot_tsne(model: Model, evaluation: evaluate.Evaluation, path: str):
     """tsne.png: test features in the plane, coloured by class (section III.A, perplexity 20)."""
     features = evaluation.features
@@ -371,7 +437,8 @@ def plot_tsne(model: Model, evaluation: evaluate.Evaluation, path: str):
         plane = np.zeros((len(features), 2), np.float32)
     else:
         plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(features.numpy())
-    figure, axis = plt.subplots(figsize=(6, 6.4), layout="constrained")
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    axis = figure.subplots()
     labels = evaluation.labels.numpy()
     dots = axis.scatter(*plane.T, c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=8)
     bar = figure.colorbar(dots, ax=axis, ticks=range(10), label="class", shrink=0.8)
@@ -438,6 +505,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "believe, effect, heads]; without effect, pictures are drawn quickly and there is no report",
     )
     parser.add_argument(
+        "--no-measure",
+        action="store_true",
+        help="maps only, at once: no effect and no report; the columns are attention, rollout and "
+        "heads, unless --maps names others",
+    )
+    parser.add_argument(
+        "--overlay",
+        action="store_true",
+        help="draw the maps over the input, which is seen through them, instead of on black",
+    )
+    parser.add_argument(
+        "--smooth", action="store_true", help="draw the maps without the edges of patches"
+    )
+    parser.add_argument(
+        "--levels",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="what is black and what is white in --images of more than 8 bits a sample "
+        "[0 and the largest number of as many bits as all of them need]",
+    )
+    parser.add_argument(
         "--save-maps",
         action="store_true",
         help="write all maps of the figure's images as numpy arrays too, maps.npz",
@@ -478,11 +567,43 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", help="folder for what is written [the first checkpoint's, or runs/weights-…]"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # checkpoints may stand between flags
     for name in ("weights", "maps", "background", "data_root", "output"):
         if getattr(args, name) == []:  # what argparse makes of "--output=--"
             parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
+    take_checkpoints_from_images(args)
+    if args.levels is not None:
+        low, high = args.levels
+        if not args.images:
+            parser.error("argument --levels: use it with --images")
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            parser.error(
+                f"argument --levels: {low:g} {high:g}: use two numbers, the lower one first"
+            )
+    if args.no_measure and args.maps and "effect" in args.maps:
+        parser.error("argument --no-measure: --maps names effect, which is measured; leave one out")
     return args
+
+
+def take_checkpoints_from_images(args: argparse.Namespace):
+    """Move what stands after the pictures of --images, but holds weights, to the checkpoints.
+
+    A folder of a run is a checkpoint if no other network is named; it may hold pictures too. If
+    there is no picture, all stays as it is, and the error will say so.
+    """
+    pictures = []
+    checkpoints = []
+    for name in args.images:
+        in_folder = runs.checkpoint_path(name)
+        is_run = in_folder != name and os.path.isfile(in_folder)
+        has_network = args.checkpoints or checkpoints or args.weights is not None
+        if name.lower().endswith(WEIGHT_ENDINGS) or (is_run and not has_network):
+            checkpoints.append(in_folder)
+        else:
+            pictures.append(name)
+    if pictures:
+        args.images = pictures
+        args.checkpoints = [*args.checkpoints, *checkpoints]
 
 
 def make_folder(args: argparse.Namespace) -> str:
@@ -510,7 +631,7 @@ def visualize(args: argparse.Namespace):
     models = gallery.open_models(args)
     device = runs.find_device(args.device)
     if args.images:
-        examples = gallery.open_pictures(models, gallery.list_images(args.images))
+        examples = gallery.open_pictures(models, gallery.list_images(args.images), args.levels)
         for model in models:
             model.backbone.to(device)
         draw_pictures(models, examples, args)
@@ -533,17 +654,21 @@ def visualize(args: argparse.Namespace):
 
 def names_to_compute(args: argparse.Namespace, controls: Sequence[str]) -> list[str]:
     """The maps that --maps names, or else all those among which the best is looked for."""
-    return args.maps or [*explain.NETWORK_MAPS, *controls, "effect", "heads"]
+    if args.maps:
+        return args.maps
+    if args.no_measure:
+        return QUICK_MAPS
+    return [*explain.NETWORK_MAPS, *controls, "effect", "heads"]
 
 
 def names_to_draw(args: argparse.Namespace, best: dict[str, str], with_heads: bool) -> list[str]:
     """The maps that --maps names, or else a few: brightness, attention, the best map, the effect."""
     if args.maps:
         return args.maps
-    names = ["brightness", "attention", *best, "effect"]
-    if with_heads:
-        names.append("heads")
-    return list(dict.fromkeys(names))
+    names = ["brightness", "attention", *best, "effect", "heads"]
+    if args.no_measure:
+        names = QUICK_MAPS
+    return [name for name in dict.fromkeys(names) if with_heads or name != "heads"]
 
 
 def best_by_report(result: dict) -> dict[str, str]:
@@ -584,12 +709,13 @@ def visualize_one(model: Model, args: argparse.Namespace):
         gallery.check_finite(epochs[label])
 
     evaluation = None
-    if model.is_measured:
+    best = {}
+    if model.is_measured and not args.no_measure:
         evaluation = evaluate.evaluate(
             model.name, model.config, model.history, model.backbone, model.splits
         )
         best = best_by_report(evaluation.result)
-    else:
+    elif not args.no_measure:
         print_not_measured(model)
         best = best_by_correlation(list(epochs.values())[-1].maps)
     rows = LookedAt(
@@ -600,7 +726,8 @@ def visualize_one(model: Model, args: argparse.Namespace):
         best=best,
     )
     row_names = list(epochs) * len(examples) if len(epochs) > 1 else []
-    plot_attention([rows], os.path.join(folder, "attention.png"), row_names)
+    path = os.path.join(folder, "attention.png")
+    plot_attention([rows], path, row_names, args.overlay, args.smooth)
     result = None if evaluation is None else evaluation.result
     content = explorer.network_content(model, epochs, result)
     write_explorer([content], list(epochs.values()), folder, "", args)
@@ -630,7 +757,7 @@ def compare(models: list[Model], args: argparse.Namespace):
     for network in networks:
         model = network.model
         result = None
-        if model.is_measured:
+        if model.is_measured and not args.no_measure:
             # The table of a network has a row for the next one's attention on the same images.
             other = measured[(measured.index(model) + 1) % len(measured)]
             has_same_patches = other.backbone.shape.patch_size == model.backbone.shape.patch_size
@@ -648,13 +775,14 @@ def compare(models: list[Model], args: argparse.Namespace):
             evaluations.append(evaluation)
             result = evaluation.result
             network.best = best_by_report(result)
-        else:
+        elif not args.no_measure:
             print_not_measured(model)
             network.best = best_by_correlation(network.maps)
         network.names = names_to_draw(args, network.best, with_heads=False)
         contents.append(explorer.network_content(model, {"": network}, result, len(models)))
 
-    plot_attention(networks, os.path.join(folder, "attention-compared.png"))
+    path = os.path.join(folder, "attention-compared.png")
+    plot_attention(networks, path, is_overlay=args.overlay, is_smooth=args.smooth)
     write_explorer(contents, networks, folder, "-compared", args)
     if evaluations:
         save_and_print(evaluations, os.path.join(folder, "metrics-compared.json"))
@@ -696,21 +824,22 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
     """attention-images.png, or pages of it, and the printed report on the maps of these pictures.
 
     Without --maps only the pictures of the first page are measured, and only there is the effect
-    drawn: measuring a picture takes longer than a hundred forward passes.
+    drawn: measuring a picture takes longer than a hundred forward passes. With --no-measure none is.
     """
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness", *explain.PHOTO_CONTROLS])
     count = len(examples[0])
-    measured = count if args.maps else min(count, PICTURES_PER_PAGE)
+    has_report = not args.maps and not args.no_measure
+    measured = min(count, PICTURES_PER_PAGE) if has_report else count
     networks = []
     results = []
     contents = []  # of the page
     for model, of_model in zip(models, examples):
-        maps = gallery.maps_of_pictures(model, of_model[:measured], names, with_srg=not args.maps)
+        maps = gallery.maps_of_pictures(model, of_model[:measured], names, with_srg=has_report)
         network = LookedAt(model, of_model, maps)
         gallery.check_finite(network)
         result = None
-        if not args.maps:
+        if has_report:
             token_effects = concatenate([of_picture.token_effects for of_picture in maps])
             collapse = None
             if model.history:
@@ -731,13 +860,18 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
             gallery.check_finite(network)
         networks.append(network)
 
+    pages = []
     for start in range(0, count, PICTURES_PER_PAGE):
         page = slice(start, start + PICTURES_PER_PAGE)
         name = "attention-images.png"
         if count > PICTURES_PER_PAGE:
             name = f"attention-images-{start // PICTURES_PER_PAGE + 1}.png"
         on_page = [network_on_page(network, page, start < measured) for network in networks]
-        plot_attention(on_page, os.path.join(folder, name))
+        row_names = [example.name for example in on_page[0].examples]
+        path = os.path.join(folder, name)
+        plot_attention(on_page, path, row_names, args.overlay, args.smooth)
+        pages.append(path)
+    remove_other_pages(pages, folder)
     notes = []
     if count > PICTURES_PER_PAGE:
         notes.append(f"This page holds the first {PICTURES_PER_PAGE} of {count} pictures.")
@@ -746,6 +880,15 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
         print(report.format_picture_report(results))
         if measured < count:
             print(f"These are the first {measured} of {count} pictures; the others are only drawn.")
+
+
+def remove_other_pages(pages: list[str], folder: str):
+    """Remove the pages of earlier calls from the folder, which show other pictures or networks."""
+    pattern = os.path.join(glob.escape(folder), "attention-images*.png")
+    for path in sorted(glob.glob(pattern), key=data.natural_order):
+        if path not in pages and data.is_own_figure(path):
+            os.remove(path)
+            print(f"removed {path}, which an earlier call had drawn")
 
 
 def network_on_page(network: LookedAt, page: slice, with_effect: bool) -> LookedAt:
@@ -771,5 +914,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # Windows' code pages often lack τ
+    runs.prepare_output()
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Networks open as they were saved, and are shown pictures that have names and fit the patches."""
 
 import shutil
+import io
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -178,6 +179,37 @@ def test_pictures_have_the_names_of_their_files(tmp_path):
         assert not any(example.masks for example in of_model)
 
 
+def test_a_picture_that_is_named_and_in_a_folder_counts_as_named(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("L", (64, 64)).save(tmp_path / name)
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    expected = {paths[0]: False, paths[1]: True}
+    assert gallery.list_images([str(tmp_path), paths[1]]) == expected
+    assert gallery.list_images([paths[1], str(tmp_path)]) == expected
+
+
+def test_how_pictures_were_resized_is_printed(tmp_path, capsys):
+    """Once for networks of one size, with the picture that changes its proportions most."""
+    for name, size in (("square.png", (64, 64)), ("strip.png", (2500, 7)), ("high.png", (40, 90))):
+        Image.new("L", size).save(tmp_path / name)
+    models = [model_of(SHIPPED / "same.pth"), model_of(SHIPPED / "different.pth")]
+    paths = gallery.list_images([str(tmp_path)])
+    capsys.readouterr()
+    gallery.open_pictures(models, paths)
+    line = "--images: longer sides are resized to 56 pixels, both to whole patches of 7"
+    change = "; proportions change, most of strip.png from 357:1 to 8:1"
+    assert capsys.readouterr().out == f"{line}{change}\n"
+
+    del paths[str(tmp_path / "strip.png")]
+    gallery.open_pictures(models, paths)
+    change = "; proportions change, most of high.png from 1:2.25 to 1:2"
+    assert capsys.readouterr().out.endswith(change + "\n")
+    models[1].config.image_size = 28
+    gallery.open_pictures(models, {str(tmp_path / "square.png"): True})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [line, line.replace("56", "28")]
+
+
 def test_test_images_are_numbered_from_one():
     model = model_of(SHIPPED / "same.pth")
     canvases = gallery.example_images(model, 2)
@@ -193,6 +225,31 @@ def test_test_images_are_numbered_from_one():
 
 
 # -------------------------------------------------------------------------------------------- maps
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_bar_counts_the_passes_that_a_measurement_takes(depth, monkeypatch):
+    """It ends where it was said to end, for pictures of any shape."""
+    bars = []
+
+    class Bar(gallery.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(gallery, "tqdm", Bar)
+    monkeypatch.setattr(evaluate, "effect_images", lambda *args, **kwargs: 2)
+    model = model_of(SHIPPED / "same.pth")
+    model.backbone = small_vit(depth=depth)
+    rng = torch.Generator().manual_seed(0)
+    sizes = [(80, 96), (8, 40), (8, 8), (40, 32)]
+    pictures = [Example(torch.rand(3, *size, generator=rng)) for size in sizes]
+    names = [*evaluate.PHOTO_MAPS, "effect"]
+    gallery.maps_of_pictures(model, pictures, names, with_srg=True)
+    (bar,) = bars
+    assert bar.desc == "measuring"
+    assert bar.n == bar.total > 300
+    assert not model.backbone.norm._forward_hooks
 
 
 def test_maps_are_saved_as_arrays(tmp_path):

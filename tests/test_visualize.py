@@ -8,12 +8,14 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 import pytest
 import scipy.stats
@@ -362,6 +364,86 @@ def test_pictures_of_any_shape_and_their_notes_lie_apart(shapes, has_notes, othe
         for left, right in stretches:
             assert abs((bottom - top) * max(height, width) / height - 135) < 20
             assert abs((right - left) - (bottom - top) * width / height) < 10
+
+
+def test_the_settings_of_the_user_do_not_reach_a_figure(other_run, tmp_path):
+    """Not even those that would turn it upside down, and they are as before afterwards."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "input": GridColumn([rng.random((8, 8, 3))], outlines=[("lime", [torch.eye(8) > 0])]),
+        "map": GridColumn([rng.random((2, 2))], notes=["0.12"]),
+    }
+    model = model_of(other_run / "ckpt.pth")
+    arguments = ("a $title$", [model], ["name"])
+    visualize.plot_grid(columns, str(tmp_path / "expected.png"), *arguments)
+    evaluation = evaluate.Evaluation(
+        {"features": {"knn": {"value": 0.1}}}, torch.ones(30, 8), torch.arange(30) % 10
+    )
+    visualize.plot_tsne(model, evaluation, str(tmp_path / "expected-tsne.png"))
+    visualize.plot_curves(model, str(tmp_path / "expected-curves.png"))
+    of_user = {
+        "image.origin": "lower",
+        "text.usetex": True,
+        "savefig.dpi": 50,
+        "image.interpolation": "bicubic",
+        "font.size": 20,
+        "axes.titlecolor": "red",
+        "axes.titlelocation": "left",
+        "savefig.transparent": True,
+        "figure.autolayout": True,
+        "lines.linewidth": 9,
+        "contour.linewidth": 9,
+    }
+    with matplotlib.style.context(["dark_background", of_user]):
+        before = dict(matplotlib.rcParams)
+        visualize.plot_grid(columns, str(tmp_path / "a.png"), *arguments)
+        visualize.plot_tsne(model, evaluation, str(tmp_path / "a-tsne.png"))
+        visualize.plot_curves(model, str(tmp_path / "a-curves.png"))
+        assert dict(matplotlib.rcParams) == before
+    for suffix in ("", "-tsne", "-curves"):
+        expected = (tmp_path / f"expected{suffix}.png").read_bytes()
+        assert (tmp_path / f"a{suffix}.png").read_bytes() == expected, suffix
+
+
+def colours_of_map(path) -> np.ndarray:
+    """The colours (n, 3) of the one column of a figure, which has no title but that above it."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    rows = (pixels < 250).any(-1).sum(1)
+    largest = max(runs_of(rows > 60), key=lambda run: run[1] - run[0])
+    columns = (pixels[largest[0] : largest[1]] < 250).any(-1).sum(0)
+    left, right = max(runs_of(columns > 60), key=lambda run: run[1] - run[0])
+    return pixels[largest[0] + 3 : largest[1] - 3, left + 3 : right - 3].reshape(-1, 3)
+
+
+def test_a_map_may_lie_over_its_picture(other_run, tmp_path):
+    """White that is seen through black is as grey as the map is transparent."""
+    model = model_of(other_run / "ckpt.pth")
+    values = np.array([[0, 0], [0, 1.0]])
+    white = np.ones((8, 8, 3))
+    path = str(tmp_path / "a.png")
+    for pictures, darkest in (([], 0), ([white], 255 * (1 - visualize.OVERLAY_OPACITY))):
+        column = GridColumn([values], pictures=pictures)
+        visualize.plot_grid({"map": column}, path, "title", [model])
+        colours = colours_of_map(path)
+        assert abs(np.median(colours, axis=0) - darkest).max() < 5
+    visualize.plot_grid({"map": GridColumn([values])}, path, "title", [model])
+    by_patch = len(np.unique(colours_of_map(path), axis=0))
+    visualize.plot_grid({"map": GridColumn([values], is_smooth=True)}, path, "title", [model])
+    assert len(np.unique(colours_of_map(path), axis=0)) > 10 * by_patch
+
+
+@pytest.mark.parametrize(
+    "name", ["caf\udce9.png", "a\nb\t$x_$.png", "猫 \U0001f408.png", "x" * 250]
+)
+def test_any_name_of_a_file_can_stand_in_a_figure(other_run, tmp_path, name):
+    model = model_of(other_run / "ckpt.pth")
+    model.name = name
+    path = tmp_path / "a.png"
+    column = GridColumn([np.zeros((4, 4))])
+    visualize.plot_grid({"map": column}, str(path), "title", [model, model], [name])
+    width, height = Image.open(path).size
+    assert width < 1200
+    assert height < 600
 
 
 # ------------------------------------------------------------------------------------------- a run
@@ -834,6 +916,99 @@ def test_bad_pictures_are_refused(tmp_path, capsys):
         assert not (tmp_path / "out").exists(), name
 
 
+def test_a_bad_picture_in_a_folder_is_skipped_and_the_rest_is_drawn(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in (1, 2, 10):
+        gradient().save(folder / f"frame{number}.png")
+    (folder / "frame3.png").write_bytes((folder / "frame2.png").read_bytes()[:90])
+    Image.new("L", (3, 40)).save(folder / "thin.png")
+    command = [SAME, "--no-measure", "--images", folder]
+    with recorded_grids() as grids:
+        assert look(*command, output=tmp_path / "out") == 0
+    assert grids["attention-images.png"].row_names == ["frame1.png", "frame2.png", "frame10.png"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"warning: skipped: {folder}/frame3.png cannot be read as a picture")
+    assert "3×40 pixels; use at least a patch of 7" in lines[1]
+
+    # A file that is named itself is not skipped, and a folder is not if nothing is left of it.
+    status = look(*command, folder / "frame3.png", output=tmp_path / "out")
+    assert "frame3.png cannot be read as a picture" in error_of(status, capsys)
+    for number in (1, 2, 10):
+        (folder / f"frame{number}.png").unlink()
+    assert "frame3.png cannot be" in error_of(look(*command, output=tmp_path / "out"), capsys)
+
+
+def test_the_levels_of_pictures_are_the_same_in_a_call_and_may_be_chosen(tmp_path, capsys):
+    paths = []
+    for brightest in (900, 4000):
+        samples = np.linspace(0, brightest, 56)[None].repeat(56, axis=0).astype(np.uint16)
+        paths.append(tmp_path / f"{brightest}.png")
+        Image.fromarray(samples).save(paths[-1])
+    command = [SAME, "--no-measure", "--images", *paths]
+    for flags, white, line in (
+        ([], 4095, "0 is black, and 4095 is white; override with --levels"),
+        (["--levels", "0", "8000"], 8000, "0 is black, and 8000 is white"),
+        (["--levels", "-100", "8000"], None, "-100 is black, and 8000 is white"),
+    ):
+        with recorded_grids() as grids:
+            assert look(*command, *flags, output=tmp_path / "out") == 0
+        assert f"--images: 2 pictures of 16-bit samples: {line}\n" in capsys.readouterr().out
+        pictures = grids["attention-images.png"].columns["input"].arrays
+        for picture, brightest in zip(pictures, (900, 4000)):
+            if white is not None:
+                assert picture.max().item() == pytest.approx(brightest / white, abs=0.01)
+            else:
+                assert picture.min().item() == pytest.approx(100 / 8100, abs=0.01)
+
+    gradient().save(tmp_path / "8 bits.png")
+    command = [SAME, "--images", tmp_path / "8 bits.png", "--levels", "0", "100"]
+    status = look(*command, output=tmp_path / "out")
+    assert "--levels: no picture has more than 8 bits; leave it out" in error_of(status, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--levels 0 9", "--images a.png --levels 9 9", "--images a.png --levels 0 nan"]
+)
+def test_levels_that_make_no_sense_are_refused(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit):
+        look(SAME, *flags.split(), output=tmp_path)
+    assert "error: argument --levels: " in capsys.readouterr().err
+
+
+def test_pages_of_an_earlier_call_are_removed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(visualize, "PICTURES_PER_PAGE", 1)
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / f"{number}.png")
+        gradient().save(paths[-1])
+    output = tmp_path / "[out]"
+    output.mkdir()
+    gradient().save(output / "attention-images-of-mine.png")
+    command = [SAME, "--no-measure", "--images"]
+    assert look(*command, *paths, output=output) == 0
+    capsys.readouterr()
+    assert look(*command, *paths[:2], output=output) == 0
+    assert (
+        f"removed {output}/attention-images-3.png, which an earlier call" in capsys.readouterr().out
+    )
+    names = ["attention-images-1.png", "attention-images-2.png", "attention-images-of-mine.png"]
+    assert sorted(os.listdir(output)) == [*names, "explorer-images.html"]
+    assert look(*command, paths[0], output=output) == 0
+    names = ["attention-images-of-mine.png", "attention-images.png", "explorer-images.html"]
+    assert sorted(os.listdir(output)) == names
+
+
+def test_figures_are_not_taken_for_pictures(tmp_path):
+    """Pictures and figures lie in one folder, and the same command is given twice."""
+    gradient().save(tmp_path / "a.png")
+    for _ in range(2):
+        with recorded_grids() as grids:
+            assert look(SAME, "--no-measure", "--images", tmp_path, output=tmp_path) == 0
+        assert grids["attention-images.png"].row_names == ["a.png"]
+
+
 # ----------------------------------------------------------------------------- the maps of pictures
 
 
@@ -1056,7 +1231,8 @@ def test_maps_chooses_the_columns_and_their_order(
     with recorded_grids() as grids:
         assert look(path, *flags, "--maps", maps, output=tmp_path) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3  # what was read, and the two files that were written; no report
+    # what was read, how it was resized, and the two files that were written; no report
+    assert len(printed) == 4
     columns = grids["attention-images.png"].columns
     assert list(columns) == ["input", *shown]
     for row, picture in enumerate(columns["input"].arrays):
@@ -1102,12 +1278,58 @@ def test_without_the_effect_nothing_is_blackened_or_left_out(
         assert look(path, *flags, output=tmp_path) == 0
         capsys.readouterr()
         assert look(path, *flags, "--images", *pictures, output=tmp_path) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3  # no report
+    assert len(capsys.readouterr().out.splitlines()) == 4  # no report
     for grid in grids.values():
         assert list(grid.columns) == ["input", "rollout", "head 1", "head 2"]
         assert not any(column.notes for column in grid.columns.values())
         assert "ffect" not in grid.title
     assert sorted(grids) == ["attention-images.png", "attention.png"]
+
+
+def test_with_no_measure_maps_are_drawn_and_nothing_else(
+    pictures, run_folder, tmp_path, monkeypatch, capsys
+):
+    """Of pictures, of a run, and of two networks; the maps may be chosen, but not the effect."""
+
+    def refuse(*args):
+        pytest.fail("something was measured")
+
+    for name in ("blackening_effects", "direct_effects", "token_effects", "left_out_cosines"):
+        monkeypatch.setattr(effects, name, refuse)
+    monkeypatch.setattr(evaluate, "evaluate", refuse)
+    heads = ["head 1", "head 2", "head 3"]
+    for command, columns, name in (
+        ([SAME, "--images", *pictures], ["attention", "rollout", *heads], "attention-images.png"),
+        ([run_folder], ["attention", "rollout", *heads], "attention.png"),
+        ([SAME, DIFFERENT, "--images", *pictures], None, "attention-images.png"),
+        ([SAME, DIFFERENT, "--digits", "sklearn"], None, "attention-compared.png"),
+        ([SAME, "--images", *pictures, "--maps", "contrast"], ["contrast"], "attention-images.png"),
+    ):
+        if columns is None:
+            names = ("attention", "rollout")
+            columns = [f"[{number}]\n{map_name}" for number in (1, 2) for map_name in names]
+        with recorded_grids() as grids:
+            assert look(*command, "--no-measure", output=tmp_path / "out") == 0
+        assert list(grids) == [name]
+        assert list(grids[name].columns) == ["input", *columns]
+        assert "Which map should you believe?" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        look(SAME, "--no-measure", "--maps", "effect", output=tmp_path)
+
+
+def test_overlay_and_smooth_reach_every_map(pictures, tmp_path):
+    for flags in ([], ["--overlay"], ["--smooth"], ["--overlay", "--smooth"]):
+        with recorded_grids() as grids:
+            command = [SAME, DIFFERENT, "--no-measure", "--images", *pictures, *flags]
+            assert look(*command, output=tmp_path) == 0
+        grid = grids["attention-images.png"]
+        assert ("over the input" in grid.title) == ("--overlay" in flags)
+        shown = grid.columns.pop("input")
+        assert not shown.pictures
+        for column in grid.columns.values():
+            assert column.is_smooth == ("--smooth" in flags)
+            assert bool(column.pictures) == ("--overlay" in flags)
+            assert all(map(torch.equal, column.pictures, shown.arrays))
 
 
 @pytest.mark.parametrize(
@@ -1328,6 +1550,31 @@ def test_a_full_disk_is_an_error_in_one_line(tmp_path, monkeypatch, capsys):
     assert "File too large" in error_of(status, capsys)
 
 
+def test_checkpoints_may_stand_after_pictures_and_between_flags(
+    run_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, "run")
+    shutil.copy(SAME, "same.pth")
+    gradient().save("a.png")
+    gradient().save("run/b.png")
+    for command, checkpoints, images in (
+        ("--images a.png same.pth", ["same.pth"], ["a.png"]),
+        ("--images a.png run", ["run/ckpt.pth"], ["a.png"]),
+        ("same.pth --images a.png run", ["same.pth"], ["a.png", "run"]),  # which has a picture
+        ("--weights none --images run", [], ["run"]),
+        ("same.pth --images a.png run/ckpt.pth", ["same.pth", "run/ckpt.pth"], ["a.png"]),
+        ("same.pth --device cpu run", ["same.pth", "run/ckpt.pth"], []),
+        ("--images a.png --device cpu same.pth", ["same.pth"], ["a.png"]),
+    ):
+        args = visualize.parse_args(command.split())
+        assert args.checkpoints == checkpoints, command
+        assert args.images == images, command
+    status = look("--images", "a.png", "same.pth", "--no-measure", output="out")
+    assert status == 0
+    assert "nothing to look at" in error_of(look("--images", "same.pth", output="out"), capsys)
+
+
 # --------------------------------------------------------------------------------- other machines
 
 
@@ -1344,6 +1591,38 @@ def run_python(*command, **environment) -> subprocess.CompletedProcess:
 def test_only_figures_need_matplotlib():
     code = "import train, gallery, sys; assert 'matplotlib' not in sys.modules"
     assert run_python("-c", code).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "before, backend",
+    [("import matplotlib; matplotlib.use('svg')", "svg"), ("", "pdf")],
+)
+def test_importing_leaves_the_plots_of_the_host_alone(before, backend):
+    """Whether it has chosen a backend or leaves that to the environment."""
+    code = (
+        f"{before}\n"
+        "import os, sys, visualize, matplotlib; assert 'matplotlib.pyplot' not in sys.modules\n"
+        f"assert matplotlib.get_backend() == {backend!r}; assert os.environ['MPLBACKEND'] == 'pdf'\n"
+        "assert matplotlib.rcParams['text.parse_math']"
+    )
+    process = run_python("-c", code, MPLBACKEND="pdf")
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "visualize.py"])
+@pytest.mark.parametrize("kind", ["a notebook's", "none", "closed"])
+def test_any_standard_output_will_do(script, kind, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    output = {"a notebook's": io.StringIO(), "none": None, "closed": closed}[kind]
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # which is put back if it is replaced
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 0
+    if kind == "a notebook's":
+        assert "usage:" in output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -1396,6 +1675,9 @@ FLAGS = {
     "--device": ["cpu", "cuda:77", "meta"],
     "--output": ["new", "folder", "text.pth"],
 }
+# Flags with no value, or with two.
+SWITCHES = [["--no-measure"], ["--overlay"], ["--smooth"], ["--save-maps"]]
+SWITCHES += [["--levels", "0", "255"], ["--levels", "-5", "nan"], ["--levels", "9", "2"]]
 # Words that might be given in place of any value.
 ODD_WORDS = ["-", "--", "nan", "inf", "1e400", "1,5", ",", "none", "ünï✓", "'", "%s", "{}"]
 ODD_WORDS += ["nowhere", "text.pth", "empty.pth", "folder", "/proc/self/mem", "/dev/null"]
@@ -1416,7 +1698,8 @@ def command_lines():
             lambda value: [f"{name}={value}"] if value.startswith("-") else [name, value]
         )
 
-    flags = st.lists(st.sampled_from(sorted(FLAGS)).flatmap(words), max_size=4)
+    flag = st.sampled_from(sorted(FLAGS)).flatmap(words)
+    flags = st.lists(st.one_of(flag, flag, flag, st.sampled_from(SWITCHES)), max_size=4)
     checkpoints = st.lists(st.sampled_from(CHECKPOINTS), min_size=1, max_size=2)
     return st.tuples(checkpoints, flags).map(
         lambda parts: [*parts[0], *itertools.chain.from_iterable(parts[1])]
