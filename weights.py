@@ -57,7 +57,7 @@ DINO_NAMES = [
     (r"\b(ls2\.gamma|layer_scale2\.lambda1|gamma_2)$", "mlp.fc2.gamma"),
 ]
 # The token that every network has. What stands before it is the prefix of all its names.
-CLS_TOKEN = r"(|.*?\.)(embeddings\.)?cls_token"
+CLS_TOKEN = r"(?s)(|.*?\.)(embeddings\.)?cls_token"
 # Parts of a network that attention does not need, a pattern.
 LEFT_OUT = r"\w*(head|decoder|predictor|projector|classifier|criterion)|mask|fc_norm|pooler"
 LEFT_OUT += r"|local_cls_norm"
@@ -85,6 +85,7 @@ class PublishedHeads:
 
 PUBLISHED_HEADS = [
     PublishedHeads("(base|momentum)_encoder", 384, 12),  # MoCo v3's ViT-S
+    PublishedHeads("", 1152, 16),  # ViT-SO400M
     PublishedHeads("", 1280, 16),  # ViT-H
     PublishedHeads("", 1408, 16),  # ViT-g
     PublishedHeads("", 1664, 16),  # ViT-G
@@ -332,9 +333,7 @@ def backbone_of(
 
     # Bring the weights to the layers of vit.py.
     is_deit3 = any(re.fullmatch(rf"{re.escape(prefix)}.*\.gamma_1", name) for name in tensors)
-    is_deit3 = is_deit3 and "pos_embed" in weights
-    if is_deit3:
-        check_deit3(content, path, prefix)
+    is_deit3 = is_deit3 and not is_rotary
     fuse_queries_keys_values(weights)
     has_layer_scale = fold_layer_scale(weights)
     known_grid = grid
@@ -370,6 +369,8 @@ def backbone_of(
         weights["rope_embed.periods"] = positions.periods
     has_norm = "norm.weight" in weights
     backbone = build_backbone(weights, shape)
+    if is_deit3:
+        check_deit3(content, path, prefix)
 
     # Say what was read, and what was assumed.
     description = describe_network(prefix, networks, content)
@@ -451,9 +452,11 @@ def choose_network(networks: dict, tensors: dict) -> str:
     if networks:
         prefix, weights = max(networks.items(), key=lambda item: len(item[1]))
         missing = sorted(REQUIRED - weights.keys())
-        if "pos_embed" not in weights:
-            missing.append("pos_embed (rotary positions that are not DINOv3's cannot be read)")
-        raise ValueError(f"no {', '.join(missing)} beside {prefix}cls_token")
+        other_positions = ""
+        if "pos_embed" not in weights and not has_dinov3_positions(weights):
+            missing.append("pos_embed")
+            other_positions = ", nor DINOv3's rotary positions"
+        raise ValueError(f"no {', '.join(missing)} beside {prefix}cls_token{other_positions}")
     keys = ", ".join(str(key) for key in list(tensors)[:4]) or "no tensors"
     missing = ["cls_token"]
     for part, pattern in (("patch_embed", "patch_embed"), ("pos_embed", "pos(ition)?_embed")):

@@ -514,15 +514,15 @@ def test_effects_on_a_rotary_network(monkeypatch):
     torch.testing.assert_close(direct[0], blackened, atol=1e-6, rtol=1e-3)
 
 
-def test_a_run_may_start_from_a_rotary_network(tmp_path):
+def test_a_run_may_start_from_a_rotary_network(tmp_path, few_images):
     """Its checkpoint has the positions, and all settings that decide what they do."""
     backbone = rotary_backbone(pos_size=14 * 7)
     with torch.no_grad():
         backbone.rope_embed.periods.mul_(1.5)
     torch.save({"teacher": backbone.state_dict()}, tmp_path / "w.pth")
-    flags = f"--weights {tmp_path}/w.pth --image-size 28 --heads"
-    assert start(tmp_path / "run", f"{flags} 6 --dim 24") == 2  # the periods are those of 3 heads
-    assert start(tmp_path / "run", f"{flags} 3 --dim 24 --epochs 1") == 0
+    flags = f"--weights {tmp_path}/w.pth --image-size 28 --epochs 1 --heads"
+    assert start(tmp_path / "run", f"{flags} 6") == 2  # the periods are those of 3 heads
+    assert start(tmp_path / "run", f"{flags} 3") == 0
     loaded = weights.load_backbone(str(tmp_path / "run" / "ckpt.pth"))
     assert loaded.backbone.shape == backbone.shape
     periods = loaded.backbone.rope_embed.periods
