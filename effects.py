@@ -88,18 +88,19 @@ def direct_effects(backbone: VisionTransformer, images, has_ink):
     first_patch = 1 + backbone.shape.registers
     depth = backbone.shape.depth
     inputs = block_inputs(backbone, images)
-    features = feature_from_block(backbone, inputs[-1], depth - 1)
+    angles = backbone.rotary_angles(images)
+    features = feature_from_block(backbone, inputs[-1], depth - 1, angles)
     effect = features.new_zeros(depth, *has_ink.shape)
     for image, patch in pairs_to_blacken(has_ink):
         blackened = blacken(images[image], patch, backbone.shape.patch_size)
         changed_inputs = block_inputs(backbone, blackened)
-        whole_feature = feature_from_block(backbone, changed_inputs[-1], depth - 1)
+        whole_feature = feature_from_block(backbone, changed_inputs[-1], depth - 1, angles)
         effect[0, image, patch] = one_minus_cosine(features[image], whole_feature)
         row = torch.arange(len(image), device=images.device)
         for block in range(1, depth):
             x = inputs[block][image]
             x[row, first_patch + patch] = changed_inputs[block][row, first_patch + patch]
-            changed = feature_from_block(backbone, x, block)
+            changed = feature_from_block(backbone, x, block, angles)
             effect[block, image, patch] = one_minus_cosine(features[image], changed)
     return effect
 
@@ -107,16 +108,20 @@ def direct_effects(backbone: VisionTransformer, images, has_ink):
 def block_inputs(backbone: VisionTransformer, images) -> list:
     """The input of every block, (B, N, dim) each."""
     inputs = [backbone.prepare_tokens(views.normalize(images))]
+    angles = backbone.rotary_angles(images)
     for block in backbone.blocks[:-1]:
-        inputs.append(block(inputs[-1]))
+        inputs.append(block(inputs[-1], angles=angles))
     return inputs
 
 
-def feature_from_block(backbone: VisionTransformer, x, first_block: int):
-    """The unit feature (B, dim) of the input x (B, N, dim) of a block, counted from 0."""
+def feature_from_block(backbone: VisionTransformer, x, first_block: int, angles):
+    """The unit feature (B, dim) of the input x (B, N, dim) of a block, counted from 0.
+
+    `angles` are the tokens' `rotary_angles`.
+    """
     for block in backbone.blocks[first_block:-1]:
-        x = block(x)
-    return F.normalize(backbone.last_feature(x), dim=-1)
+        x = block(x, angles=angles)
+    return F.normalize(backbone.last_feature(x, angles=angles), dim=-1)
 
 
 # --------------------------------------------------------------------------------- patches left out
@@ -167,7 +172,8 @@ def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
     window_of_tokens = torch.cat([other_tokens, window])
     window_sizes = torch.bincount(window)
     inputs = block_inputs(backbone, images)
-    features = feature_from_block(backbone, inputs[-1], backbone.shape.depth - 1)
+    angles = backbone.rotary_angles(images)  # (1, N, d / 2), or None
+    features = feature_from_block(backbone, inputs[-1], backbone.shape.depth - 1, angles)
     effect = features.new_zeros(len(blocks), len(images), len(window_sizes))
     # Windows of one size leave equally many tokens, so they can go through the network together.
     for size in window_sizes.unique():
@@ -175,9 +181,13 @@ def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
         for together in numbers.split(max(1, CHANGED_IMAGES // len(images))):
             stays = [(window_of_tokens != number).nonzero()[:, 0] for number in together]
             stays = torch.stack(stays).to(images.device)  # (windows, tokens that stay)
+            angles_left = None
+            if angles is not None:  # a token that stays keeps its position
+                angles_left = angles[0, stays].repeat(len(images), 1, 1)
             for position, block in enumerate(blocks):
                 x = inputs[block][:, stays].flatten(0, 1)  # (B · windows, tokens, dim)
-                changed = feature_from_block(backbone, x, block).unflatten(0, (-1, len(together)))
+                changed = feature_from_block(backbone, x, block, angles_left)
+                changed = changed.unflatten(0, (-1, len(together)))
                 effect[position, :, together] = one_minus_cosine(features[:, None], changed)
     return effect
 

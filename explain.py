@@ -35,8 +35,9 @@ def cls_attention(backbone: VisionTransformer, images):
     Returns maps of the heads (B, heads, patches) and features (B, dim), L2-normalized.
     """
     x = backbone.before_last_block(views.normalize(images))
-    to_all_tokens = backbone.last_attention(x, num_queries=1)[:, :, 0]  # (B, heads, N)
-    features = F.normalize(backbone.last_feature(x), dim=-1)
+    angles = backbone.rotary_angles(images)
+    to_all_tokens = backbone.last_attention(x, 1, angles)[:, :, 0]  # (B, heads, N)
+    features = F.normalize(backbone.last_feature(x, angles=angles), dim=-1)
     return patch_attention(to_all_tokens, backbone), features
 
 
@@ -64,12 +65,14 @@ def token_attention(backbone: VisionTransformer, images):
     """
     others = 1 + backbone.shape.registers
     x = backbone.prepare_tokens(views.normalize(images))
+    angles = backbone.rotary_angles(images)
     of_tokens = []
     for block in backbone.blocks[:-1]:
-        q, k, _ = block.attn.queries_keys_values(block.norm1(x), num_queries=others)
+        q, k, _ = block.attn.queries_keys_values(block.norm1(x), others, angles)
         of_tokens.append(patch_attention(attention_matrix(q, k), backbone).cpu())
-        x = block(x)
-    last = patch_attention(backbone.last_attention(x), backbone).cpu()  # (B, heads, N, patches)
+        x = block(x, angles=angles)
+    last = backbone.last_attention(x, angles=angles)
+    last = patch_attention(last, backbone).cpu()  # (B, heads, N, patches)
     of_tokens.append(last[:, :, :others])
     return torch.stack(of_tokens, dim=1), last[:, :, others:]
 
@@ -82,15 +85,16 @@ def rollout(backbone: VisionTransformer, images):
     + ½ · I, the residual connection.
     """
     x = backbone.prepare_tokens(views.normalize(images))
+    angles = backbone.rotary_angles(images)
     # row i: what token i is made of
     mixture = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
     for block in backbone.blocks:
         # in the last block only the row of [CLS] is needed
         num_queries = 1 if block is backbone.blocks[-1] else None
-        q, k, _ = block.attn.queries_keys_values(block.norm1(x), num_queries)
+        q, k, _ = block.attn.queries_keys_values(block.norm1(x), num_queries, angles)
         mean_attention = attention_matrix(q, k).mean(1)  # (B, N, N); in the last block (B, 1, N)
         mixture = (mean_attention @ mixture + mixture[:, :num_queries]) / 2
-        x = block(x, num_queries)
+        x = block(x, num_queries, angles=angles)
     return patch_attention(mixture[:, 0], backbone)
 
 
@@ -105,25 +109,26 @@ def norm_rollout(backbone: VisionTransformer, images):
     factor of a block here: unlike in `rollout` the residual connection is in them.
     """
     x = backbone.prepare_tokens(views.normalize(images))
+    angles = backbone.rotary_angles(images)
     # row i: what token i is made of
     mixture = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
     for block in backbone.blocks:
         # in the last block only the row of [CLS] is needed
         num_queries = 1 if block is backbone.blocks[-1] else None
-        norms = passed_on_norms(block, x, num_queries)
+        norms = passed_on_norms(block, x, num_queries, angles)
         mixture = as_maps(norms) @ mixture
-        x = block(x, num_queries)
+        x = block(x, num_queries, angles=angles)
     return patch_attention(mixture[:, 0], backbone)
 
 
-def passed_on_norms(block, x, num_queries: int | None):
+def passed_on_norms(block, x, num_queries: int | None, angles=None):
     """The norm of what each token passes on to the first tokens in a block: (B, num_queries, N).
 
     x (B, N, dim) are the block's inputs. What token j passes on through a head is the same for all
     receivers but for its factor α, so a norm is a quadratic form in the α of the heads. This needs
     no vector for each pair of tokens.
     """
-    q, k, v = block.attn.queries_keys_values(block.norm1(x), num_queries)
+    q, k, v = block.attn.queries_keys_values(block.norm1(x), num_queries, angles)
     alpha = attention_matrix(q, k)  # (B, heads, num_queries, N)
     # the output projection of each head, (heads, d, dim)
     projection = block.attn.proj.weight.unflatten(1, (block.attn.heads, -1)).permute(1, 2, 0)

@@ -131,8 +131,10 @@ def characters(content) -> int:
 def runs_in_page(backbones: list[VisionTransformer], examples: list[Example]) -> bool:
     """Whether networks are small enough, together, for their weights to be written into the page.
 
-    They must also be fast enough for the largest picture.
+    They must also be fast enough for the largest picture. The page knows no rotary positions.
     """
+    if any(backbone.shape.rotary for backbone in backbones):
+        return False
     count = sum(weight.numel() for backbone in backbones for weight in backbone.parameters())
     patch_size = backbones[0].shape.patch_size
     patches = max(math.prod(metrics.patch_grid(one.picture, patch_size)) for one in examples)

@@ -55,6 +55,7 @@ class Model:
     history: list | None = None  # the lines of its log.jsonl
     splits: dict | None = None  # the digits or photographs that it is shown
     is_measured: bool = False  # runs of train.py are measured, and what --weights names
+    is_others: bool = False  # weights of another program, which flags may say how to read
 
     def describe(self) -> str:
         return evaluate.describe(self.config, self.epoch, is_run=self.history is not None)
@@ -71,7 +72,22 @@ def open_models(args: argparse.Namespace) -> list[Model]:
         models.append(model)
     if not models:
         raise ValueError("nothing to look at; use a ckpt.pth, or --weights dino, none or a file")
+    check_flags(models, args)
     return models
+
+
+def check_flags(models: list[Model], args: argparse.Namespace):
+    """Raise ValueError for a flag that says how to read others' weights, if there are none."""
+    if any(model.is_others for model in models):
+        return
+    is_given = {
+        "--heads": args.heads is not None,
+        "--grid": args.grid is not None,
+        "--normalise half": args.normalise == "half",
+    }
+    for flag, given in is_given.items():
+        if given:
+            raise ValueError(f"{flag}: leave it out; it is for weights that train.py did not write")
 
 
 def open_model(source: str, args: argparse.Namespace, like: Model | None = None) -> Model:
@@ -82,23 +98,26 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
     OSError for a file or an image size that does not fit.
     """
     content = {}
+    is_ours = False
+    is_others = False
     if source == "none":
         backbone = random_backbone(like)
     else:
         loaded = weights.load_backbone(source, args.heads, args.grid)
         backbone = loaded.backbone
         content = loaded.content
+        is_ours = loaded.is_ours
+        is_others = not is_ours
         normalisation = "ImageNet's mean and standard deviation"
-        if args.normalise == "half" and "config" not in content:
+        if args.normalise == "half" and is_others:
             expect_half(backbone)
             normalisation = "a mean and standard deviation of 0.5"
         print(f"{source}: {loaded.description}, pictures normalised with {normalisation}")
 
-    epoch = content.get("epoch")
-    history = content.get("metrics")
-    is_ours = "config" in content and epoch is not None and history is not None
     is_run = is_ours and like is None
     if is_run:
+        epoch = content["epoch"]
+        history = content["metrics"]
         if not all("validation" in line for line in history):
             raise ValueError(f"{source}: its log is of a version that is too old to be drawn")
         try:
@@ -121,7 +140,16 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         )
     for name, value in asdict(backbone.shape).items():
         setattr(config, name, value)
-    return Model(source, source, config, backbone.eval(), epoch, history, is_measured=is_run)
+    return Model(
+        source,
+        source,
+        config,
+        backbone.eval(),
+        epoch,
+        history,
+        is_measured=is_run,
+        is_others=is_others,
+    )
 
 
 @torch.no_grad()

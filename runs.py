@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from settings import MAY_CHANGE, Config, config_from_checkpoint, flag
-from weights import one_line, read_checkpoint
+from weights import file_in_folder, one_line, read_checkpoint
 
 # Keys that every checkpoint from which a run can go on has.
 RESUMABLE = {"config", "step", "epoch", "metrics", "epoch_loss", "threads", "optimizer"}
@@ -65,8 +65,16 @@ def write_log(folder: str, history: list[dict]):
 
 
 def checkpoint_path(path: str) -> str:
-    """The checkpoint in a run's folder; any other path is returned as it is."""
-    return os.path.join(path, "ckpt.pth") if os.path.isdir(path) else path
+    """The checkpoint in a run's folder, or the weights in one of Hugging Face's.
+
+    The path of anything but a folder is returned as it is.
+    """
+    if not os.path.isdir(path):
+        return path
+    checkpoint = os.path.join(path, "ckpt.pth")
+    if os.path.isfile(checkpoint):
+        return checkpoint
+    return file_in_folder(path) or checkpoint
 
 
 def is_resumable(checkpoint) -> bool:

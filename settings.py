@@ -375,9 +375,11 @@ class Config:
 
     # These have no flag.
     preset: str
-    # These two are of vit.ViTShape.
+    # These four are of vit.ViTShape.
     pos_size: int | tuple[int, int]
     antialias: bool
+    norm_eps: float
+    rotary: bool
     fallbacks: list[str]  # what had to be replaced by something else, a line each
 
 
@@ -389,6 +391,7 @@ MAY_CHANGE = [entry.name for entry in FLAGS if entry.metadata["may_change"]]
 EARLIER = {entry.name: entry.metadata["earlier"] for entry in FLAGS}
 EARLIER = {name: value for name, value in EARLIER.items() if value is not MISSING}
 EARLIER |= {"preset": "laptop", "antialias": False, "fallbacks": []}
+EARLIER |= {"norm_eps": 1e-6, "rotary": False}
 
 
 def flag(name: str) -> str:
@@ -494,7 +497,7 @@ def make_config(
     if preset is None:
         preset = "paper" if torch.cuda.is_available() else "laptop"
     values = {entry.name: entry.metadata[preset] for entry in FLAGS}
-    values |= {"pos_size": None, "antialias": False}
+    values |= {"pos_size": None, "antialias": False, "norm_eps": 1e-6, "rotary": False}
     values |= weights_shape or {}
     values |= flags or {}
     config = Config(**values, preset=preset, fallbacks=[])
@@ -543,9 +546,10 @@ def check_config(config: Config, weights_shape: dict, ranks: int = 1):
     check_images(config)
 
     # Given weights decide all shapes. Only the number of heads may be chosen, since it merely says
-    # how q, k and v are cut.
+    # how q, k and v are cut; rotary positions belong to heads of one width.
     for name, value in weights_shape.items():
-        if name != "heads" and getattr(config, name) != value:
+        is_free = name == "heads" and not config.rotary
+        if not is_free and getattr(config, name) != value:
             raise ValueError(
                 f"{flag(name)} {getattr(config, name)}: use {value}, the value in the checkpoint"
             )

@@ -7,7 +7,8 @@ what `get_last_selfattention` returns. Parameter names and shapes are those of
 facebookresearch/dino, so that its weights load here and its scripts read our checkpoints.
 
 Shapes: B images, N tokens in the order [CLS], registers, patches row by row; d = dim / heads.
-Where only the first tokens are needed, `num_queries` says how many; None stands for all N.
+Where only the first tokens are needed, `num_queries` says how many; None stands for all N. In a
+rotary network, which is DINOv3's, `angles` go with the tokens; elsewhere they are None.
 """
 
 import math
@@ -40,18 +41,26 @@ class ViTShape:
     registers: int = 0
     # Whether position embeddings are interpolated with antialiasing, as in DINOv2 with registers.
     antialias: bool = False
+    norm_eps: float = 1e-6  # what the layer norms add to the variance
+    # Whether positions rotate queries and keys, as in DINOv3. Then there are no position embeddings
+    # and `pos_size` means nothing.
+    rotary: bool = False
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(q kᵀ / √d) v in each head, then a linear layer."""
+    """Multi-head self-attention: softmax(q kᵀ / √d) v in each head, then a linear layer.
 
-    def __init__(self, dim: int, heads: int):
+    A rotary layer needs the tokens' `angles` (1 or B, N, d / 2); others ignore them.
+    """
+
+    def __init__(self, dim: int, heads: int, rotary: bool = False):
         super().__init__()
         self.heads = heads
+        self.rotary = rotary
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def queries_keys_values(self, x, num_queries: int | None = None):
+    def queries_keys_values(self, x, num_queries: int | None = None, angles=None):
         """Tokens (B, N, dim) to q (B, heads, num_queries, d), k and v (B, heads, N, d)."""
         if num_queries is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -60,19 +69,24 @@ class Attention(nn.Module):
             dim = x.shape[-1]
             q = F.linear(x[:, :num_queries], self.qkv.weight[:dim], self.qkv.bias[:dim])
             k, v = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, dim=-1)
-        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        q = self.split_heads(q)
+        k = self.split_heads(k)
+        if self.rotary:
+            q = rotate(q, angles[:, :num_queries])
+            k = rotate(k, angles)
+        return q, k, self.split_heads(v)
 
     def split_heads(self, x):
         """(B, N, dim) to (B, heads, N, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x, num_queries: int | None = None, attention=None):
+    def forward(self, x, num_queries: int | None = None, attention=None, angles=None):
         """Tokens (B, N, dim) to (B, num_queries, dim).
 
         An experiment may put another `attention` (B, heads, num_queries, N) in place of this
         layer's own.
         """
-        q, k, v = self.queries_keys_values(x, num_queries)
+        q, k, v = self.queries_keys_values(x, num_queries, angles)
         is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256
         if attention is not None:
             x = attention @ v
@@ -91,6 +105,43 @@ def attention_matrix(q, k):
     return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(dim=-1)
 
 
+class RotaryPositions(nn.Module):
+    """The positions of DINOv3: angles by which `rotate` turns the queries and keys of patches.
+
+    After that q · k depends on how far apart two patches are, at several scales. This is what
+    replaces position embeddings; nothing is added to the tokens. (Su et al. 2021, RoFormer.)
+    """
+
+    def __init__(self, head_dim: int, base: float = 100.0):
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"heads of width {head_dim}: rotary positions need a multiple of 4")
+        pairs = head_dim // 4  # of numbers that turn with the row; as many turn with the column
+        self.register_buffer("periods", base ** (torch.arange(pairs) / pairs))
+
+    def forward(self, grid: tuple[int, int]):
+        """Angles of the patches on a grid (rows, columns): (rows · columns, d / 2)."""
+        # The centres of the patches are between -1 and 1 on both axes, whatever the grid.
+        row, column = [
+            (torch.arange(side, device=self.periods.device) + 0.5) / side * 2 - 1 for side in grid
+        ]
+        centres = torch.cartesian_prod(row, column)  # (patches, 2)
+        angles = 2 * math.pi * centres[..., None] / self.periods  # (patches, 2, d / 4)
+        return angles.flatten(1)
+
+
+def rotate(x, angles):
+    """Turn pairs of numbers of x (B, heads, N, d) by angles (1 or B, N, d / 2).
+
+    The pairs are the first number with the one in the middle, the second with the next, and so on.
+    """
+    cos = angles.cos()[:, None]
+    sin = angles.sin()[:, None]
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, applied to every token."""
 
@@ -107,18 +158,21 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: tokens (B, N, dim) to the first `num_queries` of them.
 
-    All N tokens are attended to. `attention` is that of `Attention.forward`.
+    All N tokens are attended to. `attention` and `angles` are those of `Attention.forward`.
     """
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int):
+    def __init__(
+        self, dim: int, heads: int, hidden_dim: int, norm_eps: float = 1e-6, rotary: bool = False
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, heads, rotary)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, hidden_dim)
 
-    def forward(self, x, num_queries: int | None = None, attention=None):
-        x = x[:, :num_queries] + self.attn(self.norm1(x), num_queries, attention)  # None: all
+    def forward(self, x, num_queries: int | None = None, attention=None, angles=None):
+        mixed = self.attn(self.norm1(x), num_queries, attention, angles)
+        x = x[:, :num_queries] + mixed  # None: all
         return x + self.mlp(self.norm2(x))
 
 
@@ -161,13 +215,19 @@ class VisionTransformer(nn.Module):
         dim = shape.dim
         self.patch_embed = PatchEmbed(shape.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
+        if shape.rotary:
+            self.rope_embed = RotaryPositions(dim // shape.heads)  # DINOv3's name
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
+        hidden_dim = shape.mlp_ratio * dim
         self.blocks = nn.ModuleList(
-            Block(dim, shape.heads, shape.mlp_ratio * dim) for _ in range(shape.depth)
+            Block(dim, shape.heads, hidden_dim, shape.norm_eps, shape.rotary)
+            for _ in range(shape.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=shape.norm_eps)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if not shape.rotary:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         init_weights(self, init_std)
         if shape.registers:
             self.register_tokens = nn.Parameter(torch.empty(1, shape.registers, dim))
@@ -202,41 +262,66 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"image size {height}×{width} is not a multiple of the patch size {patch_size}"
             )
+        patches = self.patch_embed(images)  # (B, dim, rows, columns)
+        grid = patches.shape[2:]
+        patches = patches.flatten(2).mT  # (B, rows · columns, dim)
+        cls = self.cls_token
+        if not self.shape.rotary:
+            cls = cls + self.pos_embed[:, :1]
+            patches = patches + self.interpolate_pos_encoding(grid)
+
         batch = len(images)
-        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)]
+        tokens = [cls.expand(batch, -1, -1)]
         if self.shape.registers:
             tokens.append(self.register_tokens.expand(batch, -1, -1))  # they have no position
-
-        patches = self.patch_embed(images)  # (B, dim, rows, columns)
-        positions = self.interpolate_pos_encoding(patches.shape[2:])
-        patches = patches.flatten(2).mT + positions  # (B, rows · columns, dim)
         if keep is not None:
             patches = patches.take_along_dim(keep[..., None], dim=1)
         return torch.cat([*tokens, patches], dim=1)
 
+    def rotary_angles(self, images, keep=None):
+        """The angles of the tokens that `prepare_tokens` makes: (1 or B, N, d / 2).
+
+        Every block of a rotary network needs them beside its tokens. They are 0 for [CLS] and
+        registers. None if the network is not rotary.
+        """
+        if not self.shape.rotary:
+            return None
+        height, width = images.shape[-2:]
+        grid = (height // self.shape.patch_size, width // self.shape.patch_size)
+        angles = self.rope_embed(grid)[None]  # (1, rows · columns, d / 2)
+        if keep is not None:
+            angles = angles.take_along_dim(keep[..., None], dim=1)  # (B, k, d / 2)
+        return F.pad(angles, (0, 0, 1 + self.shape.registers, 0))
+
     def before_last_block(self, images, keep=None):
         """Images (B, 3, H, W), normalized, to the input of the last block, (B, N, dim)."""
         x = self.prepare_tokens(images, keep)
+        angles = self.rotary_angles(images, keep)
         for block in self.blocks[:-1]:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_blocks else block(x)
+            if self.checkpoint_blocks:
+                x = checkpoint(block, x, angles=angles, use_reentrant=False)
+            else:
+                x = block(x, angles=angles)
         return x
 
-    def last_feature(self, x, attention=None):
+    def last_feature(self, x, attention=None, angles=None):
         """The last block's input (B, N, dim) to the feature of [CLS], (B, dim).
 
         An experiment may put another `attention` (B, heads, 1, N) in place of the last block's own.
         """
-        x = self.blocks[-1](x, num_queries=1, attention=attention)  # only [CLS] is read
+        # only [CLS] is read
+        x = self.blocks[-1](x, num_queries=1, attention=attention, angles=angles)
         return self.norm(x)[:, 0]
 
     def forward(self, images, keep=None):
         """Images (B, 3, H, W), normalized, to the feature of [CLS], (B, dim)."""
-        return self.last_feature(self.before_last_block(images, keep))
+        x = self.before_last_block(images, keep)
+        return self.last_feature(x, angles=self.rotary_angles(images, keep))
 
-    def last_attention(self, x, num_queries: int | None = None):
+    def last_attention(self, x, num_queries: int | None = None, angles=None):
         """The last block's input (B, N, dim) to its attention (B, heads, num_queries, N)."""
         last = self.blocks[-1]
-        q, k, _ = last.attn.queries_keys_values(last.norm1(x), num_queries)
+        q, k, _ = last.attn.queries_keys_values(last.norm1(x), num_queries, angles)
         return attention_matrix(q, k)
 
     def get_last_selfattention(self, images, num_queries: int | None = None):
@@ -245,7 +330,8 @@ class VisionTransformer(nn.Module):
         Every row sums to 1 over all tokens: [CLS], registers, patches row by row. `num_queries` = 1
         gives the row of [CLS] alone. Images are (B, 3, H, W), normalized.
         """
-        return self.last_attention(self.before_last_block(images), num_queries)
+        x = self.before_last_block(images)
+        return self.last_attention(x, num_queries, self.rotary_angles(images))
 
 
 def init_weights(network: nn.Module, std: float):
@@ -339,6 +425,8 @@ def build_network(config: Config) -> nn.Sequential:
         mlp_ratio=config.mlp_ratio,
         registers=config.registers,
         antialias=config.antialias,
+        norm_eps=config.norm_eps,
+        rotary=config.rotary,
     )
     backbone = VisionTransformer(shape, config.init_std)
     backbone.checkpoint_blocks = config.checkpoint_blocks

@@ -6,20 +6,22 @@ out the shape, and says what it had to assume. What the network of vit.py does n
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
 import sys
 import zipfile
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import VisionTransformer, ViTShape
+from settings import EARLIER, Config
+from vit import RotaryPositions, VisionTransformer, ViTShape
 
 # DINO's published backbones by the names of its hub; `dino` is the paper's ViT-S/8.
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}/{0}.pth"
@@ -31,46 +33,45 @@ DINO_FILES = {
     "dino_vitb16": "dino_vitbase16_pretrain",
 }
 # What other libraries call DINO's parameters: (pattern, DINO's name). All of them are applied to
-# every name, one after another, while the prefix of the network is still in front of it.
+# every name, one after another, after the prefix of the network was taken away.
 DINO_NAMES = [
-    # torch.compile
-    (r"_orig_mod\.", ""),
-    # DINOv2, which trains its blocks in chunks, and timm
-    (r"blocks\.\d+\.(\d+)", r"blocks.\1"),
-    (r"reg_token$", "register_tokens"),
-    # Hugging Face
-    (r"\bencoder.layer.", "blocks."),
-    (r"\bembeddings.", ""),
-    (r"patch_embeddings.projection", "patch_embed.proj"),
-    (r"position_embeddings", "pos_embed"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"layernorm", "norm"),
-    (r"attention.output.dense", "attn.proj"),
-    (r"attention.attention", "attn"),
-    (r"intermediate.dense", "mlp.fc1"),
-    (r"output.dense", "mlp.fc2"),
-    # LayerScale, in DINOv2, timm and Hugging Face
-    (r"layer_scale", "ls"),
-    (r"\bls1.\w+", "attn.proj.gamma"),
-    (r"\bls2.\w+", "mlp.fc2.gamma"),
+    # Hugging Face, in its files and as transformers 5 has them in memory
+    (r"^embeddings\.", ""),
+    (r"^(encoder\.|model\.)?layers?\.(?=\d)", "blocks."),
+    (r"^patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^position_embeddings$", "pos_embed"),
+    (r"\blayernorm_before\.", "norm1."),
+    (r"\blayernorm_after\.", "norm2."),
+    (r"^layernorm\.", "norm."),
+    (r"\battention\.attention\.([qkv])[a-z]+\.", r"attn.\1."),
+    (r"\battention\.([qkv])_proj\.", r"attn.\1."),
+    (r"\battention\.(output\.dense|o_proj)\.", "attn.proj."),
+    (r"\b(intermediate\.dense|mlp\.up_proj)\.", "mlp.fc1."),
+    (r"\b(output\.dense|mlp\.down_proj)\.", "mlp.fc2."),
+    # DINOv2 and DINOv3, which train their blocks in chunks, and timm
+    (r"^blocks\.\d+\.(?=\d)", "blocks."),
+    (r"^(reg_token|storage_tokens)$", "register_tokens"),
+    (r"\battn\.([qv])_bias$", r"attn.\1.bias"),
+    # LayerScale
+    (r"\b(ls1\.gamma|layer_scale1\.lambda1|gamma_1)$", "attn.proj.gamma"),
+    (r"\b(ls2\.gamma|layer_scale2\.lambda1|gamma_2)$", "mlp.fc2.gamma"),
 ]
-# What a network is wrapped in: keys of a file that hold another dict, or prefixes of the names of
-# the parameters. Other keys are not searched.
-WRAPPERS = (
-    # self-supervised learning: a network with its moving average
-    r"((teacher|student|momentum|base)_)?(encoder|backbone)|teacher|student|momentum"
-    # training loops, DistributedDataParallel, Lightning
-    r"|(state_dict|model)(_ema)?|model_state_dict|module|net"
-    # Hugging Face
-    r"|vit|dinov2(_with_registers)?"
-)
+# The token that every network has. What stands before it is the prefix of all its names.
+CLS_TOKEN = r"(?s)(|.*?\.)(embeddings\.)?cls_token"
 # Parts of a network that attention does not need, a pattern.
 LEFT_OUT = r"\w*(head|decoder|predictor|projector|classifier|criterion)|mask|fc_norm|pooler"
+LEFT_OUT += r"|local_cls_norm"
 # Of several networks in a file, one that is a moving average is taken: a pattern of its prefix.
-AVERAGE_NAMES = r"teacher|momentum|_ema"
-MAX_DICTS = 9  # nested dicts that are searched for weights; a hostile file may have any number
-REQUIRED = {"cls_token", "pos_embed", "patch_embed.proj.weight"}
+AVERAGE_NAMES = r"(?<![a-z])(teacher|momentum|target|ema|swa|shadow|avg|averaged?)(?![a-z])"
+# Keys that hold no network, but perhaps copies of its tensors.
+NOT_SEARCHED = r"\w*(optim|sched|scaler|loops|callbacks)\w*"
+MAX_DICTS = 30  # nested dicts that are searched for weights; a hostile file may have any number
+REQUIRED = {"cls_token", "patch_embed.proj.weight"}  # and positions
+# MLPs with a gate (SwiGLU): DINOv2's, DINOv3's, timm's and Hugging Face's names.
+GATED_MLP = r"blocks\.\d+\.mlp\.(w12|w1|fc1_g|gate_proj|weights_in)\b"
+# What save_pretrained of Hugging Face writes into a folder, beside config.json.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+LONGEST_REASON = 120  # characters of a refusal
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class PublishedHeads:
 
 PUBLISHED_HEADS = [
     PublishedHeads("(base|momentum)_encoder", 384, 12),  # MoCo v3's ViT-S
+    PublishedHeads("", 1152, 16),  # ViT-SO400M
     PublishedHeads("", 1280, 16),  # ViT-H
     PublishedHeads("", 1408, 16),  # ViT-g
     PublishedHeads("", 1664, 16),  # ViT-G
@@ -97,6 +99,7 @@ class LoadedWeights:
     backbone: VisionTransformer
     content: dict  # all that the file holds
     description: str  # which of the file's networks it is, and what was assumed
+    is_ours: bool  # whether it is a checkpoint of train.py
 
 
 # ------------------------------------------------------------------------------ reading the file
@@ -197,117 +200,419 @@ def check_zip(path: str):
             raise ValueError("a record's CRC is wrong, or it is compressed")
 
 
+# ------------------------------------------------------------------------ folders, and our own files
+
+
+def file_in_folder(folder: str) -> str | None:
+    """The weights in a folder of Hugging Face's, or None if there are none."""
+    for name in FOLDER_FILES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
+    return None
+
+
+def read_hugging_face_config(path: str) -> dict:
+    """What config.json says of the weights beside it; empty if there is none.
+
+    Raises ValueError if it says what a ViT of vit.py is not.
+    """
+    config_path = os.path.join(os.path.dirname(path), "config.json")
+    if os.path.basename(path) not in FOLDER_FILES or not os.path.isfile(config_path):
+        return {}
+    try:
+        with open(config_path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:  # text that is not UTF-8 is a ValueError too
+        raise ValueError(f"{config_path} cannot be read ({one_line(error)[:60]})") from error
+    config = config if isinstance(config, dict) else {}
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise ValueError(f"config.json: hidden_act {activation}; only gelu can be read")
+    return config
+
+
+def number_in(config: dict, name: str, default):
+    """A positive number in config.json, or `default`. Raises ValueError for anything else."""
+    value = config.get(name, default)
+    if value is default:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name} is no positive number")
+    return value
+
+
+def grid_in(config: dict, tokens: int) -> tuple[int, int] | None:
+    """The grid of the positions that config.json tells, if it is that of so many tokens."""
+    size = config.get("image_size")
+    patch_size = config.get("patch_size")
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    if not all(type(side) is int and side > 0 for side in (height, width, patch_size)):
+        return None
+    rows, columns = height // patch_size, width // patch_size
+    return (rows, columns) if tokens in (rows * columns, rows * columns + 1) else None
+
+
+def is_own_checkpoint(content) -> bool:
+    """Whether a file has all that train.py writes, whatever else it has.
+
+    Other programs use some of our keys for other things. A config that has most of our settings is
+    ours; if it lacks some it is damaged, and `settings.config_from_checkpoint` names them.
+    """
+    if not isinstance(content, dict):
+        return False
+    config = content.get("config")
+    is_complete = (
+        isinstance(config, dict)
+        and isinstance(content.get("teacher"), dict)
+        and isinstance(content.get("epoch"), int)
+        and isinstance(content.get("metrics"), list)
+    )
+    if not is_complete or not all(isinstance(line, dict) for line in content["metrics"]):
+        return False
+    needed = {entry.name for entry in fields(Config)} - EARLIER.keys()
+    return 2 * len(needed & config.keys()) > len(needed)
+
+
 # --------------------------------------------------------------------------------- any ViT's names
 
 
 def load_backbone(
     source: str, heads: int | None = None, grid: tuple[int, int] | None = None
 ) -> LoadedWeights:
-    """The ViT that `source` holds, which is a name of DINO_FILES or a file.
+    """The ViT that `source` holds: a name of DINO_FILES, a file, or a folder of Hugging Face's.
 
     If the file holds a student and a teacher, the teacher is taken. Shapes tell neither the number
-    of heads nor the grid (rows, columns) of the positions. What the file does not say is taken from
-    `heads` and `grid`, or assumed; the description says which.
+    of heads nor the grid (rows, columns) of the positions. They are `heads` and `grid`, or else
+    what the file says, or else assumed; the description says which. Checkpoints of train.py say
+    both, so `heads` and `grid` are ignored there.
 
     Raises ValueError or OSError for anything but the finite weights of one ViT.
     """
-    path = download_dino(source) if source in DINO_FILES else source
+    path = source
+    if source in DINO_FILES:
+        path = download_dino(source)
+    elif os.path.isdir(source):
+        path = file_in_folder(source) or source
     content = read_checkpoint(path)
     try:
-        networks = find_networks(content)
-        prefix = choose_network(networks, content)
-        weights = networks[prefix]
-        if sum(value.nbytes for value in weights.values()) > os.path.getsize(path):
-            raise ValueError("its tensors are larger than the file")
-        fuse_queries_keys_values(weights)
-        has_layer_scale = fold_layer_scale(weights)
-        pad_positions(weights, grid)
-
-        config = content.get("config") or {}  # of a run of train.py
-        known_heads = config.get("heads") or heads or published_heads(weights, prefix)
-        # DINOv2 with registers has LayerScale too, and interpolates with antialiasing.
-        is_dinov2_with_registers = "register_tokens" in weights and has_layer_scale
-        antialias = config.get("antialias", is_dinov2_with_registers)
-        shape = infer_shape(weights, known_heads, grid, antialias)
-        backbone = build_backbone(weights, shape)
-    except Exception as error:  # of many kinds, depending on what the file holds instead
+        return backbone_of(content, path, heads, grid, is_dino=source in DINO_FILES)
+    except Exception as error:
+        # Our own errors are ValueErrors. What torch raises for a hostile file, whose tensors have
+        # other shapes than a ViT's, says nothing to a reader.
+        reason = "the shapes of its tensors are not those of a ViT"
+        if isinstance(error, ValueError):
+            reason = one_line(error)
+        if len(reason) > LONGEST_REASON:
+            reason = reason[: LONGEST_REASON - 1] + "…"
         raise ValueError(
             f"{path}: unsupported checkpoint; the README lists the layouts that can be read "
-            f"({one_line(error)[:300]})"
+            f"({reason})"
         ) from error
 
-    is_known = "heads" in config or source in DINO_FILES
-    description = describe_network(prefix, networks)
+
+def backbone_of(
+    content, path: str, heads: int | None, grid: tuple[int, int] | None, is_dino: bool
+) -> LoadedWeights:
+    """The ViT in what `read_checkpoint` gave; the arguments are those of `load_backbone`.
+
+    `is_dino` says that it is a file of DINO's, so that nothing needs to be assumed. Raises
+    ValueError for what is no ViT, or is one that vit.py does not have.
+    """
+    tensors = find_tensors(content if isinstance(content, dict) else {})
+    networks = find_networks(tensors)
+    prefix = choose_network(networks, tensors)
+    weights = networks[prefix]
+    is_rotary = has_dinov3_positions(weights)
+    check_tensors(weights, path)
+    is_ours = is_own_checkpoint(content)
+    config = content["config"] if is_ours else {}
+    hugging_face = read_hugging_face_config(path)
+    if is_ours:
+        heads = grid = None
+
+    # Bring the weights to the layers of vit.py.
+    is_deit3 = any(re.fullmatch(rf"{re.escape(prefix)}.*\.gamma_1", name) for name in tensors)
+    is_deit3 = is_deit3 and not is_rotary
+    fuse_queries_keys_values(weights)
+    has_layer_scale = fold_layer_scale(weights)
+    known_grid = grid
+    if not is_rotary:
+        known_grid = grid or grid_in(hugging_face, weights["pos_embed"].shape[1])
+        pad_positions(weights, known_grid)
+    elif grid:
+        raise ValueError("--grid: its positions are rotary, so they have no grid")
+
+    # Work out what shapes do not tell.
+    known_heads = config.get("heads") or heads or number_in(hugging_face, "num_attention_heads", 0)
+    known_heads = known_heads or published_heads(weights, prefix)
+    if is_rotary:
+        known_heads = heads_of_periods(weights) or known_heads
+        if heads and heads != known_heads:
+            raise ValueError(f"--heads {heads}: its rotary positions are those of {known_heads}")
+    # DINOv2 with registers has LayerScale too, and interpolates with antialiasing.
+    is_dinov2_with_registers = "register_tokens" in weights and has_layer_scale and not is_rotary
+    usual_eps = 1e-5 if is_rotary else 1e-6
+    if any(name.startswith(prefix) and "layernorm_before" in name for name in tensors):
+        usual_eps = 1e-12  # Hugging Face's ViT
+    shape = infer_shape(
+        weights,
+        known_heads,
+        known_grid,
+        antialias=config.get("antialias", is_dinov2_with_registers),
+        norm_eps=config.get("norm_eps", number_in(hugging_face, "layer_norm_eps", usual_eps)),
+    )
+    pad_mlps(weights, shape)
+    if is_rotary and "rope_embed.periods" not in weights:
+        base = number_in(hugging_face, "rope_theta", 100.0)
+        positions = RotaryPositions(shape.dim // shape.heads, base)
+        weights["rope_embed.periods"] = positions.periods
+    has_norm = "norm.weight" in weights
+    backbone = build_backbone(weights, shape)
+    if is_deit3:
+        check_deit3(content, path, prefix)
+
+    # Say what was read, and what was assumed.
+    description = describe_network(prefix, networks, content)
     description += f", {shape.heads} heads"
-    if not (known_heads or is_known):
+    if not (known_heads or is_dino):
         description += " (assumed; override with --heads)"
-    description += ", grid {}×{}".format(*backbone.grid)
-    if not (grid or is_known):
-        description += " (assumed; override with --grid)"
-    if "norm.weight" not in weights:
+    if is_rotary:
+        description += ", rotary positions"
+    else:
+        description += ", grid {}×{}".format(*backbone.grid)
+        if not (known_grid or is_dino or is_ours):
+            description += " (assumed; override with --grid)"
+    if is_deit3:
+        description += ", taken for DeiT III (rotary positions would not be in the file)"
+    if f"{prefix}fc_norm.weight" in tensors:
+        description += ", trained on the mean of its patches (fc_norm) and not on [CLS]"
+    if not has_norm:
         description += ", no final norm, so a new one is used"
-    return LoadedWeights(backbone, content, description)
+    return LoadedWeights(backbone, content, description, is_ours)
 
 
 def find_tensors(content: dict) -> dict:
-    """All tensors of a file, {name: tensor}, those in nested dicts with the keys before the name.
-
-    Only dicts under the keys of WRAPPERS are searched.
-    """
+    """All tensors of a file, {name: tensor}, those in nested dicts with the keys before the name."""
     tensors = {}
     queue = deque([("", content)])
-    searched = 0
-    while queue and searched < MAX_DICTS:
+    searched = []
+    while queue and len(searched) < MAX_DICTS:
         prefix, part = queue.popleft()
-        searched += 1
+        if any(part is other for other in searched):  # a dict may hold itself
+            continue
+        searched.append(part)
         for key, value in part.items():
+            name = f"{prefix}{key}".replace("_orig_mod.", "")  # of torch.compile
             if isinstance(value, torch.Tensor):
-                tensors[f"{prefix}{key}"] = value
-            elif isinstance(value, dict) and re.fullmatch(WRAPPERS, str(key)):
+                tensors[name] = value
+            elif isinstance(value, dict) and not re.fullmatch(NOT_SEARCHED, str(key)):
                 queue.append((f"{prefix}{key}.", value))
     return tensors
 
 
-def find_networks(content: dict) -> dict:
-    """The networks in a file: {prefix: {DINO's name: tensor}}, such as {"teacher.backbone.": …}."""
+def find_networks(tensors: dict) -> dict:
+    """The networks among tensors: {prefix: {DINO's name: tensor}}, such as {"teacher.backbone.": …}.
+
+    A prefix is what stands before cls_token. A tensor belongs to the network with the longest
+    prefix that its name begins with. Heads, decoders and the like are left out.
+    """
+    prefixes = {match[1] for name in tensors if (match := re.fullmatch(CLS_TOKEN, name))}
     networks = {}
-    for name, tensor in find_tensors(content).items():
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        beginnings = ["".join(f"{part}." for part in parts[:end]) for end in range(len(parts))]
+        prefix = max((one for one in beginnings if one in prefixes), key=len, default=None)
+        if prefix is None or any(re.match(LEFT_OUT, part) for part in prefix.split(".")):
+            continue
+        name = name.removeprefix(prefix)
+        if re.match(LEFT_OUT, name.removeprefix("embeddings.")):
+            continue
         for pattern, dino_name in DINO_NAMES:
             name = re.sub(pattern, dino_name, name)
-        prefix = re.match(rf"(({WRAPPERS})\.)*", name)[0]
-        name = name.removeprefix(prefix)
-        if not re.match(LEFT_OUT, name):
-            networks.setdefault(prefix, {})[name] = tensor
+        network = networks.setdefault(prefix, {})
+        if name in network:
+            raise ValueError(f"{prefix}{name} is there under two names")
+        network[name] = tensor
     return networks
 
 
-def choose_network(networks: dict, content: dict) -> str:
+def is_complete(weights: dict) -> bool:
+    """Whether a network has all that a ViT has outside of its blocks, except for the last norm."""
+    has_positions = "pos_embed" in weights or has_dinov3_positions(weights)
+    return has_positions and weights.keys() >= REQUIRED
+
+
+def choose_network(networks: dict, tensors: dict) -> str:
     """The prefix of the ViT to take; a moving average, if there is one. ValueError if none is."""
-    candidates = [prefix for prefix in networks if REQUIRED <= networks[prefix].keys()]
-    if not candidates:
-        keys = list(find_tensors(content)) or list(content)
-        keys = ", ".join(str(key) for key in keys[:8])
-        raise ValueError(f"no {', '.join(sorted(REQUIRED))} among its keys: {keys}, …")
-    averages = [prefix for prefix in candidates if re.search(AVERAGE_NAMES, prefix)]
-    return averages[0] if averages else candidates[0]
+    candidates = [prefix for prefix, weights in networks.items() if is_complete(weights)]
+    averages = [prefix for prefix in candidates if re.search(AVERAGE_NAMES, prefix.lower())]
+    if candidates:
+        return averages[0] if averages else candidates[0]
+    if networks:
+        prefix, weights = max(networks.items(), key=lambda item: len(item[1]))
+        missing = sorted(REQUIRED - weights.keys())
+        other_positions = ""
+        if "pos_embed" not in weights and not has_dinov3_positions(weights):
+            missing.append("pos_embed")
+            other_positions = ", nor DINOv3's rotary positions"
+        raise ValueError(f"no {', '.join(missing)} beside {prefix}cls_token{other_positions}")
+    keys = ", ".join(str(key) for key in list(tensors)[:4]) or "no tensors"
+    missing = ["cls_token"]
+    for part, pattern in (("patch_embed", "patch_embed"), ("pos_embed", "pos(ition)?_embed")):
+        if not any(re.search(pattern, name) for name in tensors):
+            missing.append(part)
+    raise ValueError(f"no {', '.join(missing)} among its keys: {keys}, …")
 
 
-def describe_network(chosen: str, networks: dict) -> str:
+def describe_network(chosen: str, networks: dict, content: dict) -> str:
     """Which of a file's networks was taken, and which were not."""
     others = [
-        prefix for prefix in networks if prefix != chosen and REQUIRED <= networks[prefix].keys()
+        prefix[:-1] or "weights"
+        for prefix, weights in networks.items()
+        if prefix != chosen and is_complete(weights)
     ]
+    # A moving average may be stored in a way that is not read, such as a list without names.
+    for key, value in content.items():
+        is_average = re.search(AVERAGE_NAMES, str(key).lower()) and holds_tensors(value)
+        is_told = any(prefix.startswith(f"{key}.") for prefix in networks)
+        if is_average and not is_told and not re.match(LEFT_OUT, str(key)):
+            others.append(str(key))
     description = chosen[:-1] or "weights"
     if others:
-        description += f" (not {', '.join(prefix[:-1] or 'weights' for prefix in others)})"
-    return description
+        shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        description += f" (not {shown})"
+    return one_line(description)[:LONGEST_REASON]
+
+
+def holds_tensors(value) -> bool:
+    """Whether a dict or list holds a tensor, at most two levels deep."""
+    for _ in range(2):
+        values = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, (dict, list)):
+            return False
+        if any(isinstance(item, torch.Tensor) for item in values):
+            return True
+        value = [
+            item
+            for part in values
+            if isinstance(part, (dict, list))
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
+    return any(isinstance(item, torch.Tensor) for item in value)
+
+
+# ------------------------------------------------------------------------- to the layers of vit.py
+
+
+def check_tensors(weights: dict, path: str):
+    """Raise ValueError for tensors that are no plain numbers, that the file cannot hold, or that
+    vit.py has no layers for.
+    """
+    if weights.get("register_tokens", torch.ones(1)).numel() == 0:
+        del weights["register_tokens"]  # Hugging Face's way to say that there are none
+    for name, value in weights.items():
+        is_plain = value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+        if not (is_plain and value.is_floating_point() and value.numel()):
+            raise ValueError(f"{name} is empty, or holds no plain floating-point numbers")
+    if sum(value.nbytes for value in weights.values()) > os.path.getsize(path):
+        raise ValueError("its tensors are larger than the file")
+    gated = [name for name in weights if re.match(GATED_MLP, name)]
+    fc1 = weights.get("blocks.0.mlp.fc1.weight")
+    fc2 = weights.get("blocks.0.mlp.fc2.weight")
+    if fc1 is not None and fc2 is not None and len(fc1) == 2 * fc2.shape[-1]:
+        gated.append("blocks.0.mlp.fc1.weight")  # both halves in one layer: timm's DINOv2 ViT-g
+    if gated:
+        raise ValueError(
+            f"{gated[0]}: MLPs with a gate (SwiGLU) cannot be read, such as those of DINOv3's S+, "
+            f"H+ and 7B"
+        )
+    has_shapes = (
+        weights["cls_token"].ndim == 3
+        and weights.get("pos_embed", weights["cls_token"]).ndim == 3
+        and weights["patch_embed.proj.weight"].ndim == 4
+    )
+    if not has_shapes:
+        raise ValueError("cls_token, pos_embed or patch_embed.proj.weight has another shape")
+
+
+def check_deit3(content: dict, path: str, prefix: str):
+    """Raise ValueError if a network with gamma_1 in its blocks may not be DeiT III.
+
+    timm's and naver-ai's ViTs with rotary positions beside the stored ones (rope_ape) have the same
+    names and shapes, and their rotary positions are in no file. DeiT III's own code saves its
+    weights under "model", timm's does not.
+    """
+    arguments = content.get("args")
+    texts = [os.path.basename(path), content.get("arch"), getattr(arguments, "model", None)]
+    is_rope = any("rope" in str(text) for text in texts)
+    if is_rope or not prefix.startswith("model"):
+        raise ValueError(
+            'gamma_1: rotary positions may be missing; if it is DeiT III, save it under "model"'
+        )
+
+
+def has_dinov3_positions(weights: dict) -> bool:
+    """Whether a network is DINOv3, whose rotary positions follow from a formula.
+
+    Meta's files have the periods. In others DINOv3 differs from other ViTs with rotary positions in
+    its registers, and in keys that have no bias.
+    """
+    if "pos_embed" in weights:
+        return False
+    keys_have_bias = weights.keys() & {"blocks.0.attn.qkv.bias", "blocks.0.attn.k.bias"}
+    is_dinov3 = "register_tokens" in weights and not keys_have_bias
+    return "rope_embed.periods" in weights or is_dinov3
+
+
+def heads_of_periods(weights: dict) -> int | None:
+    """The number of heads that rotary positions in a file are for, or None if there are none.
+
+    A quarter of a head's numbers turn with the row, and each of these has its own period.
+    """
+    if "rope_embed.periods" not in weights:
+        return None
+    return max(1, weights["cls_token"].shape[-1] // (4 * weights["rope_embed.periods"].numel()))
+
+
+def block_prefixes(weights: dict) -> list[str]:
+    """The prefixes of the blocks' names, such as "blocks.0."."""
+    return sorted({match[0] for name in weights if (match := re.match(r"blocks\.\d+\.", name))})
 
 
 def fuse_queries_keys_values(weights: dict):
-    """Replace Hugging Face's query, key and value by the qkv that is one linear layer, in place."""
-    for name in [name for name in weights if ".attn.query." in name]:
-        parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        weights[name.replace("query", "qkv")] = torch.cat(parts)
+    """Give every block one linear layer qkv with a bias, in place.
+
+    Hugging Face has three layers. DINOv3 has no bias for its keys, or masks it, which is the same
+    as a bias of zero. Some ViTs of timm have no bias at all (qkv_bias=False).
+    """
+    blocks = block_prefixes(weights)
+    for block in blocks:
+        layer = f"{block}attn."
+        parts = [weights.pop(f"{layer}{part}.weight", None) for part in "qkv"]
+        if any(part is not None for part in parts):
+            for part, weight in zip("qkv", parts):
+                if weight is None:
+                    raise ValueError(f"no {layer}{part}.weight")
+            weights[f"{layer}qkv.weight"] = torch.cat(parts)
+
+        biases = [weights.pop(f"{layer}{part}.bias", None) for part in "qkv"]
+        given = [bias for bias in biases if bias is not None]
+        if given:
+            is_beit = "pos_embed" in weights and len(given) < 3  # or EVA; their blocks are others
+            if is_beit:
+                raise ValueError(f"{layer}q_bias: not a part of the ViT here")
+            biases = [torch.zeros_like(given[0]) if bias is None else bias for bias in biases]
+            weights[f"{layer}qkv.bias"] = torch.cat(biases)
+        mask = weights.pop(f"{layer}qkv.bias_mask", None)
+        if mask is not None:
+            weights[f"{layer}qkv.bias"] = weights[f"{layer}qkv.bias"] * mask
+
+    if not any(f"{block}attn.qkv.bias" in weights for block in blocks):
+        for block in blocks:
+            weight = weights.get(f"{block}attn.qkv.weight")
+            if weight is not None:
+                weights[f"{block}attn.qkv.bias"] = weight.new_zeros(len(weight))
 
 
 def fold_layer_scale(weights: dict) -> bool:
@@ -315,11 +620,13 @@ def fold_layer_scale(weights: dict) -> bool:
 
     Returns whether there was any.
     """
-    scales = [name for name in weights if name.endswith(".gamma")]
+    scales = [name for name in weights if name.endswith((".attn.proj.gamma", ".mlp.fc2.gamma"))]
     for name in scales:
         scale = weights.pop(name).float()
         for part in ("weight", "bias"):
             layer = name.replace("gamma", part)
+            if layer not in weights:
+                raise ValueError(f"no {layer}")
             weights[layer] = torch.einsum("i,i...->i...", scale, weights[layer].float())
     return bool(scales)
 
@@ -327,7 +634,7 @@ def fold_layer_scale(weights: dict) -> bool:
 def pad_positions(weights: dict, grid: tuple[int, int] | None):
     """Give [CLS] a position of zero, in place, where positions are those of the patches alone.
 
-    In timm's DINOv2 the position of [CLS] is part of cls_token.
+    In timm's DINOv2 the position of [CLS] is part of cls_token; in DeiT III it has none.
     """
     tokens = weights["pos_embed"].shape[1]
     patches = math.prod(grid) if grid else math.isqrt(tokens) ** 2
@@ -335,9 +642,34 @@ def pad_positions(weights: dict, grid: tuple[int, int] | None):
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
 
 
+def pad_mlps(weights: dict, shape: ViTShape):
+    """Fill MLPs up to a multiple of the network's width, in place.
+
+    The hidden units that are added have weights of zero on both sides, so they are always zero and
+    no gradient reaches them: the network computes what it did.
+    """
+    hidden_dim = shape.mlp_ratio * shape.dim
+    for block in block_prefixes(weights):
+        first = weights.get(f"{block}mlp.fc1.weight")
+        bias = weights.get(f"{block}mlp.fc1.bias")
+        second = weights.get(f"{block}mlp.fc2.weight")
+        attention = weights.get(f"{block}attn.qkv.weight")
+        if any(value is None for value in (first, bias, second, attention)):
+            continue  # what is missing is named later
+        units = len(first)
+        fits = first.shape[1:] == (shape.dim,) and second.shape == (shape.dim, units)
+        # A layer that is really there is as wide, so a hostile file cannot make us take memory.
+        if not fits or attention.shape != (3 * shape.dim, shape.dim) or units >= hidden_dim:
+            continue
+        missing = hidden_dim - units
+        weights[f"{block}mlp.fc1.weight"] = F.pad(first, (0, 0, 0, missing))
+        weights[f"{block}mlp.fc1.bias"] = F.pad(bias, (0, missing))
+        weights[f"{block}mlp.fc2.weight"] = F.pad(second, (0, missing))
+
+
 def published_heads(weights: dict, prefix: str) -> int | None:
     """The heads of a published ViT whose heads are not 64 wide; None if it is none of them."""
-    dim = weights["pos_embed"].shape[2]
+    dim = weights["cls_token"].shape[2]
     for published in PUBLISHED_HEADS:
         if published.dim == dim and re.search(published.prefix, prefix):
             return published.heads
@@ -345,16 +677,22 @@ def published_heads(weights: dict, prefix: str) -> int | None:
 
 
 def infer_shape(
-    weights: dict, heads: int | None, grid: tuple[int, int] | None, antialias: bool
+    weights: dict,
+    heads: int | None,
+    grid: tuple[int, int] | None,
+    antialias: bool,
+    norm_eps: float,
 ) -> ViTShape:
     """The shape of a ViT with these weights; ValueError if there is none.
 
     Without `heads` they are taken to be 64 wide, without `grid` it is taken to be a square.
     """
-    tokens, dim = weights["pos_embed"].shape[1:]
+    dim = weights["cls_token"].shape[2]
     patch_size = weights["patch_embed.proj.weight"].shape[-1]
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    depth = len(block_prefixes(weights))
     heads = heads or max(1, dim // 64)
+    is_rotary = "pos_embed" not in weights
+    tokens = 2 if is_rotary else weights["pos_embed"].shape[1]
     is_possible = type(heads) is int and min(heads, depth, dim, tokens - 1) > 0
     # A block has 12 tensors, 9 without the biases of its linear layers. A hostile file may name
     # thousands of blocks, and have few tensors for each, to make us build a huge network.
@@ -363,20 +701,25 @@ def infer_shape(
             f"there is no ViT with {depth} blocks, width {dim}, {heads} heads and {tokens} tokens"
         )
 
-    if grid is None:
+    if is_rotary:
+        grid = (14, 14)  # means nothing
+    elif grid is None:
         side = math.isqrt(tokens - 1)
         grid = (side, side)
     rows, columns = grid
     pos_size = (rows * patch_size, columns * patch_size)
+    hidden_dim = len(weights.get("blocks.0.mlp.fc1.weight", ()))
     return ViTShape(
         patch_size=patch_size,
         dim=dim,
         depth=depth,
         heads=heads,
         pos_size=pos_size[0] if rows == columns else pos_size,
-        mlp_ratio=len(weights.get("blocks.0.mlp.fc1.weight", ())) // dim or 4,
+        mlp_ratio=math.ceil(hidden_dim / dim) or 4,
         registers=weights["register_tokens"].shape[1] if "register_tokens" in weights else 0,
         antialias=antialias,
+        norm_eps=norm_eps,
+        rotary=is_rotary,
     )
 
 
@@ -384,24 +727,35 @@ def build_backbone(weights: dict, shape: ViTShape) -> VisionTransformer:
     """A ViT of that shape with these weights in float32; ValueError if they do not fit."""
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims
         backbone = VisionTransformer(shape)
-    if unknown := sorted(weights.keys() - backbone.state_dict().keys()):
+    expected = backbone.state_dict()
+    unknown = sorted(weights.keys() - expected.keys())
+    if unknown:
         raise ValueError(f"{', '.join(unknown[:4])}: not a part of the ViT here")
-    positions = weights["pos_embed"].shape[1] - 1
-    rows, columns = backbone.grid
-    if positions != rows * columns:
-        raise ValueError(
-            f"{positions} positions do not fill a grid of {rows}×{columns}; use --grid RxC"
-        )
     # A file may lack the last norm. Attention does not depend on it; features get an untrained one.
-    new_norm = nn.LayerNorm(weights["cls_token"].numel()).state_dict(prefix="norm.")
-    backbone.load_state_dict(new_norm | weights, strict=True, assign=True)
+    if not weights.keys() & {"norm.weight", "norm.bias"}:
+        weights = weights | nn.LayerNorm(shape.dim).state_dict(prefix="norm.")
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"no {', '.join(missing[:4])}")
+    if not shape.rotary:
+        positions = weights["pos_embed"].shape[1] - 1
+        rows, columns = backbone.grid
+        if positions != rows * columns:
+            raise ValueError(
+                f"{positions} positions do not fill a grid of {rows}×{columns}; use --grid RxC"
+            )
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            found = "×".join(map(str, weights[name].shape))
+            needed = "×".join(map(str, value.shape))
+            raise ValueError(f"{name} is {found} where {needed} is needed")
+    backbone.load_state_dict(weights, strict=True, assign=True)
     for name, value in backbone.float().state_dict().items():
-        if not (value.is_floating_point() and value.isfinite().all()):
-            raise ValueError(f"{name} is complex, NaN or infinite")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is NaN or infinite")
     return backbone
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and printable; its class if it says nothing."""
+def one_line(error) -> str:
+    """What an exception or text says, on one line and printable; its class if it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(filter(str.isprintable, text))

@@ -25,7 +25,7 @@ class MixingBlock(torch.nn.Module):
         super().__init__()
         self.share = share
 
-    def forward(self, x):
+    def forward(self, x, angles=None):
         given = self.share * x[:, 1:]
         cls = x[:, :1] + given.sum(1, keepdim=True)
         return torch.cat([cls, x[:, 1:] - given], dim=1)
@@ -54,7 +54,10 @@ class WeighingNetwork(torch.nn.Module):
             tokens = tokens.take_along_dim(keep, 1)
         return F.pad(tokens, (1, 0))[..., None]
 
-    def last_feature(self, x):
+    def rotary_angles(self, images, keep=None):
+        return None
+
+    def last_feature(self, x, angles=None):
         total = x.sum((1, 2))
         return torch.stack([torch.ones_like(total), total], dim=-1)
 

@@ -142,6 +142,16 @@ def test_networks_that_would_be_slow_do_not_run_in_the_page(monkeypatch):
     assert not explorer.runs_in_page([model.backbone], [*example, *photographs(1, (35, 28))])
 
 
+def test_networks_with_rotary_positions_do_not_run_in_the_page():
+    """The page's own program does not know them, so it shows what was computed here."""
+    model = small_model(rotary=True)
+    examples = gallery.example_images(model, 1)
+    assert not explorer.runs_in_page([small_model().backbone, model.backbone], examples)
+    content = content_of(model, examples, ["attention"])
+    assert content["epochs"][0]["net"] is None
+    assert content["epochs"][0]["pictures"][0]["attention"] is not None
+
+
 def test_the_epochs_of_a_run_share_the_room_for_weights(monkeypatch):
     model = small_model()
     examples = gallery.example_images(model, 1)

@@ -1,7 +1,8 @@
 """Networks open as they were saved, and are shown pictures that have names and fit the patches."""
 
-import shutil
+import argparse
 import io
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import gallery
 import observe
 import runs
 import views
+import visualize
 import vit
 from data import Split
 from gallery import Example, LookedAt
@@ -145,6 +147,54 @@ def test_an_epoch_after_the_checkpoint_is_left_out(capsys, kept):
     torch.save(checkpoint, kept / "ckpt.pth")
     assert epochs_of(kept) == ["epoch 0", "epoch 1"]
     assert "they are later than the checkpoint, which is of epoch 1" in capsys.readouterr().err
+
+
+def flags_of(flags: str) -> argparse.Namespace:
+    return visualize.parse_args([*flags.split(), "--device", "cpu"])
+
+
+def test_flags_for_weights_of_others_are_refused_for_our_own(tmp_path):
+    """Beside our own, weights of others may need them."""
+    ours = SHIPPED / "same.pth"
+    torch.save(small_vit().state_dict(), tmp_path / "w.pth")
+    for flag, name in [
+        ("--heads 4", "--heads"),
+        ("--grid 4x4", "--grid"),
+        ("--normalise half", "--normalise half"),
+    ]:
+        for command in (f"{ours}", f"{ours} --weights {ours}", f"{ours} --weights none"):
+            with pytest.raises(ValueError, match=f"^{name}: leave it out; it is for weights that"):
+                gallery.open_models(flags_of(f"{command} {flag}"))
+        own, others = gallery.open_models(flags_of(f"{ours} --weights {tmp_path}/w.pth {flag}"))
+        assert own.backbone.shape.heads == 3
+        assert own.backbone.grid == (8, 8)
+        assert others.backbone.shape.heads == (4 if name == "--heads" else 2)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"config": {"heads": 1}},
+        {"config": None},
+        {"epoch": 12, "metrics": {"accuracy": 0.9}},
+        {"config": {"heads": 1}, "epoch": 12, "metrics": [{"validation": 0.9}]},
+    ],
+    ids=str,
+)
+def test_keys_of_ours_in_files_of_others(tmp_path, capsys, beside):
+    """Flags are obeyed, and the file is not taken for a run."""
+    state = small_vit().state_dict()
+    path = tmp_path / "w.pth"
+    torch.save({"teacher": state} | beside, path)
+    (model,) = gallery.open_models(flags_of(f"{path} --heads 4 --normalise half"))
+    assert model.backbone.shape.heads == 4
+    assert model.epoch is None
+    assert model.history is None
+    assert not model.is_measured
+    assert not torch.equal(model.backbone.patch_embed.proj.weight, state["patch_embed.proj.weight"])
+    printed = capsys.readouterr().out
+    assert "4 heads, grid 4×4 (assumed; override with --grid)" in printed
+    assert "pictures normalised with a mean and standard deviation of 0.5" in printed
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -1,15 +1,19 @@
 """The network gives the numbers of facebookresearch/dino, and its parameters have DINO's names."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SHIPPED, config_of
+from helpers import SHIPPED, config_of, start
 from torch import nn
 
+import effects
+import explain
 import settings
+import views
 import vit
 import weights
 from vit import HeadShape, ProjectionHead, VisionTransformer, ViTShape
@@ -289,6 +293,241 @@ def test_attention_in_bfloat16_is_that_of_float32():
     expected = layer(x)
     error = layer.bfloat16()(x.bfloat16()) - expected
     assert error.norm() < 0.03 * expected.norm()
+
+
+# ------------------------------------------------------------------------------- rotary positions
+
+
+def rotary_backbone(**changes) -> VisionTransformer:
+    """A ViT with rotary positions and attention that is far from uniform; heads are 8 wide."""
+    shape = {"rotary": True, "norm_eps": 1e-5, "registers": 2, "depth": 3}
+    backbone = small_backbone(**shape | changes)
+    with torch.no_grad():
+        for block in backbone.blocks:
+            block.attn.qkv.weight.copy_(noise(72, 24, seed=1) / 4)
+            block.attn.qkv.bias.copy_(noise(72, seed=2))
+            block.attn.proj.weight.copy_(noise(24, 24, seed=3) / 4)
+        backbone.patch_embed.proj.weight.mul_(4)
+    return backbone
+
+
+@dataclasses.dataclass
+class Traced:
+    """What `trace` saw."""
+
+    feature: torch.Tensor  # of [CLS], (dim,)
+    attentions: list[torch.Tensor]  # of each block, (heads, N, N)
+    inputs: list[torch.Tensor]  # of each block, (N, dim)
+    passed_on: list[torch.Tensor]  # to token i from j, in each block: (N, N, dim)
+
+
+def trace(backbone: VisionTransformer, image, left_out=(), at_block: int = 0) -> Traced:
+    """A rotary network computed in a second way: one image, one head at a time, complex numbers.
+
+    The patches `left_out` are deleted from the input of a block. Every token carries the angles of
+    its own row and column with it.
+    """
+    patch = backbone.shape.patch_size
+    rows, columns = image.shape[-2] // patch, image.shape[-1] // patch
+    d = backbone.shape.dim // backbone.shape.heads
+    periods = [100 ** (2 * i / (d / 2)) for i in range(d // 4)]
+    tokens = [(backbone.cls_token[0, 0], torch.zeros(d // 2), None)]
+    for register in backbone.register_tokens[0]:
+        tokens.append((register, torch.zeros(d // 2), None))
+    projection = backbone.patch_embed.proj
+    for row in range(rows):
+        for column in range(columns):
+            pixels = image[:, row * patch :, column * patch :][:, :patch, :patch].flatten()
+            token = projection.weight.flatten(1) @ pixels + projection.bias
+            centre = (2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1)
+            angles = [2 * math.pi * side / period for side in centre for period in periods]
+            tokens.append((token, torch.tensor(angles), row * columns + column))
+
+    x = torch.stack([token for token, _, _ in tokens])
+    angles = torch.stack([angle for _, angle, _ in tokens])
+    numbers = [number for _, _, number in tokens]
+    traced = Traced(x, [], [], [])
+    for index, block in enumerate(backbone.blocks):
+        if index == at_block and len(left_out):
+            stay = [position for position, number in enumerate(numbers) if number not in left_out]
+            x = x[stay]
+            angles = angles[stay]
+        traced.inputs.append(x)
+        q, k, v = (block.norm1(x) @ block.attn.qkv.weight.T + block.attn.qkv.bias).chunk(3, -1)
+        turn = torch.polar(torch.ones_like(angles), angles)
+        given = torch.zeros(len(x), len(x), x.shape[-1])
+        attentions = []
+        for head in range(backbone.shape.heads):
+            own = slice(head * d, (head + 1) * d)
+            turned = []
+            for values in (q[:, own], k[:, own]):
+                first, second = values.chunk(2, -1)
+                turned.append(torch.complex(first, second) * turn)
+            products = (turned[0][:, None] * turned[1][None].conj()).real.sum(-1)
+            attention = (products / d**0.5).softmax(-1)
+            attentions.append(attention)
+            out = v[:, own] @ block.attn.proj.weight[:, own].T
+            given = given + attention[..., None] * out[None]
+        traced.attentions.append(torch.stack(attentions))
+        traced.passed_on.append(given)
+        x = x + given.sum(1) + block.attn.proj.bias
+        x = x + block.mlp(block.norm2(x))
+    traced.feature = backbone.norm(x[0])
+    return traced
+
+
+def test_rotary_angles_by_hand():
+    """On 2 × 3 patches the rows are at ±½ and the columns at -⅔, 0, ⅔; periods are 1 and 10."""
+    backbone = rotary_backbone()
+    assert backbone.rope_embed.periods.tolist() == pytest.approx([1, 10])
+    angles = backbone.rotary_angles(torch.zeros(1, 3, 14, 21))[0]
+    assert angles.shape == (1 + 2 + 6, 4)
+    assert angles[:3].abs().max() == 0  # [CLS] and the registers
+    expected = [-math.pi, -math.pi / 10, 4 * math.pi / 3, 4 * math.pi / 30]
+    assert angles[5].tolist() == pytest.approx(expected, abs=1e-6)  # the first row's last patch
+
+    keep = torch.tensor([[4, 0], [2, 2]])
+    kept = backbone.rotary_angles(torch.zeros(2, 3, 14, 21), keep)
+    torch.testing.assert_close(kept[0, 3:], angles[[7, 3]])
+    torch.testing.assert_close(kept[1, 3:], angles[[5, 5]])
+    assert small_backbone().rotary_angles(torch.zeros(1, 3, 14, 21)) is None
+
+
+def test_numbers_turn_in_pairs_that_are_half_a_head_apart():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    turned = vit.rotate(x, torch.tensor([math.pi / 2, math.pi]).view(1, 1, 2))
+    torch.testing.assert_close(turned.flatten(), torch.tensor([-3.0, -2.0, 1.0, -4.0]))
+    assert vit.rotate(x.bfloat16(), torch.ones(1, 1, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("height,width", [(28, 28), (14, 35)])
+def test_a_rotary_network_is_what_it_is_one_token_at_a_time(height, width):
+    backbone = rotary_backbone()
+    images = noise(2, 3, height, width)
+    tokens = 3 + (height // 7) * (width // 7)
+    attention = backbone.get_last_selfattention(images)
+    first_row = backbone.get_last_selfattention(images, num_queries=1)
+    assert attention.shape == (2, 3, tokens, tokens)
+    torch.testing.assert_close(first_row, attention[:, :, :1])
+    for image, feature, of_image in zip(images, backbone(images), attention):
+        traced = trace(backbone, image)
+        torch.testing.assert_close(feature, traced.feature, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(of_image, traced.attentions[-1], atol=1e-5, rtol=1e-5)
+    backbone.checkpoint_blocks = True
+    torch.testing.assert_close(backbone(images)[1], traced.feature, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rotary_network_knows_where_patches_are():
+    """Patches in another order are the same image; in other places they are not."""
+    backbone = rotary_backbone()
+    images = noise(2, 3, 28, 28)
+    order = torch.stack([torch.randperm(16) for _ in range(2)])
+    torch.testing.assert_close(backbone(images, order), backbone(images), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(backbone(images.flip(-2)), backbone(images), atol=1e-2)
+    with pytest.raises(TypeError):  # a caller that forgets the angles does not get a wrong number
+        backbone.last_feature(backbone.prepare_tokens(images))
+
+
+def test_gradients_reach_every_parameter_of_a_rotary_network():
+    backbone = rotary_backbone()
+    assert "pos_embed" not in backbone.state_dict()
+    backbone(noise(2, 3, 28, 28)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in backbone.parameters())
+    with pytest.raises(ValueError, match="width 6: rotary positions need a multiple of 4"):
+        rotary_backbone(heads=4)
+
+
+@torch.no_grad()
+def test_maps_of_a_rotary_network():
+    backbone = rotary_backbone()
+    images = noise(2, 3, 14, 28, seed=3).sigmoid()
+    maps = {name: explain.NETWORK_MAPS[name](backbone, images) for name in explain.NETWORK_MAPS}
+    of_tokens, of_patches = explain.token_attention(backbone, images)
+    for number, image in enumerate(views.normalize(images)):
+        with torch.enable_grad():
+            pixels = images[number].clone().requires_grad_()
+            traced = trace(backbone, views.normalize(pixels[None])[0])
+            unit = F.normalize(traced.feature, dim=0)
+            squares = 0
+            for direction in explain.random_directions(24):
+                (gradient,) = torch.autograd.grad(unit @ direction, pixels, retain_graph=True)
+                squares = squares + gradient.square().sum(0)
+        squares = squares.unflatten(0, (2, 7)).unflatten(-1, (4, 7)).sum((1, 3)).flatten()
+
+        rollout = torch.eye(11)
+        norm_rollout = torch.eye(11)
+        for attention, x, given in zip(traced.attentions, traced.inputs, traced.passed_on):
+            rollout = (attention.mean(0) + torch.eye(11)) / 2 @ rollout
+            norms = (given + torch.eye(11)[..., None] * x[:, None]).norm(dim=-1)
+            norm_rollout = norms / norms.sum(-1, keepdim=True) @ norm_rollout
+        cls_rows = traced.attentions[-1][:, 0, 3:]
+        expected = {
+            "attention": explain.as_maps(cls_rows).mean(0),
+            "rollout": explain.as_maps(rollout[0, 3:]),
+            "norm_rollout": explain.as_maps(norm_rollout[0, 3:]),
+            "squared_gradient": explain.as_maps(squares),
+        }
+        assert maps.keys() == expected.keys()
+        for name, values in expected.items():
+            torch.testing.assert_close(maps[name][number], values, atol=1e-5, rtol=1e-3)
+        all_attention = explain.as_maps(torch.stack(traced.attentions)[..., 3:])
+        torch.testing.assert_close(of_tokens[number], all_attention[:, :, :3], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            of_patches[number], all_attention[-1, :, 3:], atol=1e-5, rtol=1e-3
+        )
+
+
+@torch.no_grad()
+def test_effects_on_a_rotary_network(monkeypatch):
+    """Patches that stay keep their positions, at whichever block the others are left out."""
+    monkeypatch.setattr(effects, "MAX_WINDOWS", 6)  # windows of 2 × 2, and smaller ones at the edge
+    backbone = rotary_backbone()
+    images = noise(2, 3, 21, 28, seed=3).sigmoid()
+    window = effects.window_of_patches((3, 4))
+    found = effects.token_effects(backbone, images, [0, 1, 2])
+    maps = noise(2, 12, seed=4).softmax(-1)
+    most_first, least_first = effects.left_out_cosines(backbone, images, maps)
+    for number, image in enumerate(views.normalize(images)):
+        whole = F.normalize(trace(backbone, image).feature, dim=0)
+        for block in range(3):
+            for each in window.unique():
+                left_out = (window == each).nonzero()[:, 0].tolist()
+                feature = F.normalize(trace(backbone, image, left_out, block).feature, dim=0)
+                effect = (1 - whole @ feature).item()
+                assert found[block, number, each].item() == pytest.approx(effect, abs=1e-5)
+        for curve, order in (
+            (most_first, maps[number].argsort(descending=True)),
+            (least_first, maps[number].argsort()),
+        ):
+            for step in (1, 5, 10):
+                left_out = order[: round(step * 11 / 10)].tolist()
+                feature = F.normalize(trace(backbone, image, left_out).feature, dim=0)
+                cosine = (whole @ feature).item()
+                assert curve[number, step - 1].item() == pytest.approx(cosine, abs=1e-5)
+    assert found.min() > 1e-5
+    assert not torch.allclose(found[0], found[1], rtol=0.1)
+
+    has_ink = torch.ones(2, 12, dtype=torch.bool)
+    direct = effects.direct_effects(backbone, images, has_ink)
+    unit = effects.feature_of(backbone, images)
+    blackened = effects.blackening_effects(backbone, images, has_ink, unit)
+    torch.testing.assert_close(direct[0], blackened, atol=1e-6, rtol=1e-3)
+
+
+def test_a_run_may_start_from_a_rotary_network(tmp_path, few_images):
+    """Its checkpoint has the positions, and all settings that decide what they do."""
+    backbone = rotary_backbone(pos_size=14 * 7)
+    with torch.no_grad():
+        backbone.rope_embed.periods.mul_(1.5)
+    torch.save({"teacher": backbone.state_dict()}, tmp_path / "w.pth")
+    flags = f"--weights {tmp_path}/w.pth --image-size 28 --epochs 1 --heads"
+    assert start(tmp_path / "run", f"{flags} 6") == 2  # the periods are those of 3 heads
+    assert start(tmp_path / "run", f"{flags} 3") == 0
+    loaded = weights.load_backbone(str(tmp_path / "run" / "ckpt.pth"))
+    assert loaded.backbone.shape == backbone.shape
+    periods = loaded.backbone.rope_embed.periods
+    torch.testing.assert_close(periods, backbone.rope_embed.periods)
+    assert "3 heads, rotary positions" in loaded.description
 
 
 # ---------------------------------------------------------------------------- the projection head
