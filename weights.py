@@ -306,8 +306,7 @@ def load_backbone(
         if len(reason) > LONGEST_REASON:
             reason = reason[: LONGEST_REASON - 1] + "…"
         raise ValueError(
-            f"{path}: unsupported checkpoint; the README lists the layouts that can be read "
-            f"({reason})"
+            f"{path}: unsupported checkpoint; the README lists what can be read ({reason})"
         ) from error
 
 
@@ -384,9 +383,9 @@ def backbone_of(
         if not (known_grid or is_dino or is_ours):
             description += " (assumed; override with --grid)"
     if is_deit3:
-        description += ", taken for DeiT III (rotary positions would not be in the file)"
+        description += ", taken for DeiT III, which has no rotary positions"
     if f"{prefix}fc_norm.weight" in tensors:
-        description += ", trained on the mean of its patches (fc_norm) and not on [CLS]"
+        description += ", trained on the mean of its patches (fc_norm), not on [CLS]"
     if not has_norm:
         description += ", no final norm, so a new one is used"
     return LoadedWeights(backbone, content, description, is_ours)
@@ -456,7 +455,10 @@ def choose_network(networks: dict, tensors: dict) -> str:
         if "pos_embed" not in weights and not has_dinov3_positions(weights):
             missing.append("pos_embed")
             other_positions = ", nor DINOv3's rotary positions"
-        raise ValueError(f"no {', '.join(missing)} beside {prefix}cls_token{other_positions}")
+        text = f"no {', '.join(missing)} beside {prefix}cls_token{other_positions}"
+        if len(missing) > 1:  # names of another library
+            text += "; its keys: " + ", ".join(list(weights)[:4])
+        raise ValueError(text)
     keys = ", ".join(str(key) for key in list(tensors)[:4]) or "no tensors"
     missing = ["cls_token"]
     for part, pattern in (("patch_embed", "patch_embed"), ("pos_embed", "pos(ition)?_embed")):

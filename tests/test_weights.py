@@ -649,9 +649,7 @@ def test_deit3(tmp_path):
     for key in ("model", "model_ema"):
         loaded = load(tmp_path, {key: deit3_weights(), "epoch": 800})
         assert_same_weights(loaded.backbone, expected.backbone.state_dict())
-        assert (
-            "taken for DeiT III (rotary positions would not be in the file)" in loaded.description
-        )
+        assert "taken for DeiT III, which has no rotary positions" in loaded.description
     assert "DeiT III" not in expected.description
 
 
@@ -1172,7 +1170,7 @@ def test_without_a_final_norm_maps_are_the_same_and_a_new_one_is_described(tmp_p
     cls = complete.backbone.blocks[-1](x, num_queries=1)[:, 0]
     torch.testing.assert_close(loaded.backbone(images), F.layer_norm(cls, (DIM,), eps=1e-6))
     assert "no final norm" in loaded.description
-    on_the_mean = "trained on the mean of its patches (fc_norm) and not on [CLS]"
+    on_the_mean = "trained on the mean of its patches (fc_norm), not on [CLS]"
     assert on_the_mean in loaded.description
     assert on_the_mean in load(tmp_path, vit_weights() | mean_of_patches).description
     assert on_the_mean not in complete.description
