@@ -703,6 +703,8 @@ def infer_shape(
             f"there is no ViT with {depth} blocks, width {dim}, {heads} heads and {tokens} tokens"
         )
 
+    if not (isinstance(norm_eps, float) and 0 < norm_eps < 1):
+        raise ValueError("norm_eps, what layer norms add to the variance, is no small number")
     if is_rotary:
         grid = (14, 14)  # means nothing
     elif grid is None:

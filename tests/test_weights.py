@@ -1408,6 +1408,7 @@ def misshapen_weights() -> dict:
         contents[f"without {part_of_name}"] = without(part_of_name, good)
     for heads in (-1, 7, "x", 10**9, 1.0, [1]):
         contents[f"{heads!r} heads"] = own_checkpoint(good, heads=heads)
+    contents["norm_eps"] = own_checkpoint(good, norm_eps="x")
 
     values = {
         "NaN": torch.full_like(qkv, torch.nan),
