@@ -189,15 +189,17 @@ def read_checkpoint(path: str):
 
 
 def check_zip(path: str):
-    """Raise ValueError for a damaged record, or for one that is compressed.
+    """Raise ValueError for a damaged record, or for one that is compressed or called a folder.
 
     torch.load does not check the records' CRC: of 400 files with a flipped bit it took 398.
-    torch.save never compresses, so a compressed record is a zip bomb.
+    torch.save never compresses, so a compressed record is a zip bomb. Of a record that the archive
+    calls a folder (MS-DOS's attribute 16) torch.load reads nothing, and gives what memory held.
     """
     with zipfile.ZipFile(path) as archive:
         is_compressed = any(record.compress_type for record in archive.infolist())
-        if is_compressed or archive.testzip():
-            raise ValueError("a record's CRC is wrong, or it is compressed")
+        is_folder = any(record.external_attr & 16 for record in archive.infolist())
+        if is_compressed or is_folder or archive.testzip():
+            raise ValueError("a record's CRC is wrong, or it is compressed or a folder")
 
 
 # ------------------------------------------------------------------------ folders, and our own files

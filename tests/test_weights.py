@@ -1273,6 +1273,37 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
     assert refusals > 50
 
 
+def test_flipped_bits_of_the_archives_directory_are_noticed_or_harmless(tmp_path):
+    """Every bit of one entry, which says where a record is, and whether it is a folder."""
+    path = tmp_path / "w.pth"
+    state = {"a": torch.arange(4.0), "b": torch.arange(4.0) + 10}
+    complete = bytes_of(state)
+    last_entry = complete.rindex(b"PK\x01\x02")
+    refusals = 0
+    for place in range(last_entry, last_entry + 46):
+        for bit in range(8):
+            flipped = bytearray(complete)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                content = read_checkpoint(path)
+            except ValueError:
+                refusals += 1
+            else:
+                assert bytes_of(content) == complete, place - last_entry
+    assert refusals > 100
+    first_entry = complete.index(b"PK\x01\x02")
+    for record in range(4, 6):  # those of the tensors' numbers
+        flipped = bytearray(complete)
+        entry = first_entry
+        for _ in range(record):
+            entry = complete.index(b"PK\x01\x02", entry + 1)
+        flipped[entry + 38] ^= 16
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="or it is compressed or a folder"):
+            read_checkpoint(path)
+
+
 def test_an_error_is_one_printable_line():
     assert weights.one_line(ValueError("a\nb\t \x1b[31mc")) == "a b [31mc"
     assert weights.one_line(MemoryError()) == "MemoryError"
