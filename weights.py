@@ -189,15 +189,17 @@ def read_checkpoint(path: str):
 
 
 def check_zip(path: str):
-    """Raise ValueError for a damaged record, or for one that is compressed.
+    """Raise ValueError for a damaged record, or for one that is compressed or called a folder.
 
     torch.load does not check the records' CRC: of 400 files with a flipped bit it took 398.
-    torch.save never compresses, so a compressed record is a zip bomb.
+    torch.save never compresses, so a compressed record is a zip bomb. Of a record that the archive
+    calls a folder (MS-DOS's attribute 16) torch.load reads nothing, and gives what memory held.
     """
     with zipfile.ZipFile(path) as archive:
         is_compressed = any(record.compress_type for record in archive.infolist())
-        if is_compressed or archive.testzip():
-            raise ValueError("a record's CRC is wrong, or it is compressed")
+        is_folder = any(record.external_attr & 16 for record in archive.infolist())
+        if is_compressed or is_folder or archive.testzip():
+            raise ValueError("a record's CRC is wrong, or it is compressed or a folder")
 
 
 # ------------------------------------------------------------------------ folders, and our own files
@@ -306,8 +308,7 @@ def load_backbone(
         if len(reason) > LONGEST_REASON:
             reason = reason[: LONGEST_REASON - 1] + "…"
         raise ValueError(
-            f"{path}: unsupported checkpoint; the README lists the layouts that can be read "
-            f"({reason})"
+            f"{path}: unsupported checkpoint; the README lists what can be read ({reason})"
         ) from error
 
 
@@ -384,9 +385,9 @@ def backbone_of(
         if not (known_grid or is_dino or is_ours):
             description += " (assumed; override with --grid)"
     if is_deit3:
-        description += ", taken for DeiT III (rotary positions would not be in the file)"
+        description += ", taken for DeiT III, which has no rotary positions"
     if f"{prefix}fc_norm.weight" in tensors:
-        description += ", trained on the mean of its patches (fc_norm) and not on [CLS]"
+        description += ", trained on the mean of its patches (fc_norm), not on [CLS]"
     if not has_norm:
         description += ", no final norm, so a new one is used"
     return LoadedWeights(backbone, content, description, is_ours)
@@ -456,7 +457,10 @@ def choose_network(networks: dict, tensors: dict) -> str:
         if "pos_embed" not in weights and not has_dinov3_positions(weights):
             missing.append("pos_embed")
             other_positions = ", nor DINOv3's rotary positions"
-        raise ValueError(f"no {', '.join(missing)} beside {prefix}cls_token{other_positions}")
+        text = f"no {', '.join(missing)} beside {prefix}cls_token{other_positions}"
+        if len(missing) > 1:  # names of another library
+            text += "; its keys: " + ", ".join(list(weights)[:4])
+        raise ValueError(text)
     keys = ", ".join(str(key) for key in list(tensors)[:4]) or "no tensors"
     missing = ["cls_token"]
     for part, pattern in (("patch_embed", "patch_embed"), ("pos_embed", "pos(ition)?_embed")):
@@ -701,6 +705,8 @@ def infer_shape(
             f"there is no ViT with {depth} blocks, width {dim}, {heads} heads and {tokens} tokens"
         )
 
+    if not (isinstance(norm_eps, float) and 0 < norm_eps < 1):
+        raise ValueError("norm_eps, what layer norms add to the variance, is no small number")
     if is_rotary:
         grid = (14, 14)  # means nothing
     elif grid is None:

@@ -321,7 +321,7 @@ def test_direct_faithfulness_is_about_the_last_block():
     """The first block mixes all of patch 0 into [CLS], so the second reads the others alone."""
 
     class TakingPatch0(torch.nn.Module):
-        def forward(self, x):
+        def forward(self, x, angles=None):
             given = torch.zeros_like(x)
             given[:, 1] = x[:, 1]
             return x - given + given.roll(-1, 1)

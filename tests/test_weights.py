@@ -649,9 +649,7 @@ def test_deit3(tmp_path):
     for key in ("model", "model_ema"):
         loaded = load(tmp_path, {key: deit3_weights(), "epoch": 800})
         assert_same_weights(loaded.backbone, expected.backbone.state_dict())
-        assert (
-            "taken for DeiT III (rotary positions would not be in the file)" in loaded.description
-        )
+        assert "taken for DeiT III, which has no rotary positions" in loaded.description
     assert "DeiT III" not in expected.description
 
 
@@ -1172,7 +1170,7 @@ def test_without_a_final_norm_maps_are_the_same_and_a_new_one_is_described(tmp_p
     cls = complete.backbone.blocks[-1](x, num_queries=1)[:, 0]
     torch.testing.assert_close(loaded.backbone(images), F.layer_norm(cls, (DIM,), eps=1e-6))
     assert "no final norm" in loaded.description
-    on_the_mean = "trained on the mean of its patches (fc_norm) and not on [CLS]"
+    on_the_mean = "trained on the mean of its patches (fc_norm), not on [CLS]"
     assert on_the_mean in loaded.description
     assert on_the_mean in load(tmp_path, vit_weights() | mean_of_patches).description
     assert on_the_mean not in complete.description
@@ -1273,6 +1271,37 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
         else:
             assert bytes_of(content) == expected
     assert refusals > 50
+
+
+def test_flipped_bits_of_the_archives_directory_are_noticed_or_harmless(tmp_path):
+    """Every bit of one entry, which says where a record is, and whether it is a folder."""
+    path = tmp_path / "w.pth"
+    state = {"a": torch.arange(4.0), "b": torch.arange(4.0) + 10}
+    complete = bytes_of(state)
+    last_entry = complete.rindex(b"PK\x01\x02")
+    refusals = 0
+    for place in range(last_entry, last_entry + 46):
+        for bit in range(8):
+            flipped = bytearray(complete)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                content = read_checkpoint(path)
+            except ValueError:
+                refusals += 1
+            else:
+                assert bytes_of(content) == complete, place - last_entry
+    assert refusals > 100
+    first_entry = complete.index(b"PK\x01\x02")
+    for record in range(4, 6):  # those of the tensors' numbers
+        flipped = bytearray(complete)
+        entry = first_entry
+        for _ in range(record):
+            entry = complete.index(b"PK\x01\x02", entry + 1)
+        flipped[entry + 38] ^= 16
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="or it is compressed or a folder"):
+            read_checkpoint(path)
 
 
 def test_an_error_is_one_printable_line():
@@ -1410,6 +1439,7 @@ def misshapen_weights() -> dict:
         contents[f"without {part_of_name}"] = without(part_of_name, good)
     for heads in (-1, 7, "x", 10**9, 1.0, [1]):
         contents[f"{heads!r} heads"] = own_checkpoint(good, heads=heads)
+    contents["norm_eps"] = own_checkpoint(good, norm_eps="x")
 
     values = {
         "NaN": torch.full_like(qkv, torch.nan),
