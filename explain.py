@@ -46,13 +46,36 @@ def patch_attention(to_all_tokens, backbone: VisionTransformer):
     return as_maps(to_all_tokens[..., 1 + backbone.shape.registers :])  # no [CLS], no registers
 
 
-def attention(backbone: VisionTransformer, images):
-    """Attention of [CLS] in the last block, the mean of the heads. One forward pass.
+@torch.no_grad()
+def head_attention(backbone: VisionTransformer, images, block: int = -1, token: int = 0):
+    """Where a token attends in a block, in each head: (B, heads, patches). One forward pass.
 
-    All heads count equally, however much of its attention goes to [CLS] or registers.
+    Blocks count from 0, or from the end: -1 is the last. Tokens are [CLS], registers, then the
+    patches row by row. (`cls_attention` gives the same for the defaults, and the feature.)
     """
-    heads, _ = cls_attention(backbone, images)
-    return heads.mean(1)
+    x = backbone.prepare_tokens(views.normalize(images))
+    angles = backbone.rotary_angles(images)
+    *blocks_before, block_of_map = blocks_up_to(backbone, block)
+    for earlier in blocks_before:
+        x = earlier(x, angles=angles)
+    x = block_of_map.norm1(x)
+    # of the first tokens, up to this one
+    q, k, _ = block_of_map.attn.queries_keys_values(x, token + 1, angles)
+    return patch_attention(attention_matrix(q, k)[:, :, token], backbone)
+
+
+def blocks_up_to(backbone: VisionTransformer, block: int) -> list:
+    """The blocks up to the one of this number, which counts from 0, or from the end if negative."""
+    return list(backbone.blocks)[: block % len(backbone.blocks) + 1]
+
+
+def attention(backbone: VisionTransformer, images, block: int = -1, token: int = 0):
+    """Attention of a token in a block, the mean of the heads. One forward pass.
+
+    All heads count equally, however much of its attention goes to [CLS] or registers. By default it
+    is that of [CLS] in the last block.
+    """
+    return head_attention(backbone, images, block, token).mean(1)
 
 
 @torch.no_grad()
@@ -78,8 +101,8 @@ def token_attention(backbone: VisionTransformer, images):
 
 
 @torch.no_grad()
-def rollout(backbone: VisionTransformer, images):
-    """Attention of [CLS], followed through all blocks. One forward pass.
+def rollout(backbone: VisionTransformer, images, block: int = -1, token: int = 0):
+    """Attention of a token, by default [CLS], followed back from a block. One forward pass.
 
     Abnar & Zuidema 2020: a product over the blocks. Each factor is ½ · (head-averaged attention)
     + ½ · I, the residual connection.
@@ -88,18 +111,19 @@ def rollout(backbone: VisionTransformer, images):
     angles = backbone.rotary_angles(images)
     # row i: what token i is made of
     mixture = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
-    for block in backbone.blocks:
-        # in the last block only the row of [CLS] is needed
-        num_queries = 1 if block is backbone.blocks[-1] else None
-        q, k, _ = block.attn.queries_keys_values(block.norm1(x), num_queries, angles)
-        mean_attention = attention_matrix(q, k).mean(1)  # (B, N, N); in the last block (B, 1, N)
+    blocks = blocks_up_to(backbone, block)
+    for layer in blocks:
+        # in the last one only the rows up to the token's are needed
+        num_queries = token + 1 if layer is blocks[-1] else None
+        q, k, _ = layer.attn.queries_keys_values(layer.norm1(x), num_queries, angles)
+        mean_attention = attention_matrix(q, k).mean(1)  # (B, num_queries, N)
         mixture = (mean_attention @ mixture + mixture[:, :num_queries]) / 2
-        x = block(x, num_queries, angles=angles)
-    return patch_attention(mixture[:, 0], backbone)
+        x = layer(x, num_queries, angles=angles)
+    return patch_attention(mixture[:, token], backbone)
 
 
 @torch.no_grad()
-def norm_rollout(backbone: VisionTransformer, images):
+def norm_rollout(backbone: VisionTransformer, images, block: int = -1, token: int = 0):
     """Rollout by the size of what tokens pass on. One forward pass.
 
     Kobayashi et al. 2020 and 2021: in a block, token j gives token i the vector Σ_h α_hij W_h x_j,
@@ -112,13 +136,14 @@ def norm_rollout(backbone: VisionTransformer, images):
     angles = backbone.rotary_angles(images)
     # row i: what token i is made of
     mixture = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
-    for block in backbone.blocks:
-        # in the last block only the row of [CLS] is needed
-        num_queries = 1 if block is backbone.blocks[-1] else None
-        norms = passed_on_norms(block, x, num_queries, angles)
+    blocks = blocks_up_to(backbone, block)
+    for layer in blocks:
+        # in the last one only the rows up to the token's are needed
+        num_queries = token + 1 if layer is blocks[-1] else None
+        norms = passed_on_norms(layer, x, num_queries, angles)
         mixture = as_maps(norms) @ mixture
-        x = block(x, num_queries, angles=angles)
-    return patch_attention(mixture[:, 0], backbone)
+        x = layer(x, num_queries, angles=angles)
+    return patch_attention(mixture[:, token], backbone)
 
 
 def passed_on_norms(block, x, num_queries: int | None, angles=None):
@@ -242,6 +267,8 @@ PASSES = {
     "norm_rollout": "1 forward",
     "squared_gradient": f"{DIRECTIONS} backward",
 }
+# Maps that there are of any token in any block, and not of the feature alone.
+TOKEN_MAPS = {"attention": attention, "rollout": rollout, "norm_rollout": norm_rollout}
 CONTROLS = {"brightness": brightness, "contrast": contrast, "centre": centre, "random": random}
 MAPS = NETWORK_MAPS | CONTROLS
 # The controls that are measured beside the maps of a network.

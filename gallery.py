@@ -381,6 +381,51 @@ def example_images(model: Model, count: int) -> list[Example]:
 # -------------------------------------------------------------------------------------------- maps
 
 
+@dataclass(frozen=True)
+class Query:
+    """Whose attention is shown, and in which block; [CLS] in the last one, if nothing is said."""
+
+    block: int | None = None  # from 1, or from the end: -1 is the last
+    patch: tuple[int, int] | None = None  # row and column, from 1
+
+    @property
+    def is_chosen(self) -> bool:
+        return self != Query()
+
+    def describe(self) -> str:
+        """What is said above a figure, or nothing if nothing was chosen."""
+        parts = []
+        if self.block is not None:
+            parts.append(f"block {self.block}")
+        if self.patch is not None:
+            parts.append("the patch in row {}, column {}".format(*self.patch))
+        return ", ".join(parts)
+
+    def keywords(self, backbone: VisionTransformer, grid: tuple[int, int], name: str) -> dict:
+        """{block, token} of `explain.TOKEN_MAPS`; ValueError if the network or picture has none.
+
+        `name` is the picture's.
+        """
+        keywords = {}
+        depth = backbone.shape.depth
+        if self.block is not None:
+            if not 1 <= abs(self.block) <= depth:
+                raise ValueError(
+                    f"--block {self.block}: use 1 to {depth}, or -1 to -{depth} from the end"
+                )
+            keywords["block"] = self.block - 1 if self.block > 0 else self.block
+        if self.patch is not None:
+            row, column = self.patch
+            rows, columns = grid
+            if row > rows or column > columns:
+                raise ValueError(
+                    f"--query {row},{column}: {name} has {rows} rows and {columns} columns of patches"
+                )
+            patch = (row - 1) * columns + column - 1
+            keywords["token"] = 1 + backbone.shape.registers + patch
+        return keywords
+
+
 @dataclass
 class MapsOfExample:
     """What one network makes of one example."""
@@ -401,6 +446,7 @@ class LookedAt:
     model: Model
     examples: list[Example]
     maps: list[MapsOfExample]
+    query: Query = Query()  # whose attention the maps show
     names: list[str] = field(default_factory=list)  # of the maps that are drawn
     best: dict[str, str] = field(default_factory=dict)  # {name of the map to believe: why}
 
@@ -413,19 +459,27 @@ def maps_of(
     index: int = 0,
     with_srg: bool = False,
     bar: tqdm | None = None,
+    query: Query = Query(),
 ) -> MapsOfExample:
     """The named maps of an example, and their rank correlation with the effect if that is named.
 
     The effect is that of blackening a patch with ink. Without masks it is that of leaving a window
     of patches out; then `token_effects` are measured as well, with the SRG of each map if
     `with_srg`. `index` is the picture's number. `bar` advances with the passes that this takes.
+    `query` chooses the attention of the heads, and of the maps in `explain.TOKEN_MAPS`.
     """
     images = example.picture[None].to(backbone.cls_token.device)
     patch_size = backbone.shape.patch_size
     grid = metrics.patch_grid(images, patch_size)
-    maps = {name: explain.MAPS[name](backbone, images) for name in names if name in explain.MAPS}
+    keywords = query.keywords(backbone, grid, example.name)
+    maps = {}
+    for name in names:
+        if name in explain.TOKEN_MAPS:
+            maps[name] = explain.TOKEN_MAPS[name](backbone, images, **keywords)
+        elif name in explain.MAPS:
+            maps[name] = explain.MAPS[name](backbone, images)
     if "heads" in names:
-        heads, _ = explain.cls_attention(backbone, images)
+        heads = explain.head_attention(backbone, images, **keywords)
         for number, head in enumerate(heads.unbind(1), 1):
             maps[f"head {number}"] = head
 
@@ -457,15 +511,22 @@ def maps_of(
 
 
 def maps_of_examples(
-    backbone: VisionTransformer, examples: list[Example], names: Sequence[str]
+    backbone: VisionTransformer,
+    examples: list[Example],
+    names: Sequence[str],
+    query: Query = Query(),
 ) -> list[MapsOfExample]:
     """The named maps of each example."""
     examples = tqdm(examples, "maps", unit="image", leave=False, disable=None)
-    return [maps_of(backbone, example, names) for example in examples]
+    return [maps_of(backbone, example, names, query=query) for example in examples]
 
 
 def maps_of_pictures(
-    model: Model, examples: list[Example], names: Sequence[str], with_srg: bool
+    model: Model,
+    examples: list[Example],
+    names: Sequence[str],
+    with_srg: bool,
+    query: Query = Query(),
 ) -> list[MapsOfExample]:
     """The named maps of each picture. SRG takes long, so only the first pictures have it."""
     count = 0
@@ -475,7 +536,7 @@ def maps_of_pictures(
         )
     if "effect" not in names:
         examples = tqdm(examples, "maps", unit="picture", leave=False, disable=None)
-        return [maps_of(model.backbone, example, names) for example in examples]
+        return [maps_of(model.backbone, example, names, query=query) for example in examples]
     # Measuring a picture takes so long that the bar counts the passes through the network.
     passes = sum(
         passes_to_measure(model.backbone, example, with_srg=number < count)
@@ -483,7 +544,7 @@ def maps_of_pictures(
     )
     with tqdm(total=passes, desc="measuring", unit="pass", leave=False, disable=None) as bar:
         return [
-            maps_of(model.backbone, example, names, number, with_srg=number < count, bar=bar)
+            maps_of(model.backbone, example, names, number, number < count, bar, query)
             for number, example in enumerate(examples)
         ]
 

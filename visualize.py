@@ -53,7 +53,7 @@ import runs
 import settings
 import views
 import weights
-from gallery import Example, LookedAt, MapsOfExample, Model
+from gallery import Example, LookedAt, MapsOfExample, Model, Query
 from losses import make_loss
 from observe import concatenate, name_of
 
@@ -318,6 +318,9 @@ def correlation_note(of_example: MapsOfExample, name: str) -> str:
 def attention_title(networks: list[LookedAt], is_overlay: bool = False) -> str:
     """What stands above maps."""
     title = "Where the network looks; each map from 0 (black) to its own maximum"
+    query = networks[0].query.describe()
+    if query:
+        title = f"Attention and rollout: {query}. Each map from 0 (black) to its own maximum"
     if is_overlay:
         title += ", over the input"
     has_masks = [bool(example.masks) for network in networks for example in network.examples]
@@ -461,6 +464,14 @@ def rows_x_columns(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def row_and_column(text: str) -> tuple[int, int]:
+    """(3, 12) for "3,12"; argparse prints the error for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,5}),([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a row and a column from 1, such as 3,12")
+    return int(match[1]), int(match[2])
+
+
 def map_names(text: str) -> list[str]:
     """["attention", "effect"] for "attention,effect"; argparse prints the error for other names."""
     names = [name.strip() for name in text.split(",")]
@@ -509,6 +520,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="maps only, at once: no effect and no report; the columns are attention, rollout and "
         "heads, unless --maps names others",
+    )
+    parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="the block whose attention is drawn, from 1, or from the end: -1 is the last [-1]",
+    )
+    parser.add_argument(
+        "--query",
+        type=row_and_column,
+        metavar="ROW,COLUMN",
+        help="the patch whose attention is drawn, from 1,1 in the upper left corner [the CLS token]",
     )
     parser.add_argument(
         "--overlay",
@@ -572,6 +595,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) == []:  # what argparse makes of "--output=--"
             parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
     take_checkpoints_from_images(args)
+    args.query = Query(args.block, args.query)
     if args.levels is not None:
         low, high = args.levels
         if not args.images:
@@ -704,8 +728,9 @@ def visualize_one(model: Model, args: argparse.Namespace):
     epochs = {}
     for label, backbone in backbones.items():
         name = f"{model.name}, {label}" if label else model.name
-        maps = gallery.maps_of_examples(backbone, examples, names)
-        epochs[label] = LookedAt(replace(model, name=name, backbone=backbone), examples, maps)
+        maps = gallery.maps_of_examples(backbone, examples, names, args.query)
+        of_epoch = replace(model, name=name, backbone=backbone)
+        epochs[label] = LookedAt(of_epoch, examples, maps, args.query)
         gallery.check_finite(epochs[label])
 
     evaluation = None
@@ -722,6 +747,7 @@ def visualize_one(model: Model, args: argparse.Namespace):
         model,
         examples=[example for example in examples for _ in epochs],
         maps=[of_epoch.maps[row] for row in range(len(examples)) for of_epoch in epochs.values()],
+        query=args.query,
         names=names_to_draw(args, best, with_heads=model.backbone.shape.heads > 1),
         best=best,
     )
@@ -747,8 +773,8 @@ def compare(models: list[Model], args: argparse.Namespace):
     names = names_to_compute(args, ["brightness"])
     networks = []
     for model, of_model in zip(models, examples):
-        maps = gallery.maps_of_examples(model.backbone, of_model, names)
-        networks.append(LookedAt(model, of_model, maps))
+        maps = gallery.maps_of_examples(model.backbone, of_model, names, args.query)
+        networks.append(LookedAt(model, of_model, maps, args.query))
         gallery.check_finite(networks[-1])
 
     measured = [model for model in models if model.is_measured]
@@ -796,10 +822,14 @@ def write_explorer(
     args: argparse.Namespace,
     notes: Sequence[str] = (),
 ):
-    """explorer.html, the page that shows `contents`, and with --save-maps maps.npz."""
-    path = os.path.join(folder, f"explorer{suffix}.html")
-    explorer.write_page(contents, path, notes)
-    print(f"wrote {path}")
+    """explorer.html, the page that shows `contents`, and with --save-maps maps.npz.
+
+    The page has its own choice of block and query, so with --block or --query it is not written.
+    """
+    if not args.query.is_chosen:
+        path = os.path.join(folder, f"explorer{suffix}.html")
+        explorer.write_page(contents, path, notes)
+        print(f"wrote {path}")
     if args.save_maps:
         path = os.path.join(folder, f"maps{suffix}.npz")
         gallery.save_maps(networks, path)
@@ -814,7 +844,7 @@ def print_not_measured(model: Model):
 
 
 def save_and_print(evaluations: list[evaluate.Evaluation], path: str):
-    """Write metrics.json, and print the report."""
+    """Write metrics.json, and print the report, which is about [CLS] in the last block."""
     results = [evaluation.result for evaluation in evaluations]
     evaluate.write_metrics(results, path)
     print(report.format_report(results, path))
@@ -825,18 +855,20 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
 
     Without --maps only the pictures of the first page are measured, and only there is the effect
     drawn: measuring a picture takes longer than a hundred forward passes. With --no-measure none is.
+    The report is about [CLS] in the last block, so there is none with --block or --query.
     """
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness", *explain.PHOTO_CONTROLS])
     count = len(examples[0])
-    has_report = not args.maps and not args.no_measure
+    has_report = not (args.maps or args.no_measure or args.query.is_chosen)
     measured = min(count, PICTURES_PER_PAGE) if has_report else count
     networks = []
     results = []
     contents = []  # of the page
     for model, of_model in zip(models, examples):
-        maps = gallery.maps_of_pictures(model, of_model[:measured], names, with_srg=has_report)
-        network = LookedAt(model, of_model, maps)
+        first_examples = of_model[:measured]
+        maps = gallery.maps_of_pictures(model, first_examples, names, has_report, args.query)
+        network = LookedAt(model, of_model, maps, args.query)
         gallery.check_finite(network)
         result = None
         if has_report:
@@ -855,7 +887,8 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
         contents.append(explorer.network_content(model, {"": first_page}, result, len(models)))
         if measured < count:
             rest = [name for name in network.names if name != "effect"]
-            rest_maps = gallery.maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
+            rest_examples = of_model[measured:]
+            rest_maps = gallery.maps_of_pictures(model, rest_examples, rest, False, args.query)
             network.maps = [*maps, *rest_maps]
             gallery.check_finite(network)
         networks.append(network)

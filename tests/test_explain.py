@@ -177,6 +177,35 @@ def test_every_token_has_an_attention(registers):
     torch.testing.assert_close(of_tokens[:, -1, :, 0], heads)
 
 
+@pytest.mark.parametrize("block, token", [(0, 0), (1, 2), (-1, 5), (-2, 18)])
+def test_any_token_may_be_asked_in_any_block(block, token):
+    """Attention, rollouts and heads of a token, by products of the blocks' whole matrices."""
+    backbone = small_backbone(registers=2)
+    images = pictures(2)
+    x = backbone.prepare_tokens(views.normalize(images)).detach()
+    mixtures = {"rollout": torch.eye(19), "norm_rollout": torch.eye(19)}
+    with torch.no_grad():
+        for number, of_block in enumerate(backbone.blocks):
+            q, k, _ = of_block.attn.queries_keys_values(of_block.norm1(x))
+            attention = vit.attention_matrix(q, k)
+            mean = attention.mean(1)
+            mixtures["rollout"] = (mean + torch.eye(19)) / 2 @ mixtures["rollout"]
+            norms = explain.passed_on_norms(of_block, x, None)
+            norms = norms / norms.sum(-1, keepdim=True)
+            mixtures["norm_rollout"] = norms @ mixtures["norm_rollout"]
+            x = of_block(x)
+            if number == block % 3:
+                break
+    heads = explain.head_attention(backbone, images, block, token)
+    to_patches = attention[:, :, token, 3:]
+    torch.testing.assert_close(heads, to_patches / to_patches.sum(-1, keepdim=True))
+    torch.testing.assert_close(explain.attention(backbone, images, block, token), heads.mean(1))
+    for name, mixture in mixtures.items():
+        expected = mixture[:, token, 3:]
+        found = explain.TOKEN_MAPS[name](backbone, images, block, token)
+        torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
+
+
 def test_random_directions_are_unit_vectors_and_always_the_same():
     directions = explain.random_directions(24)
     assert directions.shape == (16, 24)

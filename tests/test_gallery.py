@@ -333,3 +333,18 @@ def test_maps_are_saved_as_arrays(tmp_path):
     np.testing.assert_allclose(saved["0/2/attention_of_patches"].sum((-2, -1)), 1, atol=1e-5)
     assert saved["1/2/attention"].shape == (2, 3)
     assert "1/2/rollout" not in saved
+
+
+def test_a_query_names_a_block_and_a_patch():
+    backbone = small_vit(registers=2, depth=3)
+    assert gallery.Query().keywords(backbone, (4, 6), "a.png") == {}
+    assert gallery.Query(block=1).keywords(backbone, (4, 6), "a.png") == {"block": 0}
+    assert gallery.Query(block=-3).keywords(backbone, (4, 6), "a.png") == {"block": -3}
+    keywords = gallery.Query(patch=(2, 5)).keywords(backbone, (4, 6), "a.png")
+    assert keywords == {"token": 3 + 6 + 4}
+    for block in (0, 4, -4):
+        with pytest.raises(ValueError, match=f"--block {block}: use 1 to 3, or -1 to -3"):
+            gallery.Query(block=block).keywords(backbone, (4, 6), "a.png")
+    for patch in ((5, 1), (1, 7)):
+        with pytest.raises(ValueError, match="a.png has 4 rows and 6 columns of patches"):
+            gallery.Query(patch=patch).keywords(backbone, (4, 6), "a.png")

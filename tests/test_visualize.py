@@ -1837,3 +1837,53 @@ def test_arrays_are_saved_of_every_epoch(run_folder, tmp_path):
     model = model_of(path)
     expected = explain.attention(model.backbone, gallery.example_images(model, 2)[1].picture[None])
     np.testing.assert_allclose(maps[2].flatten(), expected[0], atol=1e-6)
+
+
+# --------------------------------------------------------------------------------- block and query
+
+
+def test_a_block_and_a_query_are_drawn(tmp_path, capsys):
+    """Over pictures and canvases; without the report on [CLS], and without the page."""
+    gradient().save(tmp_path / "a.png")
+    model = model_of(SAME)
+    flags = ["--block", "1", "--query", "2,4", "--save-maps"]
+    out = tmp_path / "pictures"
+    with recorded_grids() as grids:
+        assert look(SAME, "--images", tmp_path / "a.png", *flags, output=out) == 0
+    assert sorted(os.listdir(out)) == ["attention-images.png", "maps-images.npz"]
+    assert "Which map should you believe?" not in capsys.readouterr().out
+    title = grids["attention-images.png"].title
+    assert "block 1, the patch in row 2, column 4" in title
+    picture = gallery.open_image(str(tmp_path / "a.png"), 56, 7)
+    columns = (picture.shape[2]) // 7
+    token = 5 + columns + 3
+    expected = explain.attention(model.backbone, picture[None], block=0, token=token)
+    (drawn,) = grids["attention-images.png"].columns["attention"].arrays
+    torch.testing.assert_close(drawn.flatten(), expected[0])
+
+    out = tmp_path / "canvases"
+    with recorded_grids() as grids:
+        assert look(SAME, "--digits", "sklearn", "--block", "-2", output=out) == 0
+    assert not (out / "explorer.html").exists()
+    canvas = gallery.example_images(model, 1)[0].picture[None]
+    expected = explain.head_attention(model.backbone, canvas, block=-2)[0, 1]
+    drawn = grids["attention.png"].columns["head 2"].arrays[0]
+    torch.testing.assert_close(drawn.flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--block", "3"], "--block 3: use 1 to 2, or -1 to -2 from the end"),
+        (["--query", "9,1"], "--query 9,1: test canvas 1 has 8 rows and 8 columns of patches"),
+    ],
+)
+def test_a_block_or_patch_that_is_not_there_is_refused(tmp_path, capsys, flags, message):
+    assert look(SAME, "--digits", "sklearn", *flags, output=tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("query", ["1", "0,1", "1,0", "a,b", "1x2", "-1,2", "1,2,3"])
+def test_a_query_that_is_no_row_and_column_is_refused(query):
+    with pytest.raises(SystemExit):
+        visualize.parse_args([SAME, f"--query={query}"])
