@@ -1793,7 +1793,7 @@ def test_the_page_of_a_run_has_its_epochs_and_its_report(drawn_run):
     notes = drawn_run.grids["attention.png"].columns["attention"].notes
     # the last epoch's correlations stand under the maps of the figure, in the rows of that epoch
     for number, of_picture in enumerate(network["epochs"][-1]["pictures"]):
-        correlations = {entry["name"]: entry["correlation"] for entry in of_picture["maps"]}
+        correlations = {entry["name"]: entry.get("correlation") for entry in of_picture["maps"]}
         assert notes[3 * number + 2] == f"{correlations['attention']:.2f}"
 
 
