@@ -335,22 +335,16 @@ def compare_ranks(values: dict):
             raise RanksError(f"{line}; give all ranks the same data and flags")
 
 
-def print_line(line: str):
-    """Print to standard error, if there is one, above the progress bar."""
-    if sys.stderr is not None:
-        tqdm.write(line, file=sys.stderr)
-
-
 def print_rank0(line: str):
-    """Print to standard error, once for all ranks."""
+    """Print to standard error, once for all ranks and above the progress bar."""
     if rank() == 0:
-        print_line(line)
+        tqdm.write(line, file=sys.stderr)
 
 
 def print_error(line: str):
     """Print the error of this rank to standard error, with the rank's number if there are more."""
     prefix = f"rank {rank()}: " if world_size() > 1 else ""
-    print_line(f"train.py: error: {prefix}{line}")
+    tqdm.write(f"train.py: error: {prefix}{line}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------- stopping a run

@@ -838,6 +838,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook has another kind of output, or it is closed
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, and its number would go to another file
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook has another kind of output
         sys.stdout.reconfigure(errors="replace")  # Windows' code pages often lack τ
     sys.exit(main())

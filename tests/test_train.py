@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -698,6 +699,21 @@ def test_bad_input_at_the_shell():
     assert process.returncode == 2
     assert process.stderr.startswith("train.py: error: --image-size 50")
     assert process.stderr.count("\n") == 1
+
+
+def test_a_closed_output_is_no_bug():
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "laptop", "--epochs", "0"]
+    shell = ["sh", "-c", f"exec {shlex.join(command)} >&- 2>&-"]
+    assert subprocess.run(shell, check=False).returncode == 2
+
+
+def test_an_output_of_a_notebook_is_no_bug(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "laptop", "--epochs", "0"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("train.py: error: --epochs 0: use 1 or more")
 
 
 def test_help_in_a_code_page_that_lacks_greek(monkeypatch):
