@@ -6,7 +6,6 @@ A checkpoint is written whole or not at all, so a run can be killed at any insta
 import contextlib
 import errno
 import glob
-import io
 import itertools
 import json
 import os
@@ -344,22 +343,16 @@ def compare_ranks(values: dict):
             raise RanksError(f"{line}; give all ranks the same data and flags")
 
 
-def print_line(line: str):
-    """Print to standard error, if there is one, above the progress bar."""
-    if sys.stderr is not None:
-        tqdm.write(line, file=sys.stderr)
-
-
 def print_rank0(line: str):
-    """Print to standard error, once for all ranks."""
+    """Print to standard error, once for all ranks and above the progress bar."""
     if rank() == 0:
-        print_line(line)
+        tqdm.write(line, file=sys.stderr)
 
 
 def print_error(line: str):
     """Print the error of this rank to standard error, with the rank's number if there are more."""
     prefix = f"rank {rank()}: " if world_size() > 1 else ""
-    print_line(f"train.py: error: {prefix}{line}")
+    tqdm.write(f"train.py: error: {prefix}{line}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------- stopping a run
@@ -437,7 +430,8 @@ def prepare_output():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or getattr(stream, "closed", False):
-            setattr(sys, name, io.StringIO())  # which nobody reads
+            # The next file to be opened would get its number, and what libraries print.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif name == "stdout" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 

@@ -700,6 +700,25 @@ def test_bad_input_at_the_shell():
     assert process.stderr.count("\n") == 1
 
 
+def test_a_closed_output_is_no_bug(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY.split(), "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert stop.value.code == 0
+    assert read(tmp_path / "run")["step"] == 4
+
+
+def test_an_output_of_a_notebook_is_no_bug(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "laptop", "--epochs", "0"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("train.py: error: --epochs 0: use 1 or more")
+
+
 def test_help_in_a_code_page_that_lacks_greek(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", output)
