@@ -603,10 +603,11 @@ def visualize_one(model: Model, args: argparse.Namespace):
     plot_attention([rows], os.path.join(folder, "attention.png"), row_names)
     result = None if evaluation is None else evaluation.result
     content = explorer.network_content(model, epochs, result)
+    if evaluation is not None:
+        save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     write_explorer([content], list(epochs.values()), folder, "", args)
     if evaluation is None:
         return
-    save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     if model.history:
         plot_views(model, os.path.join(folder, "views.png"))
         plot_curves(model, os.path.join(folder, "curves.png"))
@@ -655,9 +656,9 @@ def compare(models: list[Model], args: argparse.Namespace):
         contents.append(explorer.network_content(model, {"": network}, result, len(models)))
 
     plot_attention(networks, os.path.join(folder, "attention-compared.png"))
-    write_explorer(contents, networks, folder, "-compared", args)
     if evaluations:
         save_and_print(evaluations, os.path.join(folder, "metrics-compared.json"))
+    write_explorer(contents, networks, folder, "-compared", args)
 
 
 def write_explorer(
@@ -725,7 +726,9 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
         first_page = network_on_page(network, slice(PICTURES_PER_PAGE), with_effect=True)
         contents.append(explorer.network_content(model, {"": first_page}, result, len(models)))
         if measured < count:
-            rest = [name for name in network.names if name != "effect"]
+            # of the others, what is drawn, or all that is saved
+            rest = names if args.save_maps else network.names
+            rest = [name for name in rest if name != "effect"]
             rest_maps = gallery.maps_of_pictures(model, of_model[measured:], rest, with_srg=False)
             network.maps = [*maps, *rest_maps]
             gallery.check_finite(network)
