@@ -551,11 +551,15 @@ def attention_notes(networks: list[dict]) -> list[str]:
         name = f"For {network['name']}, this" if len(networks) > 1 else "This"
         mean = max(stack["patches"]["mean"]["stride"] for stack in stacks)
         heads = max(stack["patches"]["heads"]["stride"] for stack in stacks)
-        notes.append(
+        note = (
             f"{name} page holds the attention of [CLS] and registers in all blocks, and that of "
-            f"{every(mean)} in the last block (each head: {every(heads)}). The nearest one is shown "
-            f"for the others. Values are rounded to 1/255 of a map's maximum."
+            f"{every(mean)} in the last block"
         )
+        if heads > mean:
+            note += f" (each head: {every(heads)})"
+        if heads > 1:
+            note += ". The nearest one is shown for the others"
+        notes.append(f"{note}. Attention is rounded to 1/255 of its maximum.")
     return notes
 
 

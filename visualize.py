@@ -756,10 +756,11 @@ def visualize_one(model: Model, args: argparse.Namespace):
     plot_attention([rows], path, row_names, args.overlay, args.smooth)
     result = None if evaluation is None else evaluation.result
     content = explorer.network_content(model, epochs, result)
+    if evaluation is not None:
+        save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     write_explorer([content], list(epochs.values()), folder, "", args)
     if evaluation is None:
         return
-    save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     if model.history:
         plot_views(model, os.path.join(folder, "views.png"))
         plot_curves(model, os.path.join(folder, "curves.png"))
@@ -809,9 +810,9 @@ def compare(models: list[Model], args: argparse.Namespace):
 
     path = os.path.join(folder, "attention-compared.png")
     plot_attention(networks, path, is_overlay=args.overlay, is_smooth=args.smooth)
-    write_explorer(contents, networks, folder, "-compared", args)
     if evaluations:
         save_and_print(evaluations, os.path.join(folder, "metrics-compared.json"))
+    write_explorer(contents, networks, folder, "-compared", args)
 
 
 def write_explorer(
@@ -886,7 +887,9 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
         first_page = network_on_page(network, slice(PICTURES_PER_PAGE), with_effect=True)
         contents.append(explorer.network_content(model, {"": first_page}, result, len(models)))
         if measured < count:
-            rest = [name for name in network.names if name != "effect"]
+            # of the others, what is drawn, or all that is saved
+            rest = names if args.save_maps else network.names
+            rest = [name for name in rest if name != "effect"]
             rest_examples = of_model[measured:]
             rest_maps = gallery.maps_of_pictures(model, rest_examples, rest, False, args.query)
             network.maps = [*maps, *rest_maps]

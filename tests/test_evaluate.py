@@ -939,7 +939,7 @@ def test_a_line_describes_the_network():
     assert text == "NCE loss, same views, 2 crops, 56 px, patch 7, MNIST, epoch 3 of 9"
     flags = "--preset laptop --views different --loss dino --background texture"
     text = evaluate.describe(config_of(flags))
-    assert text == ("DINO loss, different views, 1 crop, 56 px, patch 7, background texture")
+    assert text == "DINO loss, different views, 1 crop, 56 px, patch 7, background texture"
     config = config_of("--preset paper --dataset stl10 --weights dino")
     assert evaluate.describe(config, is_run=False) == "weights dino, 224 px, patch 8, STL-10"
     config = replace(config, weights="none")

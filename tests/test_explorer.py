@@ -616,17 +616,104 @@ def test_another_network_looks_at_what_the_reader_has_changed(browser, tmp_path)
 
 
 @needs_browser
-def test_changes_survive_a_network_with_another_grid(browser, tmp_path):
-    """Erased patches are numbers of one grid; what was moved stays where it is."""
+def test_what_was_moved_stays_where_it_is_in_another_grid(browser, tmp_path):
+    """Erased patches are numbers of one grid, so with them all begins anew."""
     first = small_model(image_size=56)
     second = small_model(image_size=56, patch_size=14)
     contents = [content_of(one, gallery.example_images(one, 1)) for one in (first, second)]
     open_page(browser, tmp_path, contents)
-    browser.evaluate("scene.digit.at = [0, 36]; state.patch = 63; toggleErased(62)")
+    before = browser.evaluate("scene.digit.at")
+    browser.evaluate("scene.digit.at = [0, 36]; state.patch = 63; edited()")
     browser.wait_for("!lookIsDue")
     browser.evaluate("openNetwork(1)")
-    assert browser.evaluate("[scene.erased.size, ...scene.digit.at, state.patch]") == [0, 0, 36, 15]
+    assert browser.evaluate("[isEdited, ...scene.digit.at, state.patch]") == [True, 0, 36, 15]
+    browser.evaluate("toggleErased(3)")
+    browser.wait_for("!lookIsDue")
+    browser.evaluate("openNetwork(0)")
+    assert browser.evaluate("[isEdited, scene.erased.size, ...scene.digit.at]") == [
+        False,
+        0,
+        *before,
+    ]
+    assert "Nothing is changed yet" in browser.evaluate("$('feature-numbers').textContent")
     assert browser.messages == []
+
+
+@needs_browser
+def test_changes_of_a_canvas_can_be_taken_back_at_another_epoch(browser, tmp_path):
+    model = small_model()
+    examples = gallery.example_images(model, 1)
+    maps = gallery.maps_of_examples(model.backbone, examples, NAMES)
+    network = LookedAt(model, examples, maps)
+    content = explorer.network_content(model, {"epoch 1": network, "epoch 2": network}, None)
+    open_page(browser, tmp_path, [content])
+    pieces = browser.evaluate("scene.clutter.length")
+    browser.evaluate("$('add').click(); openEpoch(0)")
+    assert browser.evaluate("[scene.clutter.length, $('undo').disabled]") == [pieces + 1, False]
+    browser.evaluate("$('undo').click()")
+    browser.wait_for("!lookIsDue")
+    assert browser.evaluate("scene.clutter.length") == pieces
+
+
+@needs_browser
+def test_a_finger_that_scrolls_erases_nothing(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    browser.evaluate("state.tool = 'erase'; showControls()")
+    event = "Object.assign(placeEvent, {button: 0, pointerId: 1})"
+    browser.evaluate(
+        "$('view').setPointerCapture = () => {};"
+        "const box = $('view').getBoundingClientRect();"
+        "const placeEvent = {clientX: box.left + 9, clientY: box.top + 9};"
+        f"pointerDown({event})"
+    )
+    assert browser.evaluate("scene.erased.size") == 1
+    browser.evaluate("$('view').onpointercancel()")
+    assert browser.evaluate("[scene.erased.size, drag]") == [0, None]
+
+
+@needs_browser
+def test_a_click_that_moves_nothing_changes_nothing(browser, tmp_path):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    row, column = browser.evaluate("scene.digit.at")
+    place = point_on_view(browser, (row + 14) / 64, (column + 14) / 64)
+    browser.mouse("mousePressed", *place)
+    browser.mouse("mouseReleased", *place)
+    assert browser.evaluate("[isEdited, $('undo').disabled]") == [False, True]
+
+
+@needs_browser
+def test_a_feature_of_zero_has_no_effects(browser, tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.backbone.norm.weight.zero_()
+        model.backbone.norm.bias.zero_()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    browser.evaluate("toggleErased(unitsOfEffect()[0][0])")
+    browser.wait_for("!lookIsDue && mapOf('effect')")
+    assert not np.isnan(in_page(browser, "mapOf('effect')").astype(float)).any()
+    assert "NaN" not in browser.evaluate("document.body.innerText")
+    assert browser.messages == []
+
+
+@needs_browser
+@pytest.mark.parametrize("size, side", [(40, 54), (64, 164), (100, 198), (64, 56)])
+def test_ink_is_found_where_torch_finds_it(browser, tmp_path, size, side):
+    model = small_model()
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    for row in range(size):
+        mask = torch.zeros(1, 1, size, size)
+        mask[0, 0, row, row] = 1
+        resized = views.resize_masks(mask, side)
+        expected = metrics.patch_sums(resized[:, 0], 2)[0] > 0
+        found = in_page(
+            browser,
+            f"(() => {{ const digit = new Uint8Array({size * size}); digit[{row * size + row}] = 1;"
+            f"const masks = {{digit, clutter: new Uint8Array({size * size}), height: {size}}};"
+            f"return findInk(masks, {{side: {side}, patch: 2}}); }})()",
+        )
+        np.testing.assert_array_equal(found, expected)
 
 
 @needs_browser
@@ -657,7 +744,7 @@ def test_pictures_of_other_shapes_and_networks_follow_each_other(browser, tmp_pa
 def test_a_live_page_computes_the_maps_that_were_not_asked_for(browser, tmp_path):
     model = small_model()
     example = gallery.example_images(model, 1)[0]
-    open_page(browser, tmp_path, [content_of(model, [example], ["attention"])])
+    open_page(browser, tmp_path, [content_of(model, [example], ["attention", "effect"])])
     names = browser.evaluate("[...$('maps').children].map((button) => button.textContent)")
     assert names == [
         "attention",

@@ -1823,6 +1823,7 @@ def test_the_page_of_pictures_holds_the_first_page_of_them(tmp_path, monkeypatch
     assert saved_maps["pictures"].tolist() == ["a.png", "b.png", "c.png"]
     assert "0/1/effect" in saved_maps
     assert "0/2/effect" not in saved_maps
+    assert "0/2/norm_rollout" in saved_maps
     assert saved_maps["0/2/attention"].shape == (3, 4)
 
 
