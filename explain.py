@@ -86,18 +86,18 @@ def token_attention(backbone: VisionTransformer, images):
     second, (B, heads, patches, patches), has each patch, a row, in the last block. (That of all
     patches in all blocks would take a hundred megabytes for an image of a ViT-S/8.)
     """
-    others = 1 + backbone.shape.registers
+    first_tokens = 1 + backbone.shape.registers
     x = backbone.prepare_tokens(views.normalize(images))
     angles = backbone.rotary_angles(images)
     of_tokens = []
     for block in backbone.blocks[:-1]:
-        q, k, _ = block.attn.queries_keys_values(block.norm1(x), others, angles)
+        q, k, _ = block.attn.queries_keys_values(block.norm1(x), first_tokens, angles)
         of_tokens.append(patch_attention(attention_matrix(q, k), backbone).cpu())
         x = block(x, angles=angles)
     last = backbone.last_attention(x, angles=angles)
     last = patch_attention(last, backbone).cpu()  # (B, heads, N, patches)
-    of_tokens.append(last[:, :, :others])
-    return torch.stack(of_tokens, dim=1), last[:, :, others:]
+    of_tokens.append(last[:, :, :first_tokens])
+    return torch.stack(of_tokens, dim=1), last[:, :, first_tokens:]
 
 
 @torch.no_grad()

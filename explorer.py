@@ -75,8 +75,8 @@ ROW_HELP = MAP_HELP | {
     "shuffled": "The network’s attention to another image: what position alone gives.",
     "other_network": "The attention of the next network on this page, tested against the effects of "
     "this one.",
-    "before_training:": "The same network with the weights that it started from, and its own effects.",
 }
+HEADING_HELP = "The same network with the weights that it started from, and its own effects."
 # Other words of the page.
 WORDS = {
     "patch": "The picture is cut into squares. Each becomes a token of the network.",
@@ -472,9 +472,12 @@ def table_content(result: dict) -> dict:
     headings.append({"group": "", "text": "passes of the network", "help": PASSES_HELP})
     rows = []
     for row in report.table_rows(columns, result):
-        name = row.title.strip().replace(" ", "_")
-        cells = [] if row.is_heading else [*row.cells, row.passes]
-        rows.append({"text": row.title, "help": ROW_HELP.get(name, ""), "cells": cells})
+        if row.is_heading:
+            rows.append({"text": row.title, "help": HEADING_HELP, "cells": []})
+        else:
+            explanation = ROW_HELP.get(row.name, "")
+            cells = [*row.cells, row.passes]
+            rows.append({"text": row.title, "help": explanation, "cells": cells})
     return {"columns": headings, "rows": rows}
 
 
@@ -515,8 +518,9 @@ def glossary(networks: list[dict]) -> list[dict]:
             name = entry["name"]
             if name not in meanings:
                 meanings[name.replace("_", " ")] = MAP_HELP[name]
-        for column in network["table"]["columns"] if network["table"] else []:
-            meanings[column["text"]] = column["help"]
+        if network["table"]:
+            for column in network["table"]["columns"]:
+                meanings[column["text"]] = column["help"]
     return [{"term": term, "text": text} for term, text in meanings.items()]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from explain import PASSES as PASSES_OF_MAPS
 from explain import PHOTO_CONTROLS
-from observe import row_of
+from observe import name_of, row_of
 from settings import Config
 
 LINE_WIDTH = 100  # of the printed text, characters
@@ -416,7 +416,11 @@ class Row:
     title: str
     cells: list[str]  # one for each column; none in a heading
     passes: str = ""  # what the map costs
-    is_heading: bool = False
+    name: str = ""  # of the map; a heading has none
+
+    @property
+    def is_heading(self) -> bool:
+        return not self.cells
 
 
 def table_rows(columns: list[Column], result: dict, is_compared: bool = False) -> list[Row]:
@@ -439,13 +443,14 @@ def table_rows(columns: list[Column], result: dict, is_compared: bool = False) -
             title += " (selective)"
         if not is_compared or row in COMPARED_ROWS or row == best_head:
             cells = cell_texts(columns, table[row])
-            rows.append(Row(title, cells, PASSES.get(row, "")))
+            rows.append(Row(title, cells, PASSES.get(row, ""), name_of(row)))
     if "untrained" in result and not is_compared:
-        rows.append(Row("before training:", [], is_heading=True))
+        rows.append(Row("before training:", []))
         untrained = result["untrained"]
         for row in [*maps_in_order(untrained), "brightness"]:
             if row in untrained:
-                rows.append(Row(f"  {title_of(row)}", cell_texts(columns, untrained[row])))
+                cells = cell_texts(columns, untrained[row])
+                rows.append(Row(f"  {title_of(row)}", cells, name=name_of(row)))
     return rows
 
 

@@ -43,7 +43,9 @@ def test_the_pages_show_what_the_runs_give(committed, page):
     blocks = verdicts.page_blocks(committed, figure_folder)
     assert verdicts.fill_page(text, blocks) == text
     # A number that somebody changes by hand is restored.
+    written = "\n".join(blocks.values())
     lines = [line for line in text.splitlines() if line.startswith("|") and " [" in line]
+    lines = [line for line in lines if line in written]
     assert len(lines) >= 5
     changed = text.replace(lines[-1], lines[-1] + "9")
     assert verdicts.fill_page(changed, blocks) == text
