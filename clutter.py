@@ -14,7 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import Split, read_folder, to_device
+from data import Split, to_device
+from picture_files import read_folder
 from settings import Config
 
 DIGIT_SIZE = 28  # MNIST's, pixels

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import effects
 import evaluate
 import explain
 import metrics
+import picture_files
 import settings
 import views
 import vit
@@ -263,7 +263,7 @@ def list_images(names: list[str]) -> dict[str, bool]:
     named = set()  # where those really are that were named themselves
     for name in names:
         is_folder = os.path.isdir(name)
-        pictures = data.image_files(name) if is_folder else [name]
+        pictures = picture_files.image_files(name) if is_folder else [name]
         if not pictures:
             raise ValueError(f"--images {name}: no pictures there; use another folder, or files")
         for path in pictures:
@@ -282,13 +282,13 @@ def open_pictures(
     assumed of the pictures is printed, and how they were resized. A picture of a folder that cannot
     be shown is skipped; ValueError or OSError for one that was named, or if none is left.
     """
-    survey = data.survey_pictures(paths, levels)
+    survey = picture_files.survey_pictures(paths, levels)
     examples = [[] for _ in models]
     sizes = {}  # {path: (width, height)}
     errors = []
     for path, is_named in tqdm(paths.items(), "reading", unit="picture", leave=False, disable=None):
         try:
-            image = data.read_image(path, survey.levels)
+            image = picture_files.read_image(path, survey.levels)
             pictures = [resize_image(image, path, *sizes_of(model)) for model in models]
         except (OSError, ValueError) as error:
             if is_named:
@@ -303,7 +303,7 @@ def open_pictures(
     if levels is not None and not survey.levels:
         raise ValueError("--levels: no picture has more than 8 bits; leave it out")
 
-    data.print_skipped(errors)
+    picture_files.print_skipped(errors)
     lines = survey.notes("" if levels else "; override with --levels")
     lines += [resizing_note(sizes, *size) for size in dict.fromkeys(map(sizes_of, models))]
     for line in lines:
@@ -318,7 +318,7 @@ def sizes_of(model: Model) -> tuple[int, int]:
 
 def open_image(path: str, image_size: int, patch_size: int) -> Tensor:
     """A picture (3, H, W) in [0, 1], its longer side image_size, both multiples of the patch."""
-    return resize_image(data.read_image(path), path, image_size, patch_size)
+    return resize_image(picture_files.read_image(path), path, image_size, patch_size)
 
 
 def resize_image(image: Image.Image, path: str, image_size: int, patch_size: int) -> Tensor:
@@ -350,7 +350,7 @@ def resizing_note(sizes: dict[str, tuple[int, int]], image_size: int, patch_size
     after = proportions(*resized(sizes[path], image_size, patch_size))
     line = f"longer sides are resized to {image_size} pixels, both to whole patches of {patch_size}"
     if after != before:
-        name = data.shortened(os.path.basename(path), 30)
+        name = picture_files.shortened(os.path.basename(path), 30)
         line += f"; proportions change, most of {name} from {before} to {after}"
     return line
 

@@ -48,6 +48,7 @@ import evaluate
 import explain
 import explorer
 import gallery
+import picture_files
 import report
 import runs
 import settings
@@ -128,7 +129,7 @@ def save_figure(figure, path: str, title: str, models: list[Model]):
         wrapped += textwrap.wrap(line[:300], characters, break_on_hyphens=False)
     text = "\n".join(wrapped)
     # A font refuses what is not UTF-8, which a file's name may hold.
-    text = "\n".join(map(data.printable, text.split("\n")))
+    text = "\n".join(map(picture_files.printable, text.split("\n")))
     figure.suptitle(text, fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # there is one for each that the font lacks
@@ -137,7 +138,7 @@ def save_figure(figure, path: str, title: str, models: list[Model]):
             dpi=120,
             bbox_inches="tight",
             pad_inches=0.1,
-            metadata={"Software": data.FIGURE_MARK},
+            metadata={"Software": picture_files.FIGURE_MARK},
         )
     tqdm.write(f"wrote {path}")
 
@@ -164,7 +165,7 @@ def plot_grid(
     has_notes = any(column.notes for column in columns.values())
     pitch = 0.94 * tallest + (0.21 if has_notes else 0.06)  # from row to row
     lines_above = title.count("\n") + len(models) + max(name.count("\n") for name in columns)
-    row_names = [data.shortened(name, LONGEST_ROW_NAME) for name in row_names]
+    row_names = [picture_files.shortened(name, LONGEST_ROW_NAME) for name in row_names]
     width_of_names = 0.08 * max(map(len, row_names), default=0)
     width = max(6, 1.4 * len(columns)) + width_of_names
     size = (width, 1.45 * rows * pitch + 0.8 + 0.17 * lines_above)
@@ -921,8 +922,8 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
 def remove_other_pages(pages: list[str], folder: str):
     """Remove the pages of earlier calls from the folder, which show other pictures or networks."""
     pattern = os.path.join(glob.escape(folder), "attention-images*.png")
-    for path in sorted(glob.glob(pattern), key=data.natural_order):
-        if path not in pages and data.is_own_figure(path):
+    for path in sorted(glob.glob(pattern), key=picture_files.natural_order):
+        if path not in pages and picture_files.is_own_figure(path):
             os.remove(path)
             print(f"removed {path}, which an earlier call had drawn")
 

@@ -37,6 +37,7 @@ from PIL import Image
 
 import data
 import evaluate
+import picture_files
 import runs
 import settings
 import train
@@ -587,7 +588,7 @@ def test_a_background_folder_that_has_vanished(tmp_path, capsys):
     Image.new("L", (90, 90), 200).save(backgrounds / "a.png")
     run = tmp_path / "run"
     assert start(run, f"--background {backgrounds}") == 0
-    data.read_folder.cache_clear()
+    picture_files.read_folder.cache_clear()
     (backgrounds / "a.png").unlink()
     before = contents_of(run)
     capsys.readouterr()

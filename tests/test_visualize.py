@@ -27,12 +27,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
 import effects
 import evaluate
 import explain
 import gallery
 import metrics
+import picture_files
 import report
 import views
 import visualize
@@ -1449,7 +1449,7 @@ def test_a_background_folder_that_has_vanished_is_noticed_before_anything_is_wri
     Image.new("L", (90, 90), 200).save(backgrounds / "a.png")
     run = tmp_path / "run"
     assert start(run, f"--epochs 1 --background {backgrounds}") == 0
-    data.read_folder.cache_clear()
+    picture_files.read_folder.cache_clear()
     (backgrounds / "a.png").unlink()
     before = files_in(run)
     capsys.readouterr()
