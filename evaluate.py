@@ -56,7 +56,7 @@ ENOUGH_PICTURES = 5  # fewer have no interval: a bootstrap of two would only ret
 # For weights that do not come from a run of train.py, metrics.json holds only these settings.
 SHOWN = ("weights", "dataset", "split", "background", "digits", "canvas_size", "num_distractors")
 SHOWN += ("distractor_size", "image_size", "data_root", "patch_size", "dim", "depth", "heads")
-SHOWN += ("pos_size", "mlp_ratio", "registers", "antialias")
+SHOWN += ("pos_size", "mlp_ratio", "registers", "antialias", "norm_eps", "rotary")
 
 
 # -------------------------------------------------------------------------- every map, every metric

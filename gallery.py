@@ -113,6 +113,8 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
             expect_half(backbone)
             normalisation = "a mean and standard deviation of 0.5"
         print(f"{source}: {loaded.description}, pictures normalised with {normalisation}")
+        for remark in loaded.remarks:
+            print(f"{source}: {remark}")
 
     is_run = is_ours and like is None
     if is_run:

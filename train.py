@@ -702,6 +702,8 @@ def prepare(args) -> Run:
         if config.weights != "none":
             loaded = weights.load_backbone(config.weights)
             start_description = f"{config.weights}: {loaded.description}"
+            for remark in loaded.remarks:
+                print_rank0(f"{config.weights}: {remark}")
             initial_backbone = loaded.backbone
             weights_shape = asdict(initial_backbone.shape)  # comes before the preset's values
             config = settings.make_config(args.flags, args.preset, weights_shape)

@@ -29,7 +29,10 @@ from dataclasses import dataclass, field, replace
 backend_of_host = None
 if "matplotlib" not in sys.modules:
     backend_of_host = os.environ.pop("MPLBACKEND", None)
-import matplotlib.style
+try:
+    import matplotlib.style
+except UnicodeDecodeError as error:
+    sys.exit(f"visualize.py: error: matplotlibrc is not UTF-8 ({error}); mend or remove it")
 
 if backend_of_host is not None:
     os.environ["MPLBACKEND"] = backend_of_host

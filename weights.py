@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rotary import RotaryPositions
 from settings import EARLIER, Config
-from vit import RotaryPositions, VisionTransformer, ViTShape
+from vit import VisionTransformer, ViTShape
 
 # DINO's published backbones by the names of its hub; `dino` is the paper's ViT-S/8.
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}/{0}.pth"
@@ -99,6 +100,7 @@ class LoadedWeights:
     backbone: VisionTransformer
     content: dict  # all that the file holds
     description: str  # which of the file's networks it is, and what was assumed
+    remarks: list[str]  # what else a reader of its maps should know
     is_ours: bool  # whether it is a checkpoint of train.py
 
 
@@ -179,12 +181,12 @@ def read_checkpoint(path: str):
     except ImportError as error:
         raise ValueError(f"{path} needs a library: pip install safetensors") from error
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        reason = str(error).strip().partition("\n")[0][:150] or type(error).__name__
-        if refused := re.search(r"GLOBAL (\S{1,150})", str(error)):
+        reason = one_line(str(error).strip().partition("\n")[0])[:60] or type(error).__name__
+        if refused := re.search(r"GLOBAL (\S{1,40})", str(error)):
             reason = f"{refused[1]}, which could run code: save the network's state_dict() alone"
         raise ValueError(
-            f"{path} is not a PyTorch checkpoint, is damaged, or holds more than tensors and "
-            f"plain values ({reason}); use another copy of it"
+            f"{path} is no PyTorch checkpoint of tensors and plain values, or is damaged ({reason}); "
+            f"use another copy of it"
         ) from error
 
 
@@ -371,7 +373,7 @@ def backbone_of(
     has_norm = "norm.weight" in weights
     backbone = build_backbone(weights, shape)
     if is_deit3:
-        check_deit3(content, path, prefix)
+        check_deit3(content, path)
 
     # Say what was read, and what was assumed.
     description = describe_network(prefix, networks, content)
@@ -384,13 +386,14 @@ def backbone_of(
         description += ", grid {}×{}".format(*backbone.grid)
         if not (known_grid or is_dino or is_ours):
             description += " (assumed; override with --grid)"
+    remarks = []
     if is_deit3:
-        description += ", taken for DeiT III, which has no rotary positions"
+        remarks.append("it was taken for DeiT III, which has no rotary positions")
     if f"{prefix}fc_norm.weight" in tensors:
-        description += ", trained on the mean of its patches (fc_norm), not on [CLS]"
+        remarks.append("it was trained on the mean of its patches (fc_norm), not on [CLS]")
     if not has_norm:
-        description += ", no final norm, so a new one is used"
-    return LoadedWeights(backbone, content, description, is_ours)
+        remarks.append("it has no final norm, so its features get an untrained one")
+    return LoadedWeights(backbone, content, description, remarks, is_ours)
 
 
 def find_tensors(content: dict) -> dict:
@@ -540,19 +543,19 @@ def check_tensors(weights: dict, path: str):
         raise ValueError("cls_token, pos_embed or patch_embed.proj.weight has another shape")
 
 
-def check_deit3(content: dict, path: str, prefix: str):
-    """Raise ValueError if a network with gamma_1 in its blocks may not be DeiT III.
+def check_deit3(content: dict, path: str):
+    """Raise ValueError if nothing says that a network with gamma_1 in its blocks is DeiT III.
 
     timm's and naver-ai's ViTs with rotary positions beside the stored ones (rope_ape) have the same
-    names and shapes, and their rotary positions are in no file. DeiT III's own code saves its
-    weights under "model", timm's does not.
+    names and shapes, and their rotary positions are in no file. So the name must tell them apart:
+    that of the file, or that of the model which DeiT's own code saves.
     """
     arguments = content.get("args")
-    texts = [os.path.basename(path), content.get("arch"), getattr(arguments, "model", None)]
-    is_rope = any("rope" in str(text) for text in texts)
-    if is_rope or not prefix.startswith("model"):
+    names = [os.path.basename(path), content.get("arch"), getattr(arguments, "model", None)]
+    text = " ".join(str(name).lower() for name in names)
+    if "rope" in text or "deit" not in text:
         raise ValueError(
-            'gamma_1: rotary positions may be missing; if it is DeiT III, save it under "model"'
+            "gamma_1: rotary positions may be missing; if it is DeiT III, put deit into its file name"
         )
 
 

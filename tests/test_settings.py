@@ -282,7 +282,7 @@ BAD_SETTINGS = [
     # files, folders and devices that are not there
     ("--weights missing.pth", "missing.pth: no such file"),
     ("--weights in-memory.pth", "in-memory.pth: no such file"),
-    ("--weights text.pth", "text.pth is not a PyTorch checkpoint"),
+    ("--weights text.pth", "text.pth is no PyTorch checkpoint"),
     ("--weights dino", "--weights dino: download from http"),
     ("--digits mnist --data-root nowhere", "nowhere/MNIST/raw is missing or damaged (download fa"),
     ("--dataset stl10 --data-root nowhere", "nowhere/stl10_binary is missing or damaged"),

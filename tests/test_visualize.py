@@ -1512,7 +1512,7 @@ BAD_INPUT = [
     ("missing.pth", "missing.pth: no such file"),
     ("CKPT missing.pth", "missing.pth: no such file"),
     (".", "./ckpt.pth: no such file"),
-    ("text.pth", "text.pth is not a PyTorch checkpoint"),
+    ("text.pth", "text.pth is no PyTorch checkpoint"),
     ("CKPT --images text.pth", "text.pth cannot be read as a picture"),
     ("CKPT --images missing.png", "missing.png cannot be read as a picture (no such file)"),
     ("CKPT --images thin.png", "--images thin.png: 6×900 pixels; use at least a patch of 7"),

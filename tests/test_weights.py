@@ -646,32 +646,39 @@ def test_deit3(tmp_path):
     timm_names = vit_weights(layer_scale=True)
     timm_names["pos_embed"] = timm_names["pos_embed"][:, 1:].clone()
     expected = load(tmp_path, timm_names)
-    for key in ("model", "model_ema"):
-        loaded = load(tmp_path, {key: deit3_weights(), "epoch": 800})
+    state = deit3_weights()
+    deit_args = argparse.Namespace(model="deit_small_patch16_LS")
+    for name, content in (
+        ("deit_3_small_224_1k.pth", {"model": state}),
+        ("DeiT3.pth", state),
+        ("checkpoint.pth", {"model": state, "epoch": 800, "args": deit_args}),
+        ("checkpoint.pth", {"model_ema": state, "arch": "deit_small_patch16_LS"}),
+    ):
+        torch.save(content, tmp_path / name)
+        loaded = load_backbone(str(tmp_path / name))
         assert_same_weights(loaded.backbone, expected.backbone.state_dict())
-        assert "taken for DeiT III, which has no rotary positions" in loaded.description
-    assert "DeiT III" not in expected.description
+        assert loaded.remarks == ["it was taken for DeiT III, which has no rotary positions"]
+    assert expected.remarks == []
 
 
 def test_rotary_positions_that_are_in_no_file_are_not_overlooked(tmp_path):
     """timm's rope_ape has the names and shapes of DeiT III; others have no positions in a file."""
     state = deit3_weights()
     rope_args = argparse.Namespace(model="rope_axial_ape_deit_small_patch16_LS")
-    for content in (
-        state,
-        {"state_dict": state},
-        with_prefix("module.", state),
-        {"model": state, "arch": "vit_small_patch16_rope_ape_224"},
-        {"model": state, "args": rope_args},
+    for name, content in (
+        ("w.pth", state),
+        ("w.pth", {"state_dict": state}),
+        ("w.pth", {"model": state}),
+        ("w.pth", {"model": state, "arch": "vit_small_patch16_rope_ape_224"}),
+        ("w.pth", {"model": state, "args": rope_args}),
+        ("deit.pth", {"model": state, "args": rope_args}),
+        ("rope_deit.pth", {"model": state}),
     ):
+        torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match="gamma_1: rotary positions may be missing; if"):
-            load(tmp_path, content)
+            load_backbone(str(tmp_path / name))
     with pytest.raises(ValueError, match="no pos_embed beside model.cls_token, nor DINOv3's"):
         load(tmp_path, {"model": without("pos_embed", state)})
-    path = tmp_path / "rope_ape.pth"
-    torch.save({"model": state}, path)
-    with pytest.raises(ValueError, match="gamma_1: rotary positions may be missing"):
-        load_backbone(str(path))
 
 
 # ------------------------------------------------------------------------------------------ DINOv3
@@ -864,11 +871,9 @@ def test_parity_with_timm(tmp_path, name, changes, sizes):
 def test_other_rotary_positions_of_timm_are_refused(tmp_path, name):
     timm = pytest.importorskip("timm")
     network = timm.create_model(f"vit_small_patch16_{name}_224", **SMALL_TIMM, img_size=64)
-    with pytest.raises(ValueError, match="rotary positions|rope.freqs: not a part"):
-        load(tmp_path, network.state_dict())
-    if name != "rope_ape":  # under "model" it cannot be told from DeiT III; the description says so
+    for content in (network.state_dict(), {"model": network.state_dict()}):
         with pytest.raises(ValueError, match="rotary positions|rope.freqs: not a part"):
-            load(tmp_path, {"model": network.state_dict()})
+            load(tmp_path, content)
 
 
 HUGGING_FACE_MODELS = [
@@ -1169,12 +1174,11 @@ def test_without_a_final_norm_maps_are_the_same_and_a_new_one_is_described(tmp_p
     x = complete.backbone.before_last_block(images)
     cls = complete.backbone.blocks[-1](x, num_queries=1)[:, 0]
     torch.testing.assert_close(loaded.backbone(images), F.layer_norm(cls, (DIM,), eps=1e-6))
-    assert "no final norm" in loaded.description
-    on_the_mean = "trained on the mean of its patches (fc_norm), not on [CLS]"
-    assert on_the_mean in loaded.description
-    assert on_the_mean in load(tmp_path, vit_weights() | mean_of_patches).description
-    assert on_the_mean not in complete.description
-    assert "no final norm" not in complete.description
+    assert "no final norm" in loaded.remarks[1]
+    on_the_mean = "it was trained on the mean of its patches (fc_norm), not on [CLS]"
+    assert loaded.remarks[0] == on_the_mean
+    assert load(tmp_path, vit_weights() | mean_of_patches).remarks == [on_the_mean]
+    assert complete.remarks == []
 
 
 # ----------------------------------------------------------------------------------- reading files
@@ -1188,7 +1192,7 @@ def test_safetensors(tmp_path):
     complete = path.read_bytes()
     for content in (b"", complete[:5], complete[:500], complete[:-9], b"\xff" * 99):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="model.safetensors is not"):
+        with pytest.raises(ValueError, match="model.safetensors is no PyTorch"):
             load_backbone(str(path))
 
 
