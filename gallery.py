@@ -112,8 +112,8 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         if args.normalise == "half" and is_others:
             expect_half(backbone)
             normalisation = "a mean and standard deviation of 0.5"
-        print(f"{source}: {loaded.description}, pictures normalised with {normalisation}")
-        for remark in loaded.remarks:
+        print(f"{source}: {loaded.description}")
+        for remark in [*loaded.remarks, f"it is given pictures normalised with {normalisation}"]:
             print(f"{source}: {remark}")
 
     is_run = is_ours and like is None

@@ -340,10 +340,10 @@ def is_own_figure(path: str) -> bool:
     return FIGURE_MARK.encode() in header or (has_own_name and b"Matplotlib version" in header)
 
 
-def natural_order(name: str) -> list:
+def natural_order(name: str) -> tuple:
     """A key to sort names by, in which frame2 comes before frame10."""
     parts = re.split("([0-9]+)", name)  # text, number, text, …
-    return [int(part) if position % 2 else part for position, part in enumerate(parts)] + [name]
+    return [int(part) if position % 2 else part for position, part in enumerate(parts)], name
 
 
 def image_files(folder: str) -> list[str]:

@@ -416,7 +416,7 @@ def find_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        reason = one_line(error).split(". ")[0]
+        reason = one_line(error).split(". ")[0][:100]
         raise ValueError(f"--device {name} cannot be used ({reason}); use --device cpu") from error
     return torch.device(name)
 

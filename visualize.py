@@ -63,7 +63,7 @@ from observe import concatenate, name_of
 
 PICTURES_PER_PAGE = 20
 LONGEST_ROW_NAME = 24  # characters
-OVERLAY_OPACITY = 0.6  # of a map over a picture
+OVERLAY_OPACITY = 0.8  # of the maximum of a map over a picture
 MAP_NAMES = (*explain.MAPS, "effect", "heads")  # of --maps
 QUICK_MAPS = ["attention", "rollout", "heads"]  # with --no-measure, a forward pass each
 # How the files end that hold weights, so that a checkpoint after --images is not taken for a picture.
@@ -184,7 +184,8 @@ def plot_grid(
             opacity = 1
             if column.pictures:
                 axis.imshow(np.asarray(column.pictures[row]), extent=extent)
-                opacity = OVERLAY_OPACITY
+                # 0 is transparent, so what gets no attention is seen as it is
+                opacity = OVERLAY_OPACITY * array.clip(min=0) / max(array.max(), 1e-12)
             axis.imshow(
                 array,
                 cmap="inferno",
@@ -321,12 +322,14 @@ def correlation_note(of_example: MapsOfExample, name: str) -> str:
 
 def attention_title(networks: list[LookedAt], is_overlay: bool = False) -> str:
     """What stands above maps."""
-    title = "Where the network looks; each map from 0 (black) to its own maximum"
+    title = "Where the network looks; each map"
     query = networks[0].query.describe()
     if query:
-        title = f"Attention and rollout: {query}. Each map from 0 (black) to its own maximum"
+        title = f"Attention and rollout: {query}. Each map"
     if is_overlay:
-        title += ", over the input"
+        title += " over the input, from 0 (transparent) to its own maximum"
+    else:
+        title += " from 0 (black) to its own maximum"
     has_masks = [bool(example.masks) for network in networks for example in network.examples]
     if any(has_masks):
         title += ". The digit is outlined in green, clutter in red"
@@ -540,7 +543,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overlay",
         action="store_true",
-        help="draw the maps over the input, which is seen through them, instead of on black",
+        help="draw the maps over the input instead of on black: transparent where they are 0",
     )
     parser.add_argument(
         "--smooth", action="store_true", help="draw the maps without the edges of patches"

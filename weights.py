@@ -72,7 +72,7 @@ REQUIRED = {"cls_token", "patch_embed.proj.weight"}  # and positions
 GATED_MLP = r"blocks\.\d+\.mlp\.(w12|w1|fc1_g|gate_proj|weights_in)\b"
 # What save_pretrained of Hugging Face writes into a folder, beside config.json.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-LONGEST_REASON = 120  # characters of a refusal
+LONGEST_REASON = 100  # characters of a refusal
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,11 @@ def read_checkpoint(path: str):
     except ImportError as error:
         raise ValueError(f"{path} needs a library: pip install safetensors") from error
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
+        if refused := re.search(r"GLOBAL (\S{1,60})", str(error)):
+            raise ValueError(
+                f"{path} holds {refused[1]}, which could run code; save the network's state_dict() alone"
+            ) from error
         reason = one_line(str(error).strip().partition("\n")[0])[:60] or type(error).__name__
-        if refused := re.search(r"GLOBAL (\S{1,40})", str(error)):
-            reason = f"{refused[1]}, which could run code: save the network's state_dict() alone"
         raise ValueError(
             f"{path} is no PyTorch checkpoint of tensors and plain values, or is damaged ({reason}); "
             f"use another copy of it"

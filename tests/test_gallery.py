@@ -194,7 +194,7 @@ def test_keys_of_ours_in_files_of_others(tmp_path, capsys, beside):
     assert not torch.equal(model.backbone.patch_embed.proj.weight, state["patch_embed.proj.weight"])
     printed = capsys.readouterr().out
     assert "4 heads, grid 4×4 (assumed; override with --grid)" in printed
-    assert "pictures normalised with a mean and standard deviation of 0.5" in printed
+    assert "it is given pictures normalised with a mean and standard deviation of 0.5" in printed
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -474,7 +474,8 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
 
 
 def test_numbers_in_names_are_counted(tmp_path):
-    names = ["frame1.png", "frame2.png", "frame10.png", "part2/a.png", "part10/a.png"]
+    names = ["frame1.png", "frame2.png", "frame10.png"]
+    names += ["part/a.png", "part2/a.png", "part10/a.png"]
     for name in reversed(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

@@ -416,16 +416,19 @@ def colours_of_map(path) -> np.ndarray:
 
 
 def test_a_map_may_lie_over_its_picture(other_run, tmp_path):
-    """White that is seen through black is as grey as the map is transparent."""
+    """Where a map is 0, black stands in a map alone, and the picture in a map that lies over it."""
     model = model_of(other_run / "ckpt.pth")
     values = np.array([[0, 0], [0, 1.0]])
-    white = np.ones((8, 8, 3))
+    grey = np.full((8, 8, 3), 0.5)
     path = str(tmp_path / "a.png")
-    for pictures, darkest in (([], 0), ([white], 255 * (1 - visualize.OVERLAY_OPACITY))):
+    brightest = np.array([252, 255, 164])  # the end of the colour map
+    for pictures, of_zero, opacity in (([], 0, 1), ([grey], 127, visualize.OVERLAY_OPACITY)):
         column = GridColumn([values], pictures=pictures)
         visualize.plot_grid({"map": column}, path, "title", [model])
         colours = colours_of_map(path)
-        assert abs(np.median(colours, axis=0) - darkest).max() < 5
+        assert abs(np.median(colours, axis=0) - of_zero).max() < 5
+        of_one = colours[colours.sum(1).argmax()]
+        assert abs(of_one - (opacity * brightest + (1 - opacity) * 127)).max() < 8
     visualize.plot_grid({"map": GridColumn([values])}, path, "title", [model])
     by_patch = len(np.unique(colours_of_map(path), axis=0))
     visualize.plot_grid({"map": GridColumn([values], is_smooth=True)}, path, "title", [model])
@@ -783,12 +786,14 @@ def test_what_was_assumed_about_weights_is_printed_and_can_be_overridden(tmp_pat
     assert look(*draw, output=tmp_path) == 0
     assert (
         f"{path}: weights, 2 heads (assumed; override with --heads), grid 4×4 (assumed; override "
-        f"with --grid), pictures normalised with ImageNet's mean and standard deviation\n"
+        f"with --grid)\n{path}: it is given pictures normalised with ImageNet's mean and standard "
+        f"deviation\n"
     ) in capsys.readouterr().out
     flags = ["--heads", "4", "--grid", "2x8", "--normalise", "half"]
     assert look(*draw, *flags, output=tmp_path) == 0
     printed = capsys.readouterr().out
-    assert f"{path}: weights, 4 heads, grid 2×8, pictures normalised with a " in printed
+    assert f"{path}: weights, 4 heads, grid 2×8\n" in printed
+    assert f"{path}: it is given pictures normalised with a mean and standard deviation" in printed
     for flags in (["--heads", "5"], ["--heads", "-1"], ["--grid", "3x5"], ["--grid", "99999x1"]):
         assert str(path) in error_of(look(*draw, *flags, output=tmp_path), capsys)
     for grid in ("4", "0x4", "-2x-8", "axb"):
