@@ -72,7 +72,7 @@ REQUIRED = {"cls_token", "patch_embed.proj.weight"}  # and positions
 GATED_MLP = r"blocks\.\d+\.mlp\.(w12|w1|fc1_g|gate_proj|weights_in)\b"
 # What save_pretrained of Hugging Face writes into a folder, beside config.json.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-LONGEST_REASON = 100  # characters of a refusal
+LONGEST_REASON = 115  # characters of a refusal
 
 
 @dataclass(frozen=True)
@@ -533,8 +533,7 @@ def check_tensors(weights: dict, path: str):
         gated.append("blocks.0.mlp.fc1.weight")  # both halves in one layer: timm's DINOv2 ViT-g
     if gated:
         raise ValueError(
-            f"{gated[0]}: MLPs with a gate (SwiGLU) cannot be read, such as those of DINOv3's S+, "
-            f"H+ and 7B"
+            f"{gated[0]}: MLPs with a gate (SwiGLU) are not read, such as DINOv3's S+, H+ and 7B"
         )
     has_shapes = (
         weights["cls_token"].ndim == 3

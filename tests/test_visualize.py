@@ -1237,7 +1237,7 @@ def test_maps_chooses_the_columns_and_their_order(
         assert look(path, *flags, "--maps", maps, output=tmp_path) == 0
     printed = capsys.readouterr().out.splitlines()
     # what was read, how it was resized, and the two files that were written; no report
-    assert len(printed) == 4
+    assert len(printed) == 5
     columns = grids["attention-images.png"].columns
     assert list(columns) == ["input", *shown]
     for row, picture in enumerate(columns["input"].arrays):
@@ -1283,7 +1283,7 @@ def test_without_the_effect_nothing_is_blackened_or_left_out(
         assert look(path, *flags, output=tmp_path) == 0
         capsys.readouterr()
         assert look(path, *flags, "--images", *pictures, output=tmp_path) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4  # no report
+    assert len(capsys.readouterr().out.splitlines()) == 5  # no report
     for grid in grids.values():
         assert list(grid.columns) == ["input", "rollout", "head 1", "head 2"]
         assert not any(column.notes for column in grid.columns.values())

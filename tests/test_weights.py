@@ -794,7 +794,7 @@ def test_dinov3_with_a_gate_is_refused_by_name(tmp_path, name):
         state = without("mlp.fc1", dinov3_weights())
         state[f"blocks.0.mlp.{name}.weight"] = torch.ones(DIM, DIM)
         state["blocks.0.mlp.w1.weight"] = torch.ones(DIM, DIM)
-    with pytest.raises(ValueError, match=r"SwiGLU\) cannot be read, such as those of DINOv3's S\+"):
+    with pytest.raises(ValueError, match=r"SwiGLU\) are not read, such as DINOv3's S\+"):
         load(tmp_path, state)
 
 
