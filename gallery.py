@@ -55,7 +55,7 @@ class Model:
     history: list | None = None  # the lines of its log.jsonl
     splits: dict | None = None  # the digits or photographs that it is shown
     is_measured: bool = False  # runs of train.py are measured, and what --weights names
-    is_others: bool = False  # weights of another program, which flags may say how to read
+    is_others: bool = False  # a file of another program; flags may say how to read its weights
 
     def describe(self) -> str:
         return evaluate.describe(self.config, self.epoch, is_run=self.history is not None)
@@ -87,7 +87,7 @@ def check_flags(models: list[Model], args: argparse.Namespace):
     }
     for flag, given in is_given.items():
         if given:
-            raise ValueError(f"{flag}: leave it out; it is for weights that train.py did not write")
+            raise ValueError(f"{flag}: leave it out; it is for files of other programs' weights")
 
 
 def open_model(source: str, args: argparse.Namespace, like: Model | None = None) -> Model:
@@ -107,7 +107,7 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         backbone = loaded.backbone
         content = loaded.content
         is_ours = loaded.is_ours
-        is_others = not is_ours
+        is_others = not is_ours and source not in weights.DINO_FILES
         normalisation = "ImageNet's mean and standard deviation"
         if args.normalise == "half" and is_others:
             expect_half(backbone)
@@ -128,7 +128,7 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
             raise ValueError(f"{source}: {error}") from error
     else:
         config = config_for_weights(backbone, like)
-        config.weights = os.path.basename(source)
+        config.weights = os.path.basename(os.path.normpath(source))
         epoch = None
         history = None
 
@@ -175,7 +175,7 @@ def random_backbone(like: Model | None) -> VisionTransformer:
 
 
 def config_for_weights(backbone: VisionTransformer, like: Model | None) -> Config:
-    """Settings that say what weights are shown: what `like` is, or else the paper's canvases."""
+    """Data settings for weights from elsewhere: those of `like`, or else the paper's canvases."""
     config = settings.make_config(preset="paper")
     if like is not None:
         for name in DATA_SETTINGS:
@@ -216,9 +216,8 @@ def kept_epochs(model: Model) -> dict[str, VisionTransformer]:
 def why_not_of_run(model: Model, kept: LoadedWeights) -> str | None:
     """Why a file cannot be a kept epoch of the run that the model is from; None if it can be.
 
-    A kept epoch holds the log up to it. Two runs with different settings have different numbers
-    there, and with the same numbers the networks are the same. Times are not compared, since a
-    resumed run may have repeated the epoch. Copies of a folder keep both, and so did all versions.
+    A kept epoch holds the log up to that epoch. If that log agrees with the checkpoint's, the file
+    belongs to this run. Times are not compared, since a resumed run may have repeated an epoch.
     """
     epoch = kept.content.get("epoch")
     history = kept.content.get("metrics")
@@ -284,7 +283,8 @@ def open_pictures(
     assumed of the pictures is printed, and how they were resized. A picture of a folder that cannot
     be shown is skipped; ValueError or OSError for one that was named, or if none is left.
     """
-    survey = picture_files.survey_pictures(paths, levels)
+    largest_patch = max(model.backbone.shape.patch_size for model in models)
+    survey = picture_files.survey_pictures(paths, levels, least_side=largest_patch)
     examples = [[] for _ in models]
     sizes = {}  # {path: (width, height)}
     errors = []
@@ -303,7 +303,9 @@ def open_pictures(
     if not sizes:
         raise errors[0]
     if levels is not None and not survey.levels:
-        raise ValueError("--levels: no picture has more than 8 bits; leave it out")
+        raise ValueError(
+            "--levels: leave it out; files of 8 bits and PGM files say themselves what is white"
+        )
 
     picture_files.print_skipped(errors)
     lines = survey.notes("" if levels else "; override with --levels")
@@ -350,10 +352,12 @@ def resizing_note(sizes: dict[str, tuple[int, int]], image_size: int, patch_size
     path = max(changes, key=changes.get)
     before = proportions(*sizes[path])
     after = proportions(*resized(sizes[path], image_size, patch_size))
-    line = f"longer sides are resized to {image_size} pixels, both to whole patches of {patch_size}"
+    line = (
+        f"the longer side is resized to {image_size} pixels, both to whole patches of {patch_size}"
+    )
     if after != before:
         name = picture_files.shortened(os.path.basename(path), 30)
-        line += f"; proportions change, most of {name} from {before} to {after}"
+        line += f"; the proportions of {name} change most, from {before} to {after}"
     return line
 
 
@@ -385,7 +389,7 @@ def example_images(model: Model, count: int) -> list[Example]:
 
 @dataclass(frozen=True)
 class Query:
-    """Whose attention is shown, and in which block; [CLS] in the last one, if nothing is said."""
+    """Whose attention is shown, and in which block; by default that of [CLS] in the last one."""
 
     block: int | None = None  # from 1, or from the end: -1 is the last
     patch: tuple[int, int] | None = None  # row and column, from 1

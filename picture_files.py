@@ -20,7 +20,8 @@ import torch.distributed as dist
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from tqdm import tqdm
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS += (".ppm", ".pgm", ".pbm", ".pnm")
 # Some of Pillow's other formats start other programs (EPS runs Ghostscript).
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # What visualize.py writes into its figures, so that they are not taken for pictures to look at.
@@ -124,8 +125,9 @@ def read_image(path: str, levels: dict[str, tuple[float, float]] | None = None) 
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a file that is not its own
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise OSError(f"{path} cannot be read as a picture ({reason}); {way_out}") from error
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{path}: no such file; use a picture or a folder") from error
+        raise OSError(f"{path} cannot be read as a picture ({error}); {way_out}") from error
 
 
 def read_deep_picture(file: Image.Image, path: str) -> DeepPicture | None:
@@ -148,7 +150,8 @@ def read_deep_png(file: Image.Image, path: str) -> np.ndarray:
     if file.mode == "I;16":
         samples = np.asarray(loaded(file))
     elif file.tile[0][3] == "LA;16B":
-        # Read as four samples of 8 bits, it has the two bytes of each of its two samples.
+        # Pillow would drop the lower byte of each sample. Read as RGBA, the four bytes of a pixel
+        # are both bytes of its grey and both of its opacity.
         file.tile = [with_layout(tile, "RGBA") for tile in file.tile]
         samples = np.asarray(loaded(file)).view(">u2").astype(np.uint16)
     else:
@@ -176,7 +179,8 @@ def read_deep_tiff(file: Image.Image, path: str) -> DeepPicture | None:
 
     samples = np.asarray(loaded(file))
     if samples.ndim > 2:
-        raise ValueError(f"{bits} bits and {file.mode}")
+        sign = "signed " if is_signed else ""
+        raise ValueError(f"{sign}{bits}-bit samples of {file.mode}")
     white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     if file.mode == "F":
         return DeepPicture(samples, f"{bits}-bit floating point", white_is_zero)
@@ -234,7 +238,9 @@ def to_8_bits(deep: DeepPicture, levels: dict[str, tuple[float, float]]) -> Imag
     opacity = None
     if samples.ndim == 3 and samples.shape[-1] in (2, 4):
         opacity = samples[..., -1]
-        samples = samples[..., :-1].squeeze()
+        samples = samples[..., :-1]
+        if samples.shape[-1] == 1:
+            samples = samples[..., 0]
     if not np.isfinite(samples).all():
         raise ValueError("some pixels are NaN or infinite")
     if deep.kind in levels:
@@ -248,7 +254,7 @@ def to_8_bits(deep: DeepPicture, levels: dict[str, tuple[float, float]]) -> Imag
     image = Image.fromarray(values)
     if opacity is not None:
         # Some programs that put 10 bits into 16 do so for the opacity too.
-        opaque = white if opacity.max() <= white else 65535
+        opaque = white if opacity.max() <= white <= 65535 else 65535
         image.putalpha(Image.fromarray(scaled(opacity, 0, opaque)))
     image.getexif()[ExifTags.Base.Orientation] = deep.orientation
     return ImageOps.exif_transpose(image)
@@ -262,7 +268,7 @@ def scaled(samples: np.ndarray, black: float, white: float) -> np.ndarray:
 
 
 def extremes(deep: DeepPicture) -> tuple[float, float]:
-    """The lowest and the highest sample, of opacity not."""
+    """The lowest and the highest sample, ignoring opacity."""
     samples = deep.samples
     if samples.ndim == 3 and samples.shape[-1] in (2, 4):
         samples = samples[..., :-1]
@@ -289,13 +295,14 @@ def assumed_levels(kind: str, lowest: float, highest: float) -> tuple[float, flo
 
 
 def survey_pictures(
-    paths: Iterable[str], levels: tuple[float, float] | None = None
+    paths: Iterable[str], levels: tuple[float, float] | None = None, least_side: int = 1
 ) -> PictureSurvey:
     """What is black and what is white in all of these pictures, for each kind of more than 8 bits.
 
     All pictures of a kind have the same levels, so that two frames of one camera can be compared:
     `levels` if they are given, or else what is assumed of the lowest and highest sample of all.
-    Files that cannot be read are left for `read_image` to refuse.
+    Files that cannot be read, or have fewer than `least_side` pixels, do not count: they will not be
+    shown.
     """
     all_extremes = {}
     counts = {}
@@ -303,6 +310,8 @@ def survey_pictures(
     for path in tqdm(paths, "looking at levels", unit="picture", leave=False, disable=None):
         deep = None
         with contextlib.suppress(Exception), opened_picture(path) as file:
+            if min(file.size) < least_side:
+                continue
             deep = read_deep_picture(file, path)
             if getattr(file, "is_animated", False):
                 several_pages.append(path)

@@ -70,10 +70,7 @@ def checkpoint_path(path: str) -> str:
     """
     if not os.path.isdir(path):
         return path
-    checkpoint = os.path.join(path, "ckpt.pth")
-    if os.path.isfile(checkpoint):
-        return checkpoint
-    return file_in_folder(path) or checkpoint
+    return file_in_folder(path) or os.path.join(path, "ckpt.pth")
 
 
 def is_resumable(checkpoint) -> bool:
@@ -184,6 +181,8 @@ class FolderLock:
 
     def take(self, folder: str):
         """Lock a folder, unless that was done before; ValueError if another run has locked it."""
+        if self.file is not None:
+            return
         self.path = os.path.join(folder, self.NAME)
         while self.file is None:
             try:
@@ -263,7 +262,12 @@ def init_distributed():
         raise ValueError(f"RANK is {os.environ['RANK']}: use torchrun, which counts from 0")
     if has_cuda:
         local_rank = number_in_environment("LOCAL_RANK")
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus > 1:
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank}, but there are {gpus} GPUs; start fewer ranks"
+            )
+        torch.cuda.set_device(local_rank % gpus)  # some launchers show each rank one GPU alone
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
     except (RuntimeError, ValueError) as error:
@@ -424,14 +428,15 @@ def find_device(name: str) -> torch.device:
 def prepare_output():
     """Make sure that printing cannot fail, before a program prints anything.
 
-    Characters that the output's encoding lacks are replaced: Windows' code pages often lack τ. The
-    output of a notebook takes all, and cannot be changed. If there is none, nothing is printed.
+    Characters that the output's encoding lacks are replaced: Windows' code pages often lack τ. A
+    notebook's output takes every character and cannot be reconfigured. Where there is no output,
+    what is printed is lost.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or getattr(stream, "closed", False):
-            # The next file to be opened would get its number, and what libraries print.
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            # Else the next file to be opened might be the one into which libraries print.
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
         elif name == "stdout" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 

@@ -595,14 +595,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default=settings.default_device(), help="[%(default)s]")
     parser.add_argument(
-        "--output", help="folder for what is written [the first checkpoint's, or runs/weights-…]"
+        "--output",
+        help="folder for what is written [that of the first checkpoint, or of the file of --weights; "
+        "runs/weights-NAME for its names]",
     )
     args = parser.parse_intermixed_args(argv)  # checkpoints may stand between flags
     for name in ("weights", "maps", "background", "data_root", "output"):
         if getattr(args, name) == []:  # what argparse makes of "--output=--"
             parser.error(f"argument --{name.replace('_', '-')}: expected one argument")
     take_checkpoints_from_images(args)
-    args.query = Query(args.block, args.query)
+    block = None if args.block == -1 else args.block  # -1 is the default
+    args.query = Query(block, args.query)
     if args.levels is not None:
         low, high = args.levels
         if not args.images:
@@ -646,7 +649,7 @@ def make_folder(args: argparse.Namespace) -> str:
     elif args.weights == "none" or args.weights in weights.DINO_FILES:
         folder = os.path.join("runs", f"weights-{args.weights}")
     else:
-        folder = os.path.dirname(args.weights) or "."
+        folder = os.path.dirname(os.path.normpath(args.weights)) or "."
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -869,7 +872,8 @@ def draw_pictures(models: list[Model], examples: list[list[Example]], args: argp
     names = names_to_compute(args, ["brightness", *explain.PHOTO_CONTROLS])
     count = len(examples[0])
     has_report = not (args.maps or args.no_measure or args.query.is_chosen)
-    measured = min(count, PICTURES_PER_PAGE) if has_report else count
+    is_quick = args.maps or args.no_measure
+    measured = count if is_quick else min(count, PICTURES_PER_PAGE)
     networks = []
     results = []
     contents = []  # of the page

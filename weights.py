@@ -62,6 +62,8 @@ CLS_TOKEN = r"(?s)(|.*?\.)(embeddings\.)?cls_token"
 # Parts of a network that attention does not need, a pattern.
 LEFT_OUT = r"\w*(head|decoder|predictor|projector|classifier|criterion)|mask|fc_norm|pooler"
 LEFT_OUT += r"|local_cls_norm"
+# Parts that may be whole networks, with a [CLS] token; a pattern of one part of a prefix.
+LEFT_OUT_NETWORKS = r"(\w*_)?(head|decoder|predictor|projector|classifier|criterion)s?(_\w*)?"
 # Of several networks in a file, one that is a moving average is taken: a pattern of its prefix.
 AVERAGE_NAMES = r"(?<![a-z])(teacher|momentum|target|ema|swa|shadow|avg|averaged?)(?![a-z])"
 # Keys that hold no network, but perhaps copies of its tensors.
@@ -71,7 +73,7 @@ REQUIRED = {"cls_token", "patch_embed.proj.weight"}  # and positions
 # MLPs with a gate (SwiGLU): DINOv2's, DINOv3's, timm's and Hugging Face's names.
 GATED_MLP = r"blocks\.\d+\.mlp\.(w12|w1|fc1_g|gate_proj|weights_in)\b"
 # What save_pretrained of Hugging Face writes into a folder, beside config.json.
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
 LONGEST_REASON = 115  # characters of a refusal
 
 
@@ -167,6 +169,9 @@ def read_checkpoint(path: str):
 
     Raises OSError if there is no such file, ValueError if it is damaged or could run code.
     """
+    if os.path.isdir(path):
+        names = ", ".join(("ckpt.pth", *HUGGING_FACE_FILES))
+        raise FileNotFoundError(f"{path}: a folder without {names}; use the path of a file")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; use a .pth file with a ViT's weights")
     try:
@@ -197,7 +202,7 @@ def check_zip(path: str):
 
     torch.load does not check the records' CRC: of 400 files with a flipped bit it took 398.
     torch.save never compresses, so a compressed record is a zip bomb. Of a record that the archive
-    calls a folder (MS-DOS's attribute 16) torch.load reads nothing, and gives what memory held.
+    calls a folder (MS-DOS's attribute 16) torch.load reads nothing: it returns uninitialised memory.
     """
     with zipfile.ZipFile(path) as archive:
         is_compressed = any(record.compress_type for record in archive.infolist())
@@ -210,8 +215,8 @@ def check_zip(path: str):
 
 
 def file_in_folder(folder: str) -> str | None:
-    """The weights in a folder of Hugging Face's, or None if there are none."""
-    for name in FOLDER_FILES:
+    """The checkpoint in a run's folder, or the weights in one of Hugging Face's, or None."""
+    for name in ("ckpt.pth", *HUGGING_FACE_FILES):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             return path
@@ -224,7 +229,7 @@ def read_hugging_face_config(path: str) -> dict:
     Raises ValueError if it says what a ViT of vit.py is not.
     """
     config_path = os.path.join(os.path.dirname(path), "config.json")
-    if os.path.basename(path) not in FOLDER_FILES or not os.path.isfile(config_path):
+    if os.path.basename(path) not in HUGGING_FACE_FILES or not os.path.isfile(config_path):
         return {}
     try:
         with open(config_path, encoding="utf-8") as file:
@@ -240,22 +245,24 @@ def read_hugging_face_config(path: str) -> dict:
 
 def number_in(config: dict, name: str, default):
     """A positive number in config.json, or `default`. Raises ValueError for anything else."""
-    value = config.get(name, default)
-    if value is default:
+    if name not in config:
         return default
+    value = config[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"config.json: {name} is no positive number")
+        raise ValueError(f"config.json: {name} is not a positive number")
     return value
 
 
-def grid_in(config: dict, tokens: int) -> tuple[int, int] | None:
-    """The grid of the positions that config.json tells, if it is that of so many tokens."""
-    size = config.get("image_size")
-    patch_size = config.get("patch_size")
-    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
-    if not all(type(side) is int and side > 0 for side in (height, width, patch_size)):
+def known_grid(size, patch_size: int, tokens: int) -> tuple[int, int] | None:
+    """The grid (rows, columns) of positions for images of a size: a side, or (height, width).
+
+    None if that is not said, or does not fit so many tokens, with or without [CLS].
+    """
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if type(height) is not int or type(width) is not int:
         return None
-    rows, columns = height // patch_size, width // patch_size
+    rows = height // patch_size
+    columns = width // patch_size
     return (rows, columns) if tokens in (rows * columns, rows * columns + 1) else None
 
 
@@ -303,6 +310,8 @@ def load_backbone(
     content = read_checkpoint(path)
     try:
         return backbone_of(content, path, heads, grid, is_dino=source in DINO_FILES)
+    except (MemoryError, OSError):
+        raise
     except Exception as error:
         # Our own errors are ValueErrors. What torch raises for a hostile file, whose tensors have
         # other shapes than a ViT's, says nothing to a reader.
@@ -331,26 +340,28 @@ def backbone_of(
     is_rotary = has_dinov3_positions(weights)
     check_tensors(weights, path)
     is_ours = is_own_checkpoint(content)
-    config = content["config"] if is_ours else {}
+    run_settings = content["config"] if is_ours else {}
     hugging_face = read_hugging_face_config(path)
-    if is_ours:
+    if is_ours or is_dino:  # nothing needs to be told, so the flags are for other files
         heads = grid = None
 
     # Bring the weights to the layers of vit.py.
-    is_deit3 = any(re.fullmatch(rf"{re.escape(prefix)}.*\.gamma_1", name) for name in tensors)
-    is_deit3 = is_deit3 and not is_rotary
+    has_gamma_1 = any(re.fullmatch(rf"{re.escape(prefix)}.*\.gamma_1", name) for name in tensors)
+    is_deit3 = has_gamma_1 and not is_rotary
     fuse_queries_keys_values(weights)
     has_layer_scale = fold_layer_scale(weights)
-    known_grid = grid
     if not is_rotary:
-        known_grid = grid or grid_in(hugging_face, weights["pos_embed"].shape[1])
-        pad_positions(weights, known_grid)
+        tokens = weights["pos_embed"].shape[1]
+        patch_size = weights["patch_embed.proj.weight"].shape[-1]
+        stated_size = run_settings.get("pos_size") or hugging_face.get("image_size")
+        grid = grid or known_grid(stated_size, patch_size, tokens)
+        pad_positions(weights, grid)
     elif grid:
         raise ValueError("--grid: its positions are rotary, so they have no grid")
 
     # Work out what shapes do not tell.
-    known_heads = config.get("heads") or heads or number_in(hugging_face, "num_attention_heads", 0)
-    known_heads = known_heads or published_heads(weights, prefix)
+    known_heads = run_settings.get("heads") or heads
+    known_heads = known_heads or number_in(hugging_face, "num_attention_heads", None)
     if is_rotary:
         known_heads = heads_of_periods(weights) or known_heads
         if heads and heads != known_heads:
@@ -362,10 +373,10 @@ def backbone_of(
         usual_eps = 1e-12  # Hugging Face's ViT
     shape = infer_shape(
         weights,
-        known_heads,
-        known_grid,
-        antialias=config.get("antialias", is_dinov2_with_registers),
-        norm_eps=config.get("norm_eps", number_in(hugging_face, "layer_norm_eps", usual_eps)),
+        known_heads or published_heads(weights, prefix),
+        grid,
+        antialias=run_settings.get("antialias", is_dinov2_with_registers),
+        norm_eps=run_settings.get("norm_eps", number_in(hugging_face, "layer_norm_eps", usual_eps)),
     )
     pad_mlps(weights, shape)
     if is_rotary and "rope_embed.periods" not in weights:
@@ -386,7 +397,7 @@ def backbone_of(
         description += ", rotary positions"
     else:
         description += ", grid {}×{}".format(*backbone.grid)
-        if not (known_grid or is_dino or is_ours):
+        if not (grid or is_dino or is_ours):
             description += " (assumed; override with --grid)"
     remarks = []
     if is_deit3:
@@ -426,10 +437,10 @@ def find_networks(tensors: dict) -> dict:
     prefixes = {match[1] for name in tensors if (match := re.fullmatch(CLS_TOKEN, name))}
     networks = {}
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        beginnings = ["".join(f"{part}." for part in parts[:end]) for end in range(len(parts))]
-        prefix = max((one for one in beginnings if one in prefixes), key=len, default=None)
-        if prefix is None or any(re.match(LEFT_OUT, part) for part in prefix.split(".")):
+        prefix = longest_beginning(name, prefixes)
+        if prefix is None or any(
+            re.fullmatch(LEFT_OUT_NETWORKS, part) for part in prefix.split(".")
+        ):
             continue
         name = name.removeprefix(prefix)
         if re.match(LEFT_OUT, name.removeprefix("embeddings.")):
@@ -441,6 +452,17 @@ def find_networks(tensors: dict) -> dict:
             raise ValueError(f"{prefix}{name} is there under two names")
         network[name] = tensor
     return networks
+
+
+def longest_beginning(name: str, prefixes: set[str]) -> str | None:
+    """The longest of the prefixes, which end with a dot or are empty, that a name begins with."""
+    beginning = name
+    while beginning:
+        beginning, _, _ = beginning.rpartition(".")
+        prefix = f"{beginning}." if beginning else ""
+        if prefix in prefixes:
+            return prefix
+    return None
 
 
 def is_complete(weights: dict) -> bool:
@@ -494,21 +516,12 @@ def describe_network(chosen: str, networks: dict, content: dict) -> str:
     return one_line(description)[:LONGEST_REASON]
 
 
-def holds_tensors(value) -> bool:
-    """Whether a dict or list holds a tensor, at most two levels deep."""
-    for _ in range(2):
-        values = value.values() if isinstance(value, dict) else value
-        if not isinstance(value, (dict, list)):
-            return False
-        if any(isinstance(item, torch.Tensor) for item in values):
-            return True
-        value = [
-            item
-            for part in values
-            if isinstance(part, (dict, list))
-            for item in (part.values() if isinstance(part, dict) else part)
-        ]
-    return any(isinstance(item, torch.Tensor) for item in value)
+def holds_tensors(value, levels: int = 3) -> bool:
+    """Whether a dict or list holds a tensor, itself or in the dicts and lists that it holds."""
+    if not isinstance(value, (dict, list)) or levels == 0:
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return any(isinstance(item, torch.Tensor) or holds_tensors(item, levels - 1) for item in items)
 
 
 # ------------------------------------------------------------------------- to the layers of vit.py
@@ -541,20 +554,20 @@ def check_tensors(weights: dict, path: str):
         and weights["patch_embed.proj.weight"].ndim == 4
     )
     if not has_shapes:
-        raise ValueError("cls_token, pos_embed or patch_embed.proj.weight has another shape")
+        raise ValueError("cls_token, pos_embed or patch_embed.proj.weight has an unexpected shape")
 
 
 def check_deit3(content: dict, path: str):
     """Raise ValueError if nothing says that a network with gamma_1 in its blocks is DeiT III.
 
     timm's and naver-ai's ViTs with rotary positions beside the stored ones (rope_ape) have the same
-    names and shapes, and their rotary positions are in no file. So the name must tell them apart:
-    that of the file, or that of the model which DeiT's own code saves.
+    names and shapes, and their rotary positions are in no file. So a name must tell them apart:
+    that of the file or its folder, or that of the model, which DeiT's own code saves.
     """
     arguments = content.get("args")
-    names = [os.path.basename(path), content.get("arch"), getattr(arguments, "model", None)]
+    names = [*path.split(os.sep)[-2:], content.get("arch"), getattr(arguments, "model", None)]
     text = " ".join(str(name).lower() for name in names)
-    if "rope" in text or "deit" not in text:
+    if re.search("(?<![a-z])rope(?![a-z])", text) or "deit" not in text:
         raise ValueError(
             "gamma_1: rotary positions may be missing; if it is DeiT III, put deit into its file name"
         )

@@ -163,7 +163,9 @@ def test_flags_for_weights_of_others_are_refused_for_our_own(tmp_path):
         ("--normalise half", "--normalise half"),
     ]:
         for command in (f"{ours}", f"{ours} --weights {ours}", f"{ours} --weights none"):
-            with pytest.raises(ValueError, match=f"^{name}: leave it out; it is for weights that"):
+            with pytest.raises(
+                ValueError, match=f"^{name}: leave it out; it is for files of other"
+            ):
                 gallery.open_models(flags_of(f"{command} {flag}"))
         own, others = gallery.open_models(flags_of(f"{ours} --weights {tmp_path}/w.pth {flag}"))
         assert own.backbone.shape.heads == 3
@@ -246,13 +248,13 @@ def test_how_pictures_were_resized_is_printed(tmp_path, capsys):
     paths = gallery.list_images([str(tmp_path)])
     capsys.readouterr()
     gallery.open_pictures(models, paths)
-    line = "--images: longer sides are resized to 56 pixels, both to whole patches of 7"
-    change = "; proportions change, most of strip.png from 357:1 to 8:1"
+    line = "--images: the longer side is resized to 56 pixels, both to whole patches of 7"
+    change = "; the proportions of strip.png change most, from 357:1 to 8:1"
     assert capsys.readouterr().out == f"{line}{change}\n"
 
     del paths[str(tmp_path / "strip.png")]
     gallery.open_pictures(models, paths)
-    change = "; proportions change, most of high.png from 1:2.25 to 1:2"
+    change = "; the proportions of high.png change most, from 1:2.25 to 1:2"
     assert capsys.readouterr().out.endswith(change + "\n")
     models[1].config.image_size = 28
     gallery.open_pictures(models, {str(tmp_path / "square.png"): True})

@@ -106,7 +106,7 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
 
 
 def test_a_picture_that_does_not_exist(tmp_path):
-    with pytest.raises(OSError, match=r"x.png cannot be read as a picture \(no such file\)"):
+    with pytest.raises(OSError, match=r"x.png: no such file; use"):
         picture_files.read_image(str(tmp_path / "x.png"))
 
 
@@ -289,6 +289,16 @@ def test_deep_pictures_lie_on_white_where_they_are_transparent(tmp_path, channel
     np.testing.assert_allclose(drawn(tmp_path / "x.png"), expected, atol=0.51)
 
 
+def test_levels_do_not_make_a_picture_transparent(tmp_path):
+    """A row of black and opaque colours: levels beyond 16 bits are about the colours alone."""
+    samples = np.zeros((1, 8, 4), np.uint16)
+    samples[..., 3] = 65535
+    (tmp_path / "x.png").write_bytes(png_of_16_bits(samples))
+    black = drawn(tmp_path / "x.png", {"16-bit": (0, 100_000)})
+    assert black.shape == (1, 8, 3)
+    assert black.max() == 0
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_transparent_colour_of_a_deep_picture_lies_on_white(tmp_path, channels):
     samples = np.round(65535 * COLOUR_SHARES[..., :channels]).astype(np.uint16)
@@ -363,6 +373,14 @@ def test_all_pictures_of_a_call_have_one_scale(tmp_path):
     np.testing.assert_array_equal(drawn(paths[2], survey.levels)[..., 0], RAMP)
     (line,) = survey.notes("; override")
     assert line == "2 pictures of 16-bit samples: 0 is black, and 4095 is white; override"
+
+
+def test_pictures_that_are_too_small_to_be_shown_do_not_set_the_scale(tmp_path):
+    paths = deep_frames(tmp_path, [900])
+    Image.fromarray(np.full((4, 20), 65535, np.uint16)).save(tmp_path / "icon.png")
+    paths.append(str(tmp_path / "icon.png"))
+    assert picture_files.survey_pictures(paths, least_side=5).levels == {"16-bit": (0, 1023)}
+    assert picture_files.survey_pictures(paths, least_side=4).levels == {"16-bit": (0, 65535)}
 
 
 def test_kinds_of_samples_have_scales_of_their_own(tmp_path):

@@ -970,7 +970,7 @@ def test_the_levels_of_pictures_are_the_same_in_a_call_and_may_be_chosen(tmp_pat
     gradient().save(tmp_path / "8 bits.png")
     command = [SAME, "--images", tmp_path / "8 bits.png", "--levels", "0", "100"]
     status = look(*command, output=tmp_path / "out")
-    assert "--levels: no picture has more than 8 bits; leave it out" in error_of(status, capsys)
+    assert "--levels: leave it out; files of 8 bits and PGM" in error_of(status, capsys)
 
 
 @pytest.mark.parametrize(
@@ -1519,7 +1519,7 @@ BAD_INPUT = [
     (".", "./ckpt.pth: no such file"),
     ("text.pth", "text.pth is no PyTorch checkpoint"),
     ("CKPT --images text.pth", "text.pth cannot be read as a picture"),
-    ("CKPT --images missing.png", "missing.png cannot be read as a picture (no such file)"),
+    ("CKPT --images missing.png", "missing.png: no such file; use a picture or a folder"),
     ("CKPT --images thin.png", "--images thin.png: 6×900 pixels; use at least a patch of 7"),
     ("CKPT --image-size 50", "--image-size 50: use a multiple of the patch size 7"),
     ("CKPT --image-size 7000000", "out of memory; use a smaller --image-size"),
@@ -1867,6 +1867,12 @@ def test_a_block_and_a_query_are_drawn(tmp_path, capsys):
     (drawn,) = grids["attention-images.png"].columns["attention"].arrays
     torch.testing.assert_close(drawn.flatten(), expected[0])
 
+    # The last block is the default, so it changes nothing.
+    out = tmp_path / "last"
+    flags = ["--images", tmp_path / "a.png", "--no-measure", "--block", "-1"]
+    assert look(SAME, *flags, output=out) == 0
+    assert sorted(os.listdir(out)) == ["attention-images.png", "explorer-images.html"]
+
     out = tmp_path / "canvases"
     with recorded_grids() as grids:
         assert look(SAME, "--digits", "sklearn", "--block", "-2", output=out) == 0
@@ -1875,6 +1881,16 @@ def test_a_block_and_a_query_are_drawn(tmp_path, capsys):
     expected = explain.head_attention(model.backbone, canvas, block=-2)[0, 1]
     drawn = grids["attention.png"].columns["head 2"].arrays[0]
     torch.testing.assert_close(drawn.flatten(), expected)
+
+
+def test_of_many_pictures_only_the_first_page_is_measured_for_another_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "PICTURES_PER_PAGE", 2)
+    pictures = [noise(tmp_path / f"{number}.png", 21, 14, number) for number in range(3)]
+    flags = ["--images", *pictures, "--image-size", "21", "--block", "1", "--save-maps"]
+    assert look(SAME, *flags, output=tmp_path / "out") == 0
+    arrays = np.load(tmp_path / "out" / "maps-images.npz")
+    assert [f"0/{number}/effect" in arrays for number in range(3)] == [True, True, False]
+    assert [f"0/{number}/attention" in arrays for number in range(3)] == [True, True, True]
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_a_file_is_downloaded_once_and_then_found(dino_server, name, file):
     load_backbone(name)
     assert dino_server.requests == [f"/{file}/{file}.pth"]
     dino_server.stop()
-    loaded = load_backbone(name)
+    loaded = load_backbone(name, heads=2, grid=(2, 8))  # of another file beside it
     assert loaded.backbone.shape == TINY_SHAPE
     assert loaded.description == "weights, 1 heads, grid 4×4"  # nothing is assumed
     assert os.listdir(dino_server.folder) == [f"{file}.pth"]
@@ -434,7 +434,7 @@ def test_moco_has_12_heads(tmp_path):
     encoder = state | {"head.x": state["norm.bias"]}
     content = {"state_dict": with_prefix("module.momentum_encoder.", encoder)}
     loaded = load(tmp_path, content)
-    assert "12 heads, grid 5×5 (assumed" in loaded.description
+    assert "12 heads (assumed; " in loaded.description
     assert_outputs(loaded.backbone, 40, 40, MOCO_OUTPUTS)
 
     # Without its prefix nothing tells that the weights are MoCo's.
@@ -567,7 +567,7 @@ def test_a_folder_of_hugging_face(tmp_path, name):
     assert loaded.description == "weights, 8 heads, grid 4×5"
 
     shutil.move(folder / name, tmp_path / "elsewhere.safetensors")
-    with pytest.raises(FileNotFoundError, match="my-vit: no such file; use"):
+    with pytest.raises(FileNotFoundError, match="my-vit: a folder without ckpt.pth, model"):
         load_backbone(str(folder))
 
 
@@ -575,10 +575,16 @@ def test_a_folder_of_hugging_face(tmp_path, name):
     "config, named",
     [
         (HUGGING_FACE_CONFIG | {"hidden_act": "quick_gelu"}, "hidden_act quick_gelu; only gelu"),
-        (HUGGING_FACE_CONFIG | {"num_attention_heads": "x"}, "num_attention_heads is no positive"),
-        (HUGGING_FACE_CONFIG | {"num_attention_heads": -1}, "num_attention_heads is no positive"),
+        (
+            HUGGING_FACE_CONFIG | {"num_attention_heads": "x"},
+            "num_attention_heads is not a positive",
+        ),
+        (
+            HUGGING_FACE_CONFIG | {"num_attention_heads": -1},
+            "num_attention_heads is not a positive",
+        ),
         (HUGGING_FACE_CONFIG | {"num_attention_heads": 5}, "--heads 5: use a divisor"),
-        (HUGGING_FACE_CONFIG | {"layer_norm_eps": [1]}, "layer_norm_eps is no positive number"),
+        (HUGGING_FACE_CONFIG | {"layer_norm_eps": [1]}, "layer_norm_eps is not a positive number"),
         ("{", "config.json cannot be read"),
     ],
     ids=str,
@@ -653,7 +659,10 @@ def test_deit3(tmp_path):
         ("DeiT3.pth", state),
         ("checkpoint.pth", {"model": state, "epoch": 800, "args": deit_args}),
         ("checkpoint.pth", {"model_ema": state, "arch": "deit_small_patch16_LS"}),
+        ("deit3-of-europe.pth", state),
+        ("deit_3/model.pth", state),
     ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         torch.save(content, tmp_path / name)
         loaded = load_backbone(str(tmp_path / name))
         assert_same_weights(loaded.backbone, expected.backbone.state_dict())
@@ -673,6 +682,7 @@ def test_rotary_positions_that_are_in_no_file_are_not_overlooked(tmp_path):
         ("w.pth", {"model": state, "args": rope_args}),
         ("deit.pth", {"model": state, "args": rope_args}),
         ("rope_deit.pth", {"model": state}),
+        ("deit.axial-rope.pth", state),
     ):
         torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match="gamma_1: rotary positions may be missing; if"):
@@ -1073,6 +1083,14 @@ def test_heads_of_a_run_are_known_whatever_is_given(tmp_path):
     assert loaded.description == "teacher.backbone, 4 heads, grid 5×5"
     assert loaded.is_ours
 
+    # 36 patches could be 6 × 6.
+    teacher = with_prefix("backbone.", vit_weights(tokens=37))
+    content = own_checkpoint(teacher, heads=4, patch_size=8, pos_size=(32, 72))
+    for grid in (None, (6, 6)):
+        assert (
+            load(tmp_path, content, grid=grid).description == "teacher.backbone, 4 heads, grid 4×9"
+        )
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -1122,8 +1140,8 @@ def refused_layouts() -> dict:
         "norm_pre.weight": state | {"norm_pre.weight": torch.ones(DIM)},
         "blocks.0.ls1": state | {"blocks.0.ls1x.gamma": torch.ones(DIM)},
         # MLPs with a gate, in other names
-        "blocks.0.mlp.gate_proj.bias: MLPs with a gate (SwiGLU) cannot be read": gate_proj,
-        "blocks.0.mlp.fc1.weight: MLPs with a gate (SwiGLU) cannot be read": packed,
+        "blocks.0.mlp.gate_proj.bias: MLPs with a gate (SwiGLU) are not read": gate_proj,
+        "blocks.0.mlp.fc1.weight: MLPs with a gate (SwiGLU) are not read": packed,
         # a part that is missing, alone
         "(no blocks.1.attn.qkv.bias)": without("blocks.1.attn.qkv.bias", state),
         "(no blocks.0.attn.qkv.weight)": without("blocks.0.attn.qkv.weight", state),
@@ -1205,10 +1223,25 @@ def test_safetensors_without_the_library(tmp_path, monkeypatch):
         load_backbone(str(path))
 
 
+@pytest.mark.parametrize("prefix", ["masked_model.", "overhead_vit.", "maskfeat.backbone."])
+def test_a_name_that_only_resembles_that_of_a_head_is_read(tmp_path, prefix):
+    loaded = load(tmp_path, with_prefix(prefix, vit_weights()))
+    assert_same_weights(loaded.backbone, vit_weights())
+
+
+@pytest.mark.parametrize("prefix", ["decoder.", "module.pixel_decoder_vit.", "predictor."])
+def test_a_decoder_is_not_taken_for_the_network(tmp_path, prefix):
+    with pytest.raises(ValueError, match="unsupported checkpoint"):
+        load(tmp_path, with_prefix(prefix, vit_weights()))
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.pth"):
-        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such file; use"):
-            load_backbone(str(path))
+    with pytest.raises(FileNotFoundError, match="missing.pth: no such file; use"):
+        load_backbone(str(tmp_path / "missing.pth"))
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}: a folder without ckpt.pth"):
+        load_backbone(str(tmp_path))
+    torch.save(vit_weights(), tmp_path / "ckpt.pth")
+    assert_same_weights(load_backbone(str(tmp_path)).backbone, vit_weights())
 
 
 def test_paths_and_arrays_beside_the_weights_are_not_made(tmp_path):
