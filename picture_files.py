@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -127,7 +127,10 @@ def read_image(path: str, levels: dict[str, tuple[float, float]] | None = None) 
     except Exception as error:  # Pillow raises many kinds for a file that is not its own
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{path}: no such file; use a picture or a folder") from error
-        raise OSError(f"{path} cannot be read as a picture ({error}); {way_out}") from error
+        reason = error
+        if isinstance(error, UnidentifiedImageError):  # which repeats the path
+            reason = "unknown format"
+        raise OSError(f"{path} cannot be read as a picture ({reason}); {way_out}") from error
 
 
 def read_deep_picture(file: Image.Image, path: str) -> DeepPicture | None:
