@@ -55,7 +55,8 @@ class Model:
     history: list | None = None  # the lines of its log.jsonl
     splits: dict | None = None  # the digits or photographs that it is shown
     is_measured: bool = False  # runs of train.py are measured, and what --weights names
-    is_others: bool = False  # a file of another program; flags may say how to read its weights
+    # The flags that say how to read the file: of --heads, --grid and --normalise half
+    open_flags: set[str] = field(default_factory=set)
 
     def describe(self) -> str:
         return evaluate.describe(self.config, self.epoch, is_run=self.history is not None)
@@ -77,17 +78,16 @@ def open_models(args: argparse.Namespace) -> list[Model]:
 
 
 def check_flags(models: list[Model], args: argparse.Namespace):
-    """Raise ValueError for a flag that says how to read others' weights, if there are none."""
-    if any(model.is_others for model in models):
-        return
+    """Raise ValueError for a flag that says how to read weights, if all files state that."""
+    open_flags = set().union(*(model.open_flags for model in models))
     is_given = {
         "--heads": args.heads is not None,
         "--grid": args.grid is not None,
         "--normalise half": args.normalise == "half",
     }
     for flag, given in is_given.items():
-        if given:
-            raise ValueError(f"{flag}: leave it out; it is for files of other programs' weights")
+        if given and flag not in open_flags:
+            raise ValueError(f"{flag}: leave it out; the weights say this themselves")
 
 
 def open_model(source: str, args: argparse.Namespace, like: Model | None = None) -> Model:
@@ -99,7 +99,7 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
     """
     content = {}
     is_ours = False
-    is_others = False
+    open_flags = set()
     if source == "none":
         backbone = random_backbone(like)
     else:
@@ -107,9 +107,11 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         backbone = loaded.backbone
         content = loaded.content
         is_ours = loaded.is_ours
-        is_others = not is_ours and source not in weights.DINO_FILES
+        open_flags = {f"--{name}" for name in loaded.unstated}
+        if not is_ours and source not in weights.DINO_FILES:
+            open_flags.add("--normalise half")
         normalisation = "ImageNet's mean and standard deviation"
-        if args.normalise == "half" and is_others:
+        if args.normalise == "half" and "--normalise half" in open_flags:
             expect_half(backbone)
             normalisation = "a mean and standard deviation of 0.5"
         print(f"{source}: {loaded.description}")
@@ -150,7 +152,7 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         epoch,
         history,
         is_measured=is_run,
-        is_others=is_others,
+        open_flags=open_flags,
     )
 
 

@@ -108,6 +108,8 @@ def read_image(path: str, levels: dict[str, tuple[float, float]] | None = None) 
     Raises OSError for a file that is no picture, or too large, or whose levels cannot be told.
     """
     way_out = "use PNG or JPEG"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is not a regular file; use a picture or a folder")
     try:
         with opened_picture(path) as file:
             deep = read_deep_picture(file, path)

@@ -471,6 +471,13 @@ def rows_x_columns(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def number_from_1(text: str) -> int:
+    """12 for "12"; argparse prints the error for anything else."""
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number from 1")
+    return int(text)
+
+
 def row_and_column(text: str) -> tuple[int, int]:
     """(3, 12) for "3,12"; argparse prints the error for anything else."""
     match = re.fullmatch(r"([1-9]\d{0,5}),([1-9]\d{0,5})", text)
@@ -566,7 +573,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--heads",
-        type=int,
+        type=number_from_1,
         help="number of attention heads, for weights that do not say it [width / 64]",
     )
     parser.add_argument(
@@ -622,16 +629,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def take_checkpoints_from_images(args: argparse.Namespace):
     """Move what stands after the pictures of --images, but holds weights, to the checkpoints.
 
-    A folder of a run is a checkpoint if no other network is named; it may hold pictures too. If
-    there is no picture, all stays as it is, and the error will say so.
+    A folder of a run is a checkpoint if no other network is named, or if it holds no pictures. If
+    no picture is left, all stays as it is, and the error will say so.
     """
     pictures = []
     checkpoints = []
     for name in args.images:
         in_folder = runs.checkpoint_path(name)
         is_run = in_folder != name and os.path.isfile(in_folder)
-        has_network = args.checkpoints or checkpoints or args.weights is not None
-        if name.lower().endswith(WEIGHT_ENDINGS) or (is_run and not has_network):
+        has_network = bool(args.checkpoints or checkpoints or args.weights is not None)
+        is_network = is_run and not (has_network and picture_files.image_files(name))
+        if is_network or name.lower().endswith(WEIGHT_ENDINGS):
             checkpoints.append(in_folder)
         else:
             pictures.append(name)

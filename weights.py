@@ -6,6 +6,7 @@ out the shape, and says what it had to assume. What the network of vit.py does n
 
 import argparse
 import contextlib
+import glob
 import json
 import math
 import os
@@ -65,9 +66,11 @@ LEFT_OUT += r"|local_cls_norm"
 # Parts that may be whole networks, with a [CLS] token; a pattern of one part of a prefix.
 LEFT_OUT_NETWORKS = r"(\w*_)?(head|decoder|predictor|projector|classifier|criterion)s?(_\w*)?"
 # Of several networks in a file, one that is a moving average is taken: a pattern of its prefix.
-AVERAGE_NAMES = r"(?<![a-z])(teacher|momentum|target|ema|swa|shadow|avg|averaged?)(?![a-z])"
+AVERAGE_NAMES = r"(?<!no_)(?<!non_)(?<![a-z])"
+AVERAGE_NAMES += r"(teacher|momentum|target|ema|swa|polyak|shadow|avg|averaged?)(?![a-z])"
 # Keys that hold no network, but perhaps copies of its tensors.
 NOT_SEARCHED = r"\w*(optim|sched|scaler|loops|callbacks)\w*"
+NEVER_AVERAGES = r"\w*(optim|sched|scaler|loops)\w*"  # a callback may hold one
 MAX_DICTS = 30  # nested dicts that are searched for weights; a hostile file may have any number
 REQUIRED = {"cls_token", "patch_embed.proj.weight"}  # and positions
 # MLPs with a gate (SwiGLU): DINOv2's, DINOv3's, timm's and Hugging Face's names.
@@ -103,6 +106,7 @@ class LoadedWeights:
     content: dict  # all that the file holds
     description: str  # which of the file's networks it is, and what was assumed
     remarks: list[str]  # what else a reader of its maps should know
+    unstated: set[str]  # which of "heads" and "grid" the file does not state
     is_ours: bool  # whether it is a checkpoint of train.py
 
 
@@ -169,6 +173,11 @@ def read_checkpoint(path: str):
 
     Raises OSError if there is no such file, ValueError if it is damaged or could run code.
     """
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if not os.path.isfile(path) and glob.glob("*.index.json", root_dir=folder or "."):
+        raise FileNotFoundError(
+            f"{folder}: its weights are in several files; save them with a larger max_shard_size"
+        )
     if os.path.isdir(path):
         names = ", ".join(("ckpt.pth", *HUGGING_FACE_FILES))
         raise FileNotFoundError(f"{path}: a folder without {names}; use the path of a file")
@@ -223,24 +232,36 @@ def file_in_folder(folder: str) -> str | None:
     return None
 
 
-def read_hugging_face_config(path: str) -> dict:
-    """What config.json says of the weights beside it; empty if there is none.
+def read_hugging_face_config(path: str, dim: int, depth: int) -> dict:
+    """What config.json says of the weights beside it, a ViT of this shape; empty if it says nothing.
 
-    Raises ValueError if it says what a ViT of vit.py is not.
+    The settings of a ViT in a larger model are one level deeper. Raises ValueError if they are not
+    those of a ViT of vit.py.
     """
     config_path = os.path.join(os.path.dirname(path), "config.json")
     if os.path.basename(path) not in HUGGING_FACE_FILES or not os.path.isfile(config_path):
         return {}
     try:
         with open(config_path, encoding="utf-8") as file:
-            config = json.load(file)
+            content = json.load(file)
     except (OSError, ValueError) as error:  # text that is not UTF-8 is a ValueError too
         raise ValueError(f"{config_path} cannot be read ({one_line(error)[:60]})") from error
-    config = config if isinstance(config, dict) else {}
-    activation = config.get("hidden_act", "gelu")
-    if activation != "gelu":
-        raise ValueError(f"config.json: hidden_act {activation}; only gelu can be read")
-    return config
+    content = content if isinstance(content, dict) else {}
+    nested = [
+        part
+        for name, part in content.items()
+        if isinstance(part, dict) and not re.match("text|decoder", name)
+    ]
+    for config in (content, *nested):
+        is_vit = "num_attention_heads" in config
+        has_shape = config.get("hidden_size", dim) == dim
+        has_shape = has_shape and config.get("num_hidden_layers", depth) == depth
+        if is_vit and has_shape:
+            activation = config.get("hidden_act", "gelu")
+            if activation != "gelu":
+                raise ValueError(f"config.json: hidden_act {activation}; only gelu can be read")
+            return config
+    return {}
 
 
 def number_in(config: dict, name: str, default):
@@ -253,17 +274,30 @@ def number_in(config: dict, name: str, default):
     return value
 
 
-def known_grid(size, patch_size: int, tokens: int) -> tuple[int, int] | None:
+def known_grid(size, patch_size: int, tokens: int, registers: int) -> tuple[int, int] | None:
     """The grid (rows, columns) of positions for images of a size: a side, or (height, width).
 
-    None if that is not said, or does not fit so many tokens, with or without [CLS].
+    None if that is not said, or does not fit so many tokens, see `separate_positions`.
     """
     height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
     if type(height) is not int or type(width) is not int:
         return None
     rows = height // patch_size
     columns = width // patch_size
-    return (rows, columns) if tokens in (rows * columns, rows * columns + 1) else None
+    fits = rows * columns in patch_counts(tokens, registers)
+    return (rows, columns) if fits else None
+
+
+def patch_counts(tokens: int, registers: int) -> list[int]:
+    """How many of so many positions may be those of patches.
+
+    All but that of [CLS]; or all, as in timm's DINOv2 and in DeiT III; or all but those of [CLS] and
+    the registers, as in timm's own networks with registers.
+    """
+    counts = [tokens - 1, tokens]
+    if registers:
+        counts.append(tokens - 1 - registers)
+    return [count for count in counts if count > 0]
 
 
 def is_own_checkpoint(content) -> bool:
@@ -296,9 +330,8 @@ def load_backbone(
     """The ViT that `source` holds: a name of DINO_FILES, a file, or a folder of Hugging Face's.
 
     If the file holds a student and a teacher, the teacher is taken. Shapes tell neither the number
-    of heads nor the grid (rows, columns) of the positions. They are `heads` and `grid`, or else
-    what the file says, or else assumed; the description says which. Checkpoints of train.py say
-    both, so `heads` and `grid` are ignored there.
+    of heads nor the grid (rows, columns) of the positions. They are what the file states, or else
+    `heads` and `grid`, or else assumed; the description says which.
 
     Raises ValueError or OSError for anything but the finite weights of one ViT.
     """
@@ -341,7 +374,8 @@ def backbone_of(
     check_tensors(weights, path)
     is_ours = is_own_checkpoint(content)
     run_settings = content["config"] if is_ours else {}
-    hugging_face = read_hugging_face_config(path)
+    dim = weights["cls_token"].shape[-1]
+    hugging_face = read_hugging_face_config(path, dim, len(block_prefixes(weights)))
     if is_ours or is_dino:  # nothing needs to be told, so the flags are for other files
         heads = grid = None
 
@@ -350,22 +384,22 @@ def backbone_of(
     is_deit3 = has_gamma_1 and not is_rotary
     fuse_queries_keys_values(weights)
     has_layer_scale = fold_layer_scale(weights)
+    stated_grid = None
     if not is_rotary:
         tokens = weights["pos_embed"].shape[1]
         patch_size = weights["patch_embed.proj.weight"].shape[-1]
         stated_size = run_settings.get("pos_size") or hugging_face.get("image_size")
-        grid = grid or known_grid(stated_size, patch_size, tokens)
-        pad_positions(weights, grid)
-    elif grid:
-        raise ValueError("--grid: its positions are rotary, so they have no grid")
+        registers = 0
+        if "register_tokens" in weights:
+            registers = weights["register_tokens"].shape[1]
+        stated_grid = known_grid(stated_size, patch_size, tokens, registers)
+        grid = stated_grid or grid
+        separate_positions(weights, grid, registers)
 
     # Work out what shapes do not tell.
-    known_heads = run_settings.get("heads") or heads
-    known_heads = known_heads or number_in(hugging_face, "num_attention_heads", None)
-    if is_rotary:
-        known_heads = heads_of_periods(weights) or known_heads
-        if heads and heads != known_heads:
-            raise ValueError(f"--heads {heads}: its rotary positions are those of {known_heads}")
+    stated_heads = run_settings.get("heads") or heads_of_periods(weights)
+    stated_heads = stated_heads or number_in(hugging_face, "num_attention_heads", None)
+    heads = stated_heads or heads
     # DINOv2 with registers has LayerScale too, and interpolates with antialiasing.
     is_dinov2_with_registers = "register_tokens" in weights and has_layer_scale and not is_rotary
     usual_eps = 1e-5 if is_rotary else 1e-6
@@ -373,7 +407,7 @@ def backbone_of(
         usual_eps = 1e-12  # Hugging Face's ViT
     shape = infer_shape(
         weights,
-        known_heads or published_heads(weights, prefix),
+        heads or published_heads(weights, prefix),
         grid,
         antialias=run_settings.get("antialias", is_dinov2_with_registers),
         norm_eps=run_settings.get("norm_eps", number_in(hugging_face, "layer_norm_eps", usual_eps)),
@@ -391,7 +425,7 @@ def backbone_of(
     # Say what was read, and what was assumed.
     description = describe_network(prefix, networks, content)
     description += f", {shape.heads} heads"
-    if not (known_heads or is_dino):
+    if not (heads or is_dino):
         description += " (assumed; override with --heads)"
     if is_rotary:
         description += ", rotary positions"
@@ -406,7 +440,13 @@ def backbone_of(
         remarks.append("it was trained on the mean of its patches (fc_norm), not on [CLS]")
     if not has_norm:
         remarks.append("it has no final norm, so its features get an untrained one")
-    return LoadedWeights(backbone, content, description, remarks, is_ours)
+    unstated = set()
+    if not (is_ours or is_dino):
+        if not stated_heads:
+            unstated.add("heads")
+        if not (stated_grid or is_rotary):
+            unstated.add("grid")
+    return LoadedWeights(backbone, content, description, remarks, unstated, is_ours)
 
 
 def find_tensors(content: dict) -> dict:
@@ -474,7 +514,7 @@ def is_complete(weights: dict) -> bool:
 def choose_network(networks: dict, tensors: dict) -> str:
     """The prefix of the ViT to take; a moving average, if there is one. ValueError if none is."""
     candidates = [prefix for prefix, weights in networks.items() if is_complete(weights)]
-    averages = [prefix for prefix in candidates if re.search(AVERAGE_NAMES, prefix.lower())]
+    averages = [prefix for prefix in candidates if is_average(prefix)]
     if candidates:
         return averages[0] if averages else candidates[0]
     if networks:
@@ -488,6 +528,9 @@ def choose_network(networks: dict, tensors: dict) -> str:
         if len(missing) > 1:  # names of another library
             text += "; its keys: " + ", ".join(list(weights)[:4])
         raise ValueError(text)
+    for name in tensors:
+        if re.fullmatch(CLS_TOKEN, name):
+            raise ValueError(f"{name} is left out, since its name is that of a head or a decoder")
     keys = ", ".join(str(key) for key in list(tensors)[:4]) or "no tensors"
     missing = ["cls_token"]
     for part, pattern in (("patch_embed", "patch_embed"), ("pos_embed", "pos(ition)?_embed")):
@@ -504,16 +547,42 @@ def describe_network(chosen: str, networks: dict, content: dict) -> str:
         if prefix != chosen and is_complete(weights)
     ]
     # A moving average may be stored in a way that is not read, such as a list without names.
-    for key, value in content.items():
-        is_average = re.search(AVERAGE_NAMES, str(key).lower()) and holds_tensors(value)
-        is_told = any(prefix.startswith(f"{key}.") for prefix in networks)
-        if is_average and not is_told and not re.match(LEFT_OUT, str(key)):
-            others.append(str(key))
+    told = [chosen, *(f"{other}." for other in others)]
+    for name in average_names(content):
+        if not any(
+            f"{name}.".startswith(prefix) or prefix.startswith(f"{name}.") for prefix in told
+        ):
+            others.append(name)
     description = chosen[:-1] or "weights"
     if others:
         shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         description += f" (not {shown})"
     return one_line(description)[:LONGEST_REASON]
+
+
+def is_average(name: str) -> bool:
+    """Whether a name says that it is a moving average's: teacher, model_ema, modelEMA, …"""
+    words = re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return re.search(AVERAGE_NAMES, words.lower()) is not None
+
+
+def average_names(content: dict, beginning: str = "", levels: int = 4) -> list[str]:
+    """The names under which a file holds tensors, and that are those of moving averages."""
+    names = {}  # a dict keeps the order
+    for key, value in content.items():
+        if re.fullmatch(NEVER_AVERAGES, str(key)) or re.match(LEFT_OUT, str(key)):
+            continue
+        if isinstance(value, torch.Tensor):
+            # up to the part that says so, of a name such as model_ema.head.weight
+            parts = str(key).split(".")
+            ends = [end for end, part in enumerate(parts[:-1], 1) if is_average(part)]
+            if ends:
+                names[beginning + ".".join(parts[: ends[0]])] = None
+        elif is_average(str(key)) and holds_tensors(value):
+            names[f"{beginning}{key}"] = None
+        elif isinstance(value, dict) and levels > 1:
+            names |= dict.fromkeys(average_names(value, f"{beginning}{key}.", levels - 1))
+    return list(names)
 
 
 def holds_tensors(value, levels: int = 3) -> bool:
@@ -652,15 +721,32 @@ def fold_layer_scale(weights: dict) -> bool:
     return bool(scales)
 
 
-def pad_positions(weights: dict, grid: tuple[int, int] | None):
-    """Give [CLS] a position of zero, in place, where positions are those of the patches alone.
+def separate_positions(weights: dict, grid: tuple[int, int] | None, registers: int):
+    """Give `pos_embed` a position for [CLS] and one for each patch, in place.
 
-    In timm's DINOv2 the position of [CLS] is part of cls_token; in DeiT III it has none.
+    Where [CLS] has none, as in DeiT III, or in timm's DINOv2, where it is part of cls_token, it
+    becomes zero. Positions of registers are added to these. Raises ValueError if it is not clear
+    which positions are those of patches.
     """
-    tokens = weights["pos_embed"].shape[1]
-    patches = math.prod(grid) if grid else math.isqrt(tokens) ** 2
-    if 1 < tokens == patches:
-        weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
+    positions = weights["pos_embed"]
+    counts = patch_counts(positions.shape[1], registers)
+    if grid:
+        counts = [count for count in counts if count == math.prod(grid)]
+    else:
+        counts = [count for count in counts if math.isqrt(count) ** 2 == count]
+    if len(counts) > 1 and registers:
+        raise ValueError(
+            f"its positions are for {counts[0]} or {counts[-1]} patches; use --grid RxC"
+        )
+    if not counts:
+        return  # the grid is refused later
+    patches = counts[0]
+    if patches == positions.shape[1] > 1:
+        weights["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
+    elif registers and patches == positions.shape[1] - 1 - registers:
+        of_registers = positions[:, 1 : 1 + registers]
+        weights["register_tokens"] = weights["register_tokens"] + of_registers
+        weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, 1 + registers :]], dim=1)
 
 
 def pad_mlps(weights: dict, shape: ViTShape):

@@ -163,9 +163,7 @@ def test_flags_for_weights_of_others_are_refused_for_our_own(tmp_path):
         ("--normalise half", "--normalise half"),
     ]:
         for command in (f"{ours}", f"{ours} --weights {ours}", f"{ours} --weights none"):
-            with pytest.raises(
-                ValueError, match=f"^{name}: leave it out; it is for files of other"
-            ):
+            with pytest.raises(ValueError, match=f"^{name}: leave it out; the weights say this"):
                 gallery.open_models(flags_of(f"{command} {flag}"))
         own, others = gallery.open_models(flags_of(f"{ours} --weights {tmp_path}/w.pth {flag}"))
         assert own.backbone.shape.heads == 3

@@ -108,6 +108,9 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
 def test_a_picture_that_does_not_exist(tmp_path):
     with pytest.raises(OSError, match=r"x.png: no such file; use"):
         picture_files.read_image(str(tmp_path / "x.png"))
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match=r"pipe.png is not a regular file; use"):
+        picture_files.read_image(str(tmp_path / "pipe.png"))
 
 
 def test_colours_are_kept(tmp_path):

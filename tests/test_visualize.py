@@ -794,8 +794,12 @@ def test_what_was_assumed_about_weights_is_printed_and_can_be_overridden(tmp_pat
     printed = capsys.readouterr().out
     assert f"{path}: weights, 4 heads, grid 2×8\n" in printed
     assert f"{path}: it is given pictures normalised with a mean and standard deviation" in printed
-    for flags in (["--heads", "5"], ["--heads", "-1"], ["--grid", "3x5"], ["--grid", "99999x1"]):
+    for flags in (["--heads", "5"], ["--grid", "3x5"], ["--grid", "99999x1"]):
         assert str(path) in error_of(look(*draw, *flags, output=tmp_path), capsys)
+    for heads in ("0", "-1", "2.0"):
+        with pytest.raises(SystemExit):
+            look(*draw, f"--heads={heads}", output=tmp_path)
+        assert "argument --heads" in capsys.readouterr().err
     for grid in ("4", "0x4", "-2x-8", "axb"):
         with pytest.raises(SystemExit):
             look(*draw, f"--grid={grid}", output=tmp_path)
@@ -1881,6 +1885,22 @@ def test_a_block_and_a_query_are_drawn(tmp_path, capsys):
     expected = explain.head_attention(model.backbone, canvas, block=-2)[0, 1]
     drawn = grids["attention.png"].columns["head 2"].arrays[0]
     torch.testing.assert_close(drawn.flatten(), expected)
+
+
+def test_several_runs_may_stand_after_the_pictures(tmp_path):
+    gradient().save(tmp_path / "a.png")
+    runs_after = []
+    for name in ("same", "different"):
+        (tmp_path / name).mkdir()
+        shutil.copy(SHIPPED / f"{name}.pth", tmp_path / name / "ckpt.pth")
+        runs_after.append(str(tmp_path / name))
+    args = visualize.parse_args(["--images", str(tmp_path / "a.png"), *runs_after])
+    assert args.images == [str(tmp_path / "a.png")]
+    assert args.checkpoints == [f"{run}/ckpt.pth" for run in runs_after]
+    # A run that holds pictures may be meant as their folder.
+    gradient().save(tmp_path / "different" / "b.png")
+    args = visualize.parse_args(["--images", str(tmp_path / "a.png"), *runs_after])
+    assert args.images == [str(tmp_path / "a.png"), runs_after[1]]
 
 
 def test_of_many_pictures_only_the_first_page_is_measured_for_another_block(tmp_path, monkeypatch):

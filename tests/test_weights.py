@@ -563,10 +563,32 @@ def test_a_folder_of_hugging_face(tmp_path, name):
         assert loaded.description == "weights, 4 heads, grid 2×10"
         assert loaded.backbone.norm.eps == loaded.backbone.blocks[1].norm2.eps == 1e-4
         assert_same_weights(loaded.backbone, vit_weights(tokens=21))
-    loaded = load_backbone(str(folder), heads=8, grid=(4, 5))  # what is given wins
-    assert loaded.description == "weights, 8 heads, grid 4×5"
+    loaded = load_backbone(str(folder), heads=8, grid=(4, 5))  # these are for other files
+    assert loaded.description == "weights, 4 heads, grid 2×10"
+    assert loaded.unstated == set()
 
+    # sides of patches may be a list, and the ViT a part of a larger model
+    for config in (
+        HUGGING_FACE_CONFIG | {"patch_size": [8, 8]},
+        {"decoder": {"num_attention_heads": 8}, "encoder": HUGGING_FACE_CONFIG},
+    ):
+        (folder / "config.json").write_text(json.dumps(config))
+        loaded = load_backbone(str(folder))
+        assert loaded.description == "weights, 4 heads, grid 2×10"
+        assert loaded.backbone.norm.eps == 1e-4
+    of_others = {
+        "text_config": HUGGING_FACE_CONFIG,
+        "vision": HUGGING_FACE_CONFIG | {"hidden_size": 7},
+    }
+    (folder / "config.json").write_text(json.dumps(of_others))
+    assert "2 heads (assumed; " in load_backbone(str(folder), grid=(2, 10)).description
+
+    (folder / "model.safetensors.index.json").write_text("{}")
     shutil.move(folder / name, tmp_path / "elsewhere.safetensors")
+    for source in (folder, folder / "ckpt.pth"):
+        with pytest.raises(FileNotFoundError, match="my-vit: its weights are in several files"):
+            load_backbone(str(source))
+    (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match="my-vit: a folder without ckpt.pth, model"):
         load_backbone(str(folder))
 
@@ -594,6 +616,30 @@ def test_a_config_that_vit_py_does_not_have_is_refused(tmp_path, config, named):
     with pytest.raises(ValueError, match=named) as error:
         load_backbone(str(tmp_path / "my-vit"))
     assert "\n" not in str(error.value)
+
+
+def test_positions_of_registers_are_added_to_them(tmp_path):
+    """timm's own networks with registers have positions for them, between [CLS] and the patches."""
+    expected = vit_weights(registers=3)
+    positions = torch.full((1, 3, DIM), 0.25)
+    pos_embed = expected["pos_embed"]
+    given = expected | {
+        "register_tokens": expected["register_tokens"] - positions,
+        "pos_embed": torch.cat([pos_embed[:, :1], positions, pos_embed[:, 1:]], dim=1),
+    }
+    loaded = load(tmp_path, given)
+    for name, value in loaded.backbone.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_positions_that_may_or_may_not_be_those_of_registers_need_a_grid(tmp_path):
+    """Of 9 positions with 4 registers, 9 or 4 may be those of patches."""
+    state = vit_weights(registers=4, tokens=9)
+    with pytest.raises(ValueError, match="positions are for 9 or 4 patches; use --grid RxC"):
+        load(tmp_path, state)
+    assert load(tmp_path, state, grid=(2, 2)).backbone.grid == (2, 2)
+    assert load(tmp_path, state, grid=(3, 3)).backbone.grid == (3, 3)
+    assert load(tmp_path, state, grid=(2, 4)).backbone.grid == (2, 4)
 
 
 def test_a_config_that_says_nothing_is_ignored(tmp_path):
@@ -809,10 +855,10 @@ def test_dinov3_with_a_gate_is_refused_by_name(tmp_path, name):
 
 
 def test_what_rotary_positions_do_not_have(tmp_path):
-    with pytest.raises(ValueError, match="--grid: its positions are rotary, so they have no grid"):
-        load(tmp_path, dinov3_weights(), grid=(4, 4))
-    with pytest.raises(ValueError, match="--heads 4: its rotary positions are those of 2"):
-        load(tmp_path, dinov3_weights(), heads=4)
+    """The periods of a file state the heads, and there is no grid; flags are for other files."""
+    loaded = load(tmp_path, dinov3_weights(), heads=4, grid=(4, 4))
+    assert loaded.description == "weights, 2 heads, rotary positions"
+    assert loaded.unstated == set()
     with pytest.raises(ValueError, match="no pos_embed beside cls_token, nor DINOv3's"):
         load(tmp_path, without("storage", without("rope_", dinov3_weights())))
 
@@ -856,6 +902,12 @@ def timm_outputs(network, images):
 
 SMALL_TIMM = {"embed_dim": 128, "depth": 2, "num_heads": 2, "num_classes": 0}
 TIMM_MODELS = [
+    ("vit_small_patch16_224", {"img_size": 64, "reg_tokens": 4}, [(64, 64)]),
+    (
+        "vit_small_patch16_224",
+        {"img_size": 64, "reg_tokens": 3, "no_embed_class": True},
+        [(64, 64)],
+    ),
     ("vit_small_patch16_dinov3", {}, [(64, 64), (32, 112)]),
     ("vit_small_patch16_dinov3_qkvb", {}, [(64, 64), (32, 112)]),
     ("vit_small_patch16_224", {"img_size": 64}, [(64, 64)]),
@@ -1036,7 +1088,26 @@ def test_the_moving_average_is_taken_and_the_description_says_so(
 @pytest.mark.parametrize(
     "content, described",
     [
-        ({"model": ONE_BLOCK, "polyak": SMALLER_GRID}, "model (not polyak), "),
+        ({"model": ONE_BLOCK, "slow": SMALLER_GRID}, "model (not slow), "),
+        ({"model_no_ema": SMALLER_GRID, "polyak": ONE_BLOCK}, "polyak (not model_no_ema), "),
+        ({"model": SMALLER_GRID, "modelEma": ONE_BLOCK}, "modelEma (not model), "),
+        ({"model": SMALLER_GRID, "EMAModel": ONE_BLOCK}, "EMAModel (not model), "),
+        # a moving average that lacks a part
+        ({"model": ONE_BLOCK, "ema": without("patch_embed", ONE_BLOCK)}, "model (not ema), "),
+        # names without dots
+        (
+            {"state_dict": with_prefix("net.", ONE_BLOCK) | {"net_ema.normbias": torch.ones(3)}},
+            "state_dict.net (not state_dict.net_ema), ",
+        ),
+        (
+            {"model": ONE_BLOCK, "callbacks": {"EMA": {"state": ONE_BLOCK}}},
+            "model (not callbacks.EMA), ",
+        ),
+        (
+            {"model": ONE_BLOCK, "extra": {"ema": {"params": [torch.ones(3)]}}},
+            "model (not extra.ema), ",
+        ),
+        ({"model": ONE_BLOCK, "optimizer": {"exp_avg": torch.ones(3)}}, "model, "),
         (
             with_prefix("encoder.", ONE_BLOCK) | with_prefix("slow.copy.", SMALLER_GRID),
             "encoder (not slow.copy), ",
