@@ -79,30 +79,38 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         momentum = group["momentum"]
+        # Matrices of one shape are moved together, which takes fewer and larger operations.
+        of_shapes = {}
         for matrix in group["params"]:
-            state = self.state[matrix]
-            if "average" not in state:
-                state["average"] = torch.zeros_like(matrix)
-            average = state["average"]
-            average.lerp_(matrix.grad, 1 - momentum)
-            update = orthogonalize(matrix.grad.lerp(average, momentum))  # Nesterov's momentum
-            rows, columns = matrix.shape
-            matrix.sub_(update, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+            of_shapes.setdefault(matrix.shape, []).append(matrix)
+        for (rows, columns), matrices in of_shapes.items():
+            gradients = [matrix.grad for matrix in matrices]
+            for matrix in matrices:
+                state = self.state[matrix]
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(matrix)
+            averages = [self.state[matrix]["average"] for matrix in matrices]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            # Nesterov's momentum
+            updates = torch.stack(gradients).lerp(torch.stack(averages), momentum)
+            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            torch._foreach_add_(matrices, orthogonalize(updates).unbind(), alpha=-rate)
 
 
-def orthogonalize(matrix):
-    """Bring all singular values of a matrix U S Vᵀ near 1, so that it becomes about U Vᵀ.
+def orthogonalize(matrices):
+    """Bring all singular values of matrices U S Vᵀ near 1, so that they become about U Vᵀ.
 
-    Five Newton–Schulz steps with Jordan's coefficients.
+    Five Newton–Schulz steps with Jordan's coefficients, on matrices (n, rows, columns).
     """
-    x = matrix / matrix.norm().clamp(min=1e-7)
-    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    is_tall = x.shape[1] > x.shape[2]
     if is_tall:  # x xᵀ is then the smaller product
-        x = x.T
+        x = x.mT
     for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-    return x.T if is_tall else x
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)  # -4.775 a + 2.0315 a a
+        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x + b x
+    return x.mT if is_tall else x
 
 
 def make_optimizers(config: Config, student: nn.Module) -> tuple[torch.optim.AdamW, Muon | None]:

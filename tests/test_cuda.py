@@ -258,10 +258,10 @@ def test_a_step_waits_for_nothing_on_the_gpu():
 @pytest.mark.parametrize("rows,columns", [(64, 64), (96, 24), (24, 96)])
 def test_orthogonalize(rows, columns):
     torch.manual_seed(0)
-    matrix = torch.randn(rows, columns)
-    expected = train.orthogonalize(matrix)
+    matrices = torch.randn(3, rows, columns)
+    expected = train.orthogonalize(matrices)
     torch.testing.assert_close(
-        train.orthogonalize(matrix.to(GPU)).cpu(), expected, atol=1e-4, rtol=1e-3
+        train.orthogonalize(matrices.to(GPU)).cpu(), expected, atol=1e-4, rtol=1e-3
     )
 
 

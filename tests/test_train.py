@@ -136,7 +136,7 @@ def test_muon_is_torchs():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch has it since 2.9")
     torch.manual_seed(0)
-    shapes = ((30, 10), (10, 10), (10, 40))
+    shapes = ((30, 10), (10, 10), (10, 40), (10, 10))  # two of one shape are moved together
     before = [torch.randn(shape) for shape in shapes]
     ours = [torch.nn.Parameter(matrix.clone()) for matrix in before]
     theirs = [torch.nn.Parameter(matrix.clone()) for matrix in before]
@@ -156,8 +156,8 @@ def test_muon_is_torchs():
 
 
 def test_an_orthogonalized_matrix_has_singular_values_near_1():
-    matrix = torch.randn(30, 10, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(train.orthogonalize(matrix))
+    matrices = torch.randn(2, 30, 10, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(train.orthogonalize(matrices))
     assert 0.6 < values.min()
     assert values.max() < 1.3
 
@@ -873,7 +873,7 @@ def test_a_step_stays_on_the_gpu(tmp_path, monkeypatch, pretended_gpu, flags):
         state.loss_fn.update_center(teacher_outputs)
     train.update_teacher(state.teacher, state.student, 0.9)
     matrix = state.student.backbone.blocks[0].attn.qkv.weight
-    assert train.orthogonalize(matrix).device.type == "cuda"
+    assert train.orthogonalize(matrix[None]).device.type == "cuda"
 
 
 def add_a_tensor_of_the_cpu(images):
