@@ -62,7 +62,7 @@ def tests(args: argparse.Namespace, report: Report):
     output = ""
     with contextlib.suppress(subprocess.TimeoutExpired):
         ended = subprocess.run(
-            command, cwd=ROOT, timeout=args.seconds, capture_output=True, text=True
+            command, check=False, cwd=ROOT, timeout=args.seconds, capture_output=True, text=True
         )
         output = ended.stdout
     counts = {
@@ -154,9 +154,7 @@ def large(args: argparse.Namespace, report: Report):
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
     size, batch = ("56", "4") if args.tiny else ("448", "32")
-    flags = (
-        f"--preset paper --weights none --digits sklearn --loss nce --views different --crops 1 "
-    )
+    flags = "--preset paper --weights none --digits sklearn --loss nce --views different --crops 1 "
     flags += f"--image-size {size} --batch-size {batch} --checkpoint-blocks --device {args.device}"
     parsed = settings.parse_args(flags.split())
     config = settings.make_config(parsed.flags, parsed.preset)
