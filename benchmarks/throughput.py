@@ -5,6 +5,7 @@
     python benchmarks/throughput.py --image-size 224 --batch-size 2
     python benchmarks/throughput.py --memory --large-batch 1024            # memory, not speed
     python benchmarks/throughput.py --preset laptop --loss nce --steps 30  # the laptop's network
+    python benchmarks/throughput.py --command  # the laptop's whole run, as a share of the machine
 
 Both sides train the same network on inputs of the same shape. By default this is ViT-S/8 with
 DINO's head and its K = 65,536 prototypes; with --loss nce the head ends at its bottleneck. Each
@@ -26,12 +27,14 @@ same run. The last line of the output holds all results as JSON.
 
 import argparse
 import copy
+import dataclasses
 import datetime
 import functools
 import itertools
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +55,8 @@ from lightly.models.utils import deactivate_requires_grad, update_momentum
 from PIL import Image
 
 # the project's folder, whose views.py is not the one beside this file
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import clutter
 import data
 import settings
@@ -379,12 +383,12 @@ def take_two_steps(make_trainer: Callable):
 def forward_flops(config: settings.Config) -> int:
     """The FLOPs of backbone and head for one crop, of which only matrix products count.
 
-    In the last block, only keys and values are computed for all tokens; all else for [CLS] alone.
-    Registers do not count, since the peer's network has none.
+        In the last block, only keys and values are computed for all tokens; all else for [CLS] alone.
+    XX
     """
     dim = config.dim
     patches = (config.image_size // config.patch_size) ** 2
-    tokens = 1 + patches
+    tokens = 1 + registers + patches
     patch_embedding = 2 * patches * 3 * config.patch_size**2 * dim
 
     # in a block, for one token
@@ -408,14 +412,14 @@ def forward_flops(config: settings.Config) -> int:
     return backbone + 2 * head_weights
 
 
-def step_flops(config: settings.Config) -> int:
+def step_flops(config: settings.Config, registers: int = 0) -> int:
     """The FLOPs of a training step, with two crops of each image.
 
     The student's backward pass takes as much as two forward passes. The teacher has only a forward
     pass.
     """
     crops = 2 * config.batch_size
-    return (3 + 1) * crops * forward_flops(config)
+    return (3 + 1) * crops * forward_flops(config, registers)
 
 
 def matmul_flops_per_second(
@@ -661,6 +665,47 @@ def report_end_to_end(args: argparse.Namespace) -> dict:
     }
 
 
+# ------------------------------------------------------------------------------- the whole command
+
+
+def report_command(args: argparse.Namespace) -> dict:
+    """Time the README's first command, and print which share of the machine it reaches.
+
+    The share is that of the products of all its training steps, in the time from the start of the
+    command to its last line, beside the best product of the same minute. Steps alone are timed in
+    between, with their own input.
+    """
+    flags = ["--loss", "nce", "--views", "same", "--precision", args.precision]
+    flags += ["--digits", args.digits, "--data-root", args.data_root]
+    parsed = settings.parse_args(flags)
+    config = settings.make_config(parsed.flags, "laptop")
+    config = dataclasses.replace(config, digits="sklearn")  # for the steps that are timed alone
+    flops = step_flops(config, config.registers)
+    best_product = matmul_flops_per_second((2048, 2048, 2048), "float32", args.device)
+    steps = block_seconds(OurTrainer(config), 60, args.device)
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train.py", "--preset", "laptop", *flags]
+        start = time.perf_counter()
+        subprocess.run([*command, "--output", f"{folder}/run"], cwd=ROOT, check=True)
+        seconds = time.perf_counter() - start
+    total_steps = config.epochs * (config.images_per_epoch // config.batch_size)
+    result = {
+        "model_flops_a_step": flops,
+        "best_float32_product_flops_per_s": best_product,
+        "ms_a_step": rounded_milliseconds(steps),
+        "step_share": flops / steps / best_product,
+        "command_seconds": seconds,
+        "command_share": total_steps * flops / seconds / best_product,
+    }
+    print(f"\nA step has {flops / 1e9:.1f} GFLOP. The best product of 2048³, in float32, reaches")
+    print(f"{best_product / 1e9:.0f} GFLOP/s. A step takes {1000 * steps:.0f} ms, a share of")
+    print(
+        f"{result['step_share']:.0%}; the command {seconds:.0f} s, {result['command_share']:.0%}."
+    )
+    return result
+
+
 # ------------------------------------------------------------------------------------------- memory
 
 
@@ -737,6 +782,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--memory", action="store_true", help="Measure memory instead of speed.")
     parser.add_argument(
+        "--command", action="store_true", help="Time the laptop's whole run instead, on a CPU."
+    )
+    parser.add_argument("--precision", default="auto", help="That of --command. [auto]")
+    parser.add_argument("--digits", default="auto", help="Those of --command. [auto]")
+    parser.add_argument("--data-root", default="data", help="That of --command. [data]")
+    parser.add_argument(
         "--large-batch",
         type=int,
         default=0,
@@ -746,7 +797,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
 
     # sizes that the machine can compute in a minute or two
-    if args.preset == "laptop":
+    if args.preset == "laptop" or args.command:
+        args.preset = "laptop"
         image_size = 56
         batch_size = 64
     elif has_cuda:
@@ -763,7 +815,12 @@ def parse_args() -> argparse.Namespace:
 def main():
     args = parse_args()
     start = time.perf_counter()
-    results = report_memory(args) if args.memory else report_speed(args)
+    if args.command:
+        results = report_command(args)
+    elif args.memory:
+        results = report_memory(args)
+    else:
+        results = report_speed(args)
     duration = time.perf_counter() - start
 
     if uses_cuda(args.device):
