@@ -52,6 +52,7 @@ PHOTO_MAPS = (*NETWORK_MAPS, *PHOTO_CONTROLS)
 # Measuring these maps takes as long as this many forward passes for each photograph: some 50 for the
 # windows, 8 for the SRG of each of 8 maps, and some 20 for the gradients.
 PHOTO_PASSES = 140
+STEPS_TO_COLLAPSE = 50  # before that many steps nobody is warned of a collapse
 ENOUGH_PICTURES = 5  # fewer have no interval: a bootstrap of two would only return their values
 # For weights that do not come from a run of train.py, metrics.json holds only these settings.
 SHOWN = ("weights", "dataset", "split", "background", "digits", "canvas_size", "num_distractors")
@@ -471,10 +472,13 @@ def collapse_warning(config: Config, history: list[dict]) -> str | None:
 
     It has collapsed if features point one way, more so than before training (the first line), or if
     the mean of a DINO teacher's distributions has hardly more entropy than each of them. While the
-    learning rate rises there is no warning.
+    learning rate rises there is no warning, nor in the first steps, after which a network is hardly
+    another than before training.
     """
     # warmup is a fraction of the run
     if history[-1]["epoch"] < config.warmup * config.epochs:
+        return None
+    if history[-1].get("step", math.inf) < STEPS_TO_COLLAPSE:
         return None
     first = history[0]["validation"]
     last = history[-1]["validation"]

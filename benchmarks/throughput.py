@@ -380,11 +380,11 @@ def take_two_steps(make_trainer: Callable):
     trainer.step()
 
 
-def forward_flops(config: settings.Config) -> int:
+def forward_flops(config: settings.Config, registers: int = 0) -> int:
     """The FLOPs of backbone and head for one crop, of which only matrix products count.
 
-        In the last block, only keys and values are computed for all tokens; all else for [CLS] alone.
-    XX
+    In the last block, only keys and values are computed for all tokens; all else for [CLS] alone.
+    Registers do not count beside the peer, whose network has none.
     """
     dim = config.dim
     patches = (config.image_size // config.patch_size) ** 2

@@ -116,10 +116,11 @@ def test_sklearn_splits():
     assert images.dtype == torch.uint8
     assert images.shape == (1797, 28, 28)
     assert images.max() == 255
-    # 20×20 pixels in the middle of 28×28, as in MNIST
+    # 20×20 pixels in the middle of 28×28, and about as much ink, as in MNIST
     border = images.clone()
     border[:, 4:24, 4:24] = 0
     assert not border.any()
+    assert 95 < (images > 127).float().sum((1, 2)).mean() < 105  # MNIST: 103
     # No digit of one split is in another. scikit-learn's file has no two pictures alike.
     assert len(torch.unique(images.flatten(1), dim=0)) == 1797
     assert len(torch.unique(DIGITS["test"].labels)) == 10

@@ -891,12 +891,12 @@ def test_validation_with_effects_says_which_maps_to_believe(sixty_images):
 # ------------------------------------------------------------------------------ collapse, and words
 
 
-def warning_after(epoch: int, validation: dict, loss: str = "nce") -> str | None:
+def warning_after(epoch: int, validation: dict, loss: str = "nce", steps: int = 1000) -> str | None:
     """The collapse warning of a run whose log has epoch 0 and this line."""
     config = replace(CONFIG, loss=loss)
     assert config.warmup * config.epochs == 1.5
     untrained = {"epoch": 0, "validation": {"mean_cosine": 0.985}}
-    last = {"epoch": epoch, "validation": validation}
+    last = {"epoch": epoch, "step": steps, "validation": validation}
     return evaluate.collapse_warning(config, [untrained, last])
 
 
@@ -911,6 +911,9 @@ def test_a_network_has_collapsed_if_its_features_point_one_way():
     assert warning_after(3, {"mean_cosine": 0.984}) is None
     # the learning rate still rises
     assert warning_after(1, {"mean_cosine": 0.999}) is None
+    # a few steps change little
+    assert warning_after(3, {"mean_cosine": 0.999}, steps=49) is None
+    assert warning_after(3, {"mean_cosine": 0.999}, steps=50) is not None
     # of a log of an earlier version
     assert warning_after(3, {}) is None
 

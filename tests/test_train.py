@@ -478,7 +478,7 @@ def test_training_learns(tmp_path, views_of_run):
     assert history == log_of(tmp_path)
     losses = [line["loss"] for line in history[1:]]
     chance = math.log(16)
-    assert losses[0] == pytest.approx(chance, abs=0.15)
+    assert losses[0] == pytest.approx(chance, abs=0.2)
     assert losses[-1] < chance - 0.2
 
 
@@ -615,6 +615,7 @@ def test_a_collapse_is_warned_of_once_and_is_in_the_log_and_in_the_verdict(
         return result | {"entropy_of_mean": 1.0, "mean_entropy": next(mean_entropies)}
 
     monkeypatch.setattr(train.Validation, "__call__", measured)
+    monkeypatch.setattr(evaluate, "STEPS_TO_COLLAPSE", 0)
     assert start(tmp_path, "--loss dino --epochs 3") == 0
     output, errors = capsys.readouterr()
     assert errors.count("mean cosine 0.") == 3
