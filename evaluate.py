@@ -6,14 +6,17 @@ one that counts, clutter lies where digits lie, so that position says nothing; i
 more in the middle. report.py turns the tables into text.
 """
 
+import hashlib
 import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import data
 import metrics
 import vit
 import weights
@@ -52,6 +55,11 @@ PHOTO_MAPS = (*NETWORK_MAPS, *PHOTO_CONTROLS)
 # Measuring these maps takes as long as this many forward passes for each photograph: some 50 for the
 # windows, 8 for the SRG of each of 8 maps, and some 20 for the gradients.
 PHOTO_PASSES = 140
+UNTRAINED_SHARE = 0.3  # of the canvases on which effects are measured
+# What decides the numbers in metrics.json, beside the network and the data.
+MEASURING_MODULES = ("clutter", "data", "effects", "evaluate", "explain", "metrics", "observe")
+MEASURING_MODULES += ("views", "vit")
+NOT_MEASURED = ("fallbacks", "data_root", "device")  # settings that decide no number
 STEPS_TO_COLLAPSE = 50  # before that many steps nobody is warned of a collapse
 ENOUGH_PICTURES = 5  # fewer have no interval: a bootstrap of two would only return their values
 # For weights that do not come from a run of train.py, metrics.json holds only these settings.
@@ -327,7 +335,50 @@ def evaluate(
 
     features = observation.features["trained"]
     result["mean_cosine"] = metrics.mean_cosine(features)
+    if other is None:
+        result["fingerprint"] = fingerprint(config, backbone, splits)
     return Evaluation(result, features, observation.labels)
+
+
+def measured_before(
+    path: str,
+    name: str,
+    config: Config,
+    history: list[dict],
+    backbone: VisionTransformer,
+    splits: dict,
+) -> Evaluation | None:
+    """What `evaluate` would return, if a file metrics.json holds it already; else None.
+
+    train.py measures a network at its end, so that visualize.py need not do so again. The other
+    arguments are those of `evaluate`.
+    """
+    try:
+        result = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(result, dict) or "fingerprint" not in result:
+        return None
+    if result["fingerprint"] != fingerprint(config, backbone, splits):
+        return None
+    # only the features are not in the file
+    layout = "matched" if config.dataset == "stl10" else "paper"
+    batches = evaluation_batches(config, splits["test"], TEST_IMAGES, layout)
+    observation = observe({"trained": backbone}, batches, maps=False)
+    result |= describe_checkpoint(name, config, history)
+    return Evaluation(result, observation.features["trained"], observation.labels)
+
+
+def fingerprint(config: Config, backbone: VisionTransformer, splits: dict) -> str:
+    """A short text that changes with the network, its settings, its data and the code here."""
+    values = {key: value for key, value in asdict(config).items() if key not in NOT_MEASURED}
+    parts = [json.dumps(values, sort_keys=True), data.digest(*backbone.state_dict().values())]
+    for split in splits.values():
+        parts.append(data.digest(split.images, split.labels))
+    sha = hashlib.sha256(" ".join(parts).encode())
+    for module in MEASURING_MODULES:
+        sha.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return sha.hexdigest()[:12]
 
 
 def measure_canvases(result: dict, config: Config, networks: dict, splits: dict) -> Observation:
@@ -343,7 +394,9 @@ def measure_canvases(result: dict, config: Config, networks: dict, splits: dict)
     observation = observe(networks, evaluation_batches(config, splits["test"], TEST_IMAGES))
     result["matched"] = measure_attention(observation, effects)
     if "untrained" in networks:
-        effects = observe_effects(networks["untrained"], batches, CANVAS_MAPS)
+        # Context for the trained network's numbers, for which fewer canvases are enough.
+        fewer = batches[: math.ceil(UNTRAINED_SHARE * len(batches))]
+        effects = observe_effects(networks["untrained"], fewer, CANVAS_MAPS)
         result["untrained"] = measure_untrained(observation, effects, CANVAS_MAPS)
 
     paper_canvases = evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")

@@ -754,9 +754,7 @@ def visualize_one(model: Model, args: argparse.Namespace):
     evaluation = None
     best = {}
     if model.is_measured and not args.no_measure:
-        evaluation = evaluate.evaluate(
-            model.name, model.config, model.history, model.backbone, model.splits
-        )
+        evaluation = measure(model)
         best = best_by_report(evaluation.result)
     elif not args.no_measure:
         print_not_measured(model)
@@ -783,6 +781,18 @@ def visualize_one(model: Model, args: argparse.Namespace):
         plot_views(model, os.path.join(folder, "views.png"))
         plot_curves(model, os.path.join(folder, "curves.png"))
     plot_tsne(model, evaluation, os.path.join(folder, "tsne.png"))
+
+
+def measure(model: Model) -> evaluate.Evaluation:
+    """All that is measured of a network; of a run, what train.py has measured at its end."""
+    arguments = (model.name, model.config, model.history, model.backbone, model.splits)
+    if model.history is not None:
+        path = os.path.join(os.path.dirname(model.path), "metrics.json")
+        evaluation = evaluate.measured_before(path, *arguments)
+        if evaluation is not None:
+            print(f"{path}: its numbers are of this network, so they are not measured again")
+            return evaluation
+    return evaluate.evaluate(*arguments)
 
 
 def compare(models: list[Model], args: argparse.Namespace):

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -645,7 +646,7 @@ MASK_METRICS |= {"digit_density", "clutter_density", "background_density"}
 MASK_METRICS |= {"far_background_density", "of_oracle"}
 EFFECT_METRICS = {"equal_ink", "patch_faithfulness", "direct_faithfulness", "object_faithfulness"}
 RESULT_KEYS = {"checkpoint", "description", "epoch", "collapse", "settings", "fallbacks"}
-RESULT_KEYS |= {"direct_share", "features", "mean_cosine"}
+RESULT_KEYS |= {"direct_share", "features", "mean_cosine", "fingerprint"}
 
 
 def test_what_metrics_json_holds_of_a_run_on_canvases(few_images):
@@ -656,7 +657,8 @@ def test_what_metrics_json_holds_of_a_run_on_canvases(few_images):
     evaluation = evaluate.evaluate(*arguments)
     result = evaluation.result
     of_canvases = {"best_head", "causal_selectivity", "matched", "paper"}
-    assert result.keys() == RESULT_KEYS | of_canvases | {"untrained", "untrained_features"}
+    of_runs = {"untrained", "untrained_features"}
+    assert result.keys() == (RESULT_KEYS - {"fingerprint"}) | of_canvases | of_runs
     assert result["checkpoint"] == "a.pth"
     assert result["epoch"] == 2
     assert result["description"].endswith("epoch 2 of 2")
@@ -886,6 +888,40 @@ def test_validation_with_effects_says_which_maps_to_believe(sixty_images):
     assert line["head_1"]["equal_ink"] == table["head_1"]["equal_ink"]["value"]
     assert line["head_1"]["equal_ink"] is not None
     assert line["uniform"]["patch_faithfulness"] == 0
+
+
+def test_a_run_that_was_measured_is_not_measured_again(tmp_path, few_images):
+    backbone = backbone_of(config=TINY_CONFIG)
+    history = [{"epoch": 0, "step": 0, "validation": {"mean_cosine": 0.5}}]
+    arguments = (TINY_CONFIG, history, backbone, DIGITS)
+    path = str(tmp_path / "metrics.json")
+    assert evaluate.measured_before(path, "a.pth", *arguments) is None  # no such file
+    measured = evaluate.evaluate("a.pth", *arguments)
+    evaluate.write_metrics([measured.result], path)
+    again = evaluate.measured_before(path, "b.pth", *arguments)
+    assert again.result == measured.result | {"checkpoint": "b.pth"}
+    torch.testing.assert_close(again.features, measured.features)
+    assert torch.equal(again.labels, measured.labels)
+
+    # settings of other images, other weights, other digits, another version of the code
+    other = replace(TINY_CONFIG, num_distractors=1)
+    assert evaluate.measured_before(path, "a.pth", other, *arguments[1:]) is None
+    fewer_digits = DIGITS | {"test": DIGITS["test"][torch.arange(100)]}
+    assert evaluate.measured_before(path, "a.pth", *arguments[:3], fewer_digits) is None
+    with torch.no_grad():
+        backbone.norm.bias[0] += 1e-6
+    assert evaluate.measured_before(path, "a.pth", *arguments) is None
+    for content in ("", "[]", '{"fingerprint": 3}'):
+        Path(path).write_text(content)
+        assert evaluate.measured_before(path, "a.pth", *arguments) is None
+
+
+def test_the_code_that_measures_is_part_of_the_fingerprint(monkeypatch):
+    backbone = backbone_of(config=TINY_CONFIG)
+    before = evaluate.fingerprint(TINY_CONFIG, backbone, DIGITS)
+    assert evaluate.fingerprint(TINY_CONFIG, backbone, DIGITS) == before
+    monkeypatch.setattr(evaluate, "MEASURING_MODULES", evaluate.MEASURING_MODULES[:-1])
+    assert evaluate.fingerprint(TINY_CONFIG, backbone, DIGITS) != before
 
 
 # ------------------------------------------------------------------------------ collapse, and words

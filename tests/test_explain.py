@@ -118,7 +118,7 @@ def test_a_map_takes_the_passes_that_are_said_of_it(name):
         counts["backward"] += 1
 
     backbone.patch_embed.register_forward_hook(count_forward)
-    backbone.patch_embed.register_full_backward_hook(count_backward)
+    backbone.blocks[0].register_full_backward_hook(count_backward)
     explain.MAPS[name](backbone, pictures(2))
     number, direction = explain.PASSES[name].split()
     assert counts[direction] == int(number)
@@ -277,31 +277,28 @@ def test_norm_rollout_of_a_network_that_passes_nothing_on_is_uniform():
 # --------------------------------------------------------------------------------------- gradients
 
 
-class KnownFeature(torch.nn.Module):
-    """Its feature is (1, s), where s is a weighted sum of the first channel over each patch."""
-
-    def __init__(self, patch_weights: list[float]):
-        super().__init__()
-        self.shape = ViTShape(patch_size=2)
-        self.patch_weights = torch.tensor(patch_weights)
-
-    def forward(self, images):
-        s = metrics.patch_sums(images[:, 0], 2) @ self.patch_weights
-        return torch.stack([torch.ones_like(s), s], dim=-1)
-
-
-def test_squared_gradients_of_a_known_feature():
-    """The feature's gradient at a patch is proportional to the patch's weight."""
-    network = KnownFeature([0.0, 1.0, -2.0, 0.0])
-    maps = explain.squared_gradient(network, pictures(3, 4, 4))
-    torch.testing.assert_close(maps, torch.tensor([[0.0, 0.2, 0.8, 0.0]]).expand(3, -1))
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [{}, {"registers": 2}, {"rotary": True, "registers": 1}], ids=str)
+def test_squared_gradients_are_those_of_the_pixels(channels, shape):
+    """Computed here by a backward pass down to the pixels, a direction at a time."""
+    backbone = small_backbone(**shape).double()
+    images = pictures(2, 28, 42).double()[:, :channels].requires_grad_()
+    features = F.normalize(backbone(views.normalize(images)), dim=-1)
+    expected = 0
+    for direction in explain.random_directions(features.shape[1], 3):
+        projected = (features @ direction.double()).sum()
+        (gradient,) = torch.autograd.grad(projected, images, retain_graph=True)
+        expected = expected + metrics.patch_sums(gradient.square().sum(1), 7)
+    found = explain.squared_gradients(backbone, images.detach(), directions=3)
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-9)
 
 
 def test_squared_gradients_of_a_constant_feature_are_uniform():
-    network = KnownFeature([0.0, 0.0, 0.0, 0.0])
-    assert torch.equal(
-        explain.squared_gradient(network, pictures(3, 4, 4)), torch.full((3, 4), 0.25)
-    )
+    backbone = small_backbone()
+    torch.nn.init.zeros_(backbone.norm.weight)
+    torch.nn.init.ones_(backbone.norm.bias)
+    maps = explain.squared_gradient(backbone, pictures(3))
+    assert torch.equal(maps, torch.full((3, 16), 1 / 16))
 
 
 def test_squared_gradients_estimate_the_norm_of_the_jacobian():

@@ -397,7 +397,7 @@ def test_erasing_a_patch_moves_the_feature_as_explained(browser, tmp_path):
     assert browser.evaluate("state.patch") == effect.argmax()
     cosine = browser.evaluate("dot(shown.run.feature, originalRun.feature)")
     assert cosine == pytest.approx(1 - effect.max().item(), abs=1e-3)
-    assert f"{cosine:.3f}" in browser.evaluate("$('feature-numbers').textContent")
+    assert f"{cosine:.4f}" in browser.evaluate("$('feature-numbers').textContent")
     # the others are recomputed once the reader pauses
     browser.wait_for("mapOf('effect') && mapOf('squared_gradient')")
     image = examples[0].picture[None].clone()
@@ -443,7 +443,8 @@ def test_the_map_follows_the_digit_that_is_dragged(browser, tmp_path):
     places = np.indices((8, 8)).reshape(2, -1)
     moved = places @ after.flatten() - places @ before.flatten()  # of the map's centre, in patches
     expected = np.subtract(at, scene["at"]) / size * 8
-    assert np.abs(moved - expected).max() < 1.2
+    # the digit has most of the map, but not all of it
+    assert moved @ expected > 0.5 * (expected @ expected)
     assert np.abs(expected).max() > 1.5
 
 

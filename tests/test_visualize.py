@@ -463,7 +463,7 @@ def test_metrics_json_holds_all_that_is_measured(drawn_run):
     result = strict_json(drawn_run.folder / "metrics.json")
     origin = {"checkpoint", "description", "epoch", "settings", "fallbacks"}
     measured = {"best_head", "matched", "paper", "features", "untrained_features", "mean_cosine"}
-    measured |= {"collapse", "causal_selectivity", "direct_share", "untrained"}
+    measured |= {"collapse", "causal_selectivity", "direct_share", "untrained", "fingerprint"}
     assert result.keys() == origin | measured
     assert result["epoch"] == 2
     assert result["settings"]["patch_size"] == 7
@@ -1799,11 +1799,35 @@ def test_the_page_of_a_run_has_its_epochs_and_its_report(drawn_run):
     assert len(network["sentences"]) == 3
     rows = [row["text"] for row in network["table"]["rows"]]
     assert [title for title in table_in(drawn_run.printed) if title in rows]
-    notes = drawn_run.grids["attention.png"].columns["attention"].notes
+    columns = drawn_run.grids["attention.png"].columns
+    (notes,) = [column.notes for name, column in columns.items() if name.startswith("attention")]
     # the last epoch's correlations stand under the maps of the figure, in the rows of that epoch
     for number, of_picture in enumerate(network["epochs"][-1]["pictures"]):
         correlations = {entry["name"]: entry.get("correlation") for entry in of_picture["maps"]}
         assert notes[3 * number + 2] == f"{correlations['attention']:.2f}"
+
+
+def test_a_run_that_train_py_has_measured_is_not_measured_again(tmp_path, few_images, monkeypatch):
+    run = tmp_path / "run"
+    assert start(run) == 0
+    at_the_end = strict_json(run / "metrics.json")
+
+    def fail(*arguments):
+        raise AssertionError("it is measured")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "measure_canvases", fail)
+        assert look(run, output=tmp_path / "figures") == 0
+    again = strict_json(tmp_path / "figures" / "metrics.json")
+    assert again["matched"] == at_the_end["matched"]
+    assert again["checkpoint"] == f"{run}/ckpt.pth"
+    assert (tmp_path / "figures" / "attention.png").exists()
+
+    # Other images have other numbers.
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "measure_canvases", fail)
+        with pytest.raises(AssertionError, match="it is measured"):
+            look(run, "--image-size", "14", output=tmp_path / "others")
 
 
 def test_the_page_of_several_networks_has_each(other_run, tmp_path):
