@@ -1,7 +1,8 @@
 """What is loaded: handwritten digits, STL-10's photographs, picture files; and seeded generators.
 
 A data set is a dict of `Split`s. What cannot be read raises OSError or ValueError, with one line
-that says what to use instead.
+that says what to use instead. torchvision and scikit-learn, which take seconds to import, are imported
+where they are needed.
 """
 
 import functools
@@ -16,14 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import sklearn.datasets
 import torch
 import torch.nn.functional as F
-import torchvision
 
 from picture_files import read_image  # noqa: F401  (scripts call data.read_image)
 from settings import Config
 
+# Images and labels for training, images and labels for testing
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+MNIST_FILES += ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 STL10_COUNTS = {"unlabeled": 100_000, "train": 5000, "test": 8000}
 LEAST_DIGITS = 12  # in a file, so that each split has two
 
@@ -173,10 +175,12 @@ def load_mnist(data_root: str):
     folder = os.path.join(data_root, "MNIST", "raw")
     missing = [
         name
-        for name in mnist_files()
+        for name in MNIST_FILES
         if not os.path.isfile(f"{folder}/{name}") and not os.path.isfile(f"{folder}/{name}.gz")
     ]
     if missing:
+        import torchvision
+
         os.makedirs(folder, exist_ok=True)
         # torchvision would write over files that are there, so it works in a folder of its own.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -186,11 +190,6 @@ def load_mnist(data_root: str):
     return read_mnist(folder)
 
 
-def mnist_files() -> list[str]:
-    """The names of MNIST's files: images and labels for training, images and labels for testing."""
-    return [name.removesuffix(".gz") for name, _ in torchvision.datasets.MNIST.resources]
-
-
 def read_mnist(folder: str):
     """MNIST's training and test Split, from its four files in `folder`, unpacked or gzipped.
 
@@ -198,8 +197,7 @@ def read_mnist(folder: str):
     each.
     """
     splits = []
-    names = mnist_files()
-    for images_name, labels_name in (names[:2], names[2:]):
+    for images_name, labels_name in (MNIST_FILES[:2], MNIST_FILES[2:]):
         images = read_idx(os.path.join(folder, images_name))
         labels = read_idx(os.path.join(folder, labels_name))
         check_digits(images_name, images, labels_name, labels)
@@ -259,6 +257,8 @@ def read_sklearn_digits():
     which fill whole patches. Then attention after training on the same views would be a quarter more
     selective than brightness, unlike on MNIST. So pixels below 0.3 become black.
     """
+    import sklearn.datasets
+
     bunch = sklearn.datasets.load_digits()
     small = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16  # (N, 1, 8, 8)
     digits = F.interpolate(small, size=(20, 20), mode="bicubic")
@@ -280,7 +280,7 @@ def load_stl10(data_root: str, split: str = "unlabeled"):
 
     Downloads files that data_root/stl10_binary/ lacks. Raises OSError for what cannot be had.
     """
-    folder = os.path.join(data_root, torchvision.datasets.STL10.base_folder)
+    folder = os.path.join(data_root, "stl10_binary")  # as the archive has it
     names = list(dict.fromkeys((split, "train", "test")))  # each once
     try:
         if not all(os.path.isfile(f"{folder}/{name}_X.bin") for name in names):
@@ -313,6 +313,8 @@ def load_stl10(data_root: str, split: str = "unlabeled"):
 
 def unpack_or_download_stl10(data_root: str):
     """Unpack STL-10's archive if it lies in data_root and is whole; else download it."""
+    import torchvision
+
     stl10 = torchvision.datasets.STL10
     try:
         archive = os.path.join(data_root, stl10.filename)

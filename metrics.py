@@ -12,9 +12,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 NEIGHBOURS = 20  # of the k-NN classifier, as in DINO
 KNN_TEMPERATURE = 0.07  # as in DINO
@@ -296,6 +293,11 @@ def linear_probe(bank, bank_labels, queries):
 
     NaN if the bank has one class only. Shapes are those of `knn_classify`.
     """
+    # imported here, since it takes a second
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if len(bank_labels.unique()) < 2:
         return torch.full((len(queries),), torch.nan)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))

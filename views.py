@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from clutter import DIGIT_SIZE, Background, CanvasSampler, leave_out, render_canvases
 from data import Split, batch_indices, generator, read_photos, to_device
@@ -240,6 +239,9 @@ def color_jitter(photos, params: dict):
     may be done before the crop or after: of the colours only contrast depends on other pixels, by
     their mean, and crops are as likely at a place as at its mirror image.
     """
+    # imported here, since it takes two seconds, and only photographs need it
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
+
     brightness, contrast, saturation, hue, gray, flip = (
         to_device(params[name], photos.device)[..., None, None, None]
         for name in ("brightness", "contrast", "saturation", "hue", "gray", "flip")

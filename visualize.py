@@ -42,7 +42,6 @@ if backend_of_host is not None:
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -446,6 +445,8 @@ def plot_tsne(model: Model, evaluation: evaluate.Evaluation, path: str):
     if has_collapsed:  # t-SNE would divide by zero
         plane = np.zeros((len(features), 2), np.float32)
     else:
+        from sklearn.manifold import TSNE  # takes a second to import
+
         plane = TSNE(perplexity=20, init="pca", random_state=0).fit_transform(features.numpy())
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     axis = figure.subplots()
@@ -754,6 +755,9 @@ def visualize_one(model: Model, args: argparse.Namespace):
     evaluation = None
     best = {}
     if model.is_measured and not args.no_measure:
+        if model.history:  # what needs no measurements comes first
+            plot_views(model, os.path.join(folder, "views.png"))
+            plot_curves(model, os.path.join(folder, "curves.png"))
         evaluation = measure(model)
         best = best_by_report(evaluation.result)
     elif not args.no_measure:
@@ -775,12 +779,8 @@ def visualize_one(model: Model, args: argparse.Namespace):
     if evaluation is not None:
         save_and_print([evaluation], os.path.join(folder, "metrics.json"))
     write_explorer([content], list(epochs.values()), folder, "", args)
-    if evaluation is None:
-        return
-    if model.history:
-        plot_views(model, os.path.join(folder, "views.png"))
-        plot_curves(model, os.path.join(folder, "curves.png"))
-    plot_tsne(model, evaluation, os.path.join(folder, "tsne.png"))
+    if evaluation is not None:
+        plot_tsne(model, evaluation, os.path.join(folder, "tsne.png"))
 
 
 def measure(model: Model) -> evaluate.Evaluation:
