@@ -41,7 +41,7 @@ class CanvasSampler:
         self.layout = layout
         self.ink = digits.images.cpu() > INK_LEVEL  # (N, 28, 28)
         size = config.distractor_size
-        # the mean along columns, then along rows: of 50,000 digits at once it would take a second
+        # First along columns, then along rows: pooling squares of 50,000 digits takes a second.
         ink_share = F.avg_pool2d(self.ink[:, None].float(), (size, 1), stride=1)
         ink_share = F.avg_pool2d(ink_share, (1, size), stride=1)[:, 0]
         # [n, row, column]: does the window of digit n at this corner hold enough ink? (N, 20, 20)

@@ -1,8 +1,8 @@
 """What is loaded: handwritten digits, STL-10's photographs, picture files; and seeded generators.
 
 A data set is a dict of `Split`s. What cannot be read raises OSError or ValueError, with one line
-that says what to use instead. torchvision and scikit-learn, which take seconds to import, are imported
-where they are needed.
+that says what to use instead. torchvision and scikit-learn take seconds to import, so they are
+imported where they are needed.
 """
 
 import functools

@@ -351,8 +351,11 @@ def measured_before(
     """What `evaluate` would return, if a file metrics.json holds it already; else None.
 
     train.py measures a network at its end, so that visualize.py need not do so again. The other
-    arguments are those of `evaluate`.
+    arguments are those of `evaluate`. Runs that depend on files of the user's, which may have been
+    changed, are always measured again: pictures in the background, or weights to start from.
     """
+    if config.background not in ("black", "texture") or config.weights != "none":
+        return None
     try:
         result = json.loads(Path(path).read_text())
     except (OSError, ValueError):
@@ -370,9 +373,13 @@ def measured_before(
 
 
 def fingerprint(config: Config, backbone: VisionTransformer, splits: dict) -> str:
-    """A short text that changes with the network, its settings, its data and the code here."""
+    """A short text that changes with the network, its settings, its data and the code here.
+
+    The kind of device counts too, since it decides on how many images effects are measured.
+    """
     values = {key: value for key, value in asdict(config).items() if key not in NOT_MEASURED}
-    parts = [json.dumps(values, sort_keys=True), data.digest(*backbone.state_dict().values())]
+    parts = [json.dumps(values, sort_keys=True), backbone.cls_token.device.type]
+    parts.append(data.digest(*backbone.state_dict().values()))
     for split in splits.values():
         parts.append(data.digest(split.images, split.labels))
     sha = hashlib.sha256(" ".join(parts).encode())
@@ -524,9 +531,9 @@ def collapse_warning(config: Config, history: list[dict]) -> str | None:
     """A warning if the network gives all images the same feature, by its log; else None.
 
     It has collapsed if features point one way, more so than before training (the first line), or if
-    the mean of a DINO teacher's distributions has hardly more entropy than each of them. While the
-    learning rate rises there is no warning, nor in the first steps, after which a network is hardly
-    another than before training.
+    the mean of a DINO teacher's distributions has hardly more entropy than each of them. There
+    is no warning while the learning rate rises, nor in the first steps, when the network has hardly
+    changed.
     """
     # warmup is a fraction of the run
     if history[-1]["epoch"] < config.warmup * config.epochs:

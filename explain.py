@@ -219,8 +219,8 @@ def squared_gradients(backbone: VisionTransformer, images, directions: int):
     for direction in random_directions(features.shape[1], directions):
         projected = features @ direction.to(features)
         (gradient,) = torch.autograd.grad(projected.sum(), tokens, retain_graph=True)
-        of_pixels = gradient[:, first_patch:] @ weight  # (B, patches, channels · pixels)
-        total = total + of_pixels.square().sum(-1)
+        pixel_gradient = gradient[:, first_patch:] @ weight  # (B, patches, channels · pixels)
+        total = total + pixel_gradient.square().sum(-1)
     return total
 
 

@@ -80,10 +80,14 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         momentum = group["momentum"]
         # Matrices of one shape are moved together, which takes fewer and larger operations.
-        of_shapes = {}
+        # For each matrix alone this is
+        #     average.lerp_(gradient, 1 - momentum)
+        #     update = orthogonalize(gradient.lerp(average, momentum))  # Nesterov's momentum
+        #     matrix.sub_(update, alpha=rate)
+        matrices_of_shape = {}
         for matrix in group["params"]:
-            of_shapes.setdefault(matrix.shape, []).append(matrix)
-        for (rows, columns), matrices in of_shapes.items():
+            matrices_of_shape.setdefault(matrix.shape, []).append(matrix)
+        for (rows, columns), matrices in matrices_of_shape.items():
             gradients = [matrix.grad for matrix in matrices]
             for matrix in matrices:
                 state = self.state[matrix]
@@ -91,7 +95,6 @@ class Muon(torch.optim.Optimizer):
                     state["average"] = torch.zeros_like(matrix)
             averages = [self.state[matrix]["average"] for matrix in matrices]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
-            # Nesterov's momentum
             updates = torch.stack(gradients).lerp(torch.stack(averages), momentum)
             rate = group["lr"] * max(1, rows / columns) ** 0.5
             torch._foreach_add_(matrices, orthogonalize(updates).unbind(), alpha=-rate)

@@ -790,7 +790,7 @@ def measure(model: Model) -> evaluate.Evaluation:
         path = os.path.join(os.path.dirname(model.path), "metrics.json")
         evaluation = evaluate.measured_before(path, *arguments)
         if evaluation is not None:
-            print(f"{path}: its numbers are of this network, so they are not measured again")
+            print(f"{path} already holds the measurements of this network; they are not repeated")
             return evaluation
     return evaluate.evaluate(*arguments)
 

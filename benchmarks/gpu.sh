@@ -10,10 +10,10 @@ out=${1:-${OUT:-runs/gpu}}
 data_root=${2:-data}
 mkdir -p "$out"
 
-# run PART SECONDS: a part, which is ended when its seconds are over, and the last lines of it
+# run PART SECONDS: run a part, stop it after SECONDS, and print the end of its output
 run() {
     echo "$1, at most $2 s"
-    timeout "$2" python benchmarks/gpu.py "$1" "$out" --seconds "$(($2 - 10))" \
+    timeout -k 5 "$2" python benchmarks/gpu.py "$1" "$out" --seconds "$(($2 - 10))" \
         --data-root "$data_root" >"$out/$1.txt" 2>&1 || echo "ended with status $?" >>"$out/$1.txt"
     tail -n 2 "$out/$1.txt"
 }

@@ -682,7 +682,7 @@ def report_command(args: argparse.Namespace) -> dict:
     config = dataclasses.replace(config, digits="sklearn")  # for the steps that are timed alone
     flops = step_flops(config, config.registers)
     best_product = matmul_flops_per_second((2048, 2048, 2048), "float32", args.device)
-    steps = block_seconds(OurTrainer(config), 60, args.device)
+    step_seconds = block_seconds(OurTrainer(config), 60, args.device)
 
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--preset", "laptop", *flags]
@@ -693,13 +693,15 @@ def report_command(args: argparse.Namespace) -> dict:
     result = {
         "model_flops_a_step": flops,
         "best_float32_product_flops_per_s": best_product,
-        "ms_a_step": rounded_milliseconds(steps),
-        "step_share": flops / steps / best_product,
+        "ms_a_step": rounded_milliseconds(step_seconds),
+        "step_share": flops / step_seconds / best_product,
         "command_seconds": seconds,
         "command_share": total_steps * flops / seconds / best_product,
     }
     print(f"\nA step has {flops / 1e9:.1f} GFLOP. The best product of 2048³, in float32, reaches")
-    print(f"{best_product / 1e9:.0f} GFLOP/s. A step takes {1000 * steps:.0f} ms, a share of")
+    print(
+        f"{best_product / 1e9:.0f} GFLOP/s. A step takes {1000 * step_seconds:.0f} ms, a share of"
+    )
     print(
         f"{result['step_share']:.0%}; the command {seconds:.0f} s, {result['command_share']:.0%}."
     )
@@ -745,7 +747,7 @@ def report_memory(args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------- command line
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     has_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -784,9 +786,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--command", action="store_true", help="Time the laptop's whole run instead, on a CPU."
     )
-    parser.add_argument("--precision", default="auto", help="That of --command. [auto]")
-    parser.add_argument("--digits", default="auto", help="Those of --command. [auto]")
-    parser.add_argument("--data-root", default="data", help="That of --command. [data]")
+    parser.add_argument(
+        "--precision", default="auto", help="That of the run that --command times. [auto]"
+    )
+    parser.add_argument(
+        "--digits", default="auto", help="Those of the run that --command times. [auto]"
+    )
+    parser.add_argument(
+        "--data-root", default="data", help="That of the run that --command times. [data]"
+    )
     parser.add_argument(
         "--large-batch",
         type=int,
@@ -794,7 +802,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="With --memory, also measure a batch of N images in pieces of --batch-size.",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     # sizes that the machine can compute in a minute or two
     if args.preset == "laptop" or args.command:
