@@ -458,7 +458,7 @@ def lines_of(results: list[dict]) -> list[str]:
 
 def line_of(lines: list[str], title: str) -> list[str]:
     """The cells of the one line of a table that begins with this title."""
-    (line,) = [line for line in lines if line.startswith(f"{title} ")]
+    (line,) = [line for line in lines if line.startswith(f"{title}  ")]  # of the table
     assert line[len(title) : report.ROW_WIDTH].isspace()
     return line[report.ROW_WIDTH :].split()
 
