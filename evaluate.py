@@ -60,7 +60,7 @@ UNTRAINED_SHARE = 0.3  # of the canvases on which effects are measured
 MEASURING_MODULES = ("clutter", "data", "effects", "evaluate", "explain", "metrics", "observe")
 MEASURING_MODULES += ("views", "vit")
 NOT_MEASURED = ("fallbacks", "data_root", "device")  # settings that decide no number
-STEPS_TO_COLLAPSE = 50  # before that many steps nobody is warned of a collapse
+STEPS_TO_COLLAPSE = 50  # there is no warning of a collapse before this many steps
 ENOUGH_PICTURES = 5  # fewer have no interval: a bootstrap of two would only return their values
 # For weights that do not come from a run of train.py, metrics.json holds only these settings.
 SHOWN = ("weights", "dataset", "split", "background", "digits", "canvas_size", "num_distractors")
@@ -350,9 +350,9 @@ def measured_before(
 ) -> Evaluation | None:
     """What `evaluate` would return, if a file metrics.json holds it already; else None.
 
-    train.py measures a network at its end, so that visualize.py need not do so again. The other
-    arguments are those of `evaluate`. Runs that depend on files of the user's, which may have been
-    changed, are always measured again: pictures in the background, or weights to start from.
+    train.py measures a network when training ends, so visualize.py need not do so again. The other
+    arguments are those of `evaluate`. Runs with background pictures or with weights to start from
+    are always measured again, since the user may have changed these files.
     """
     if config.background not in ("black", "texture") or config.weights != "none":
         return None
@@ -360,13 +360,12 @@ def measured_before(
         result = json.loads(Path(path).read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(result, dict) or "fingerprint" not in result:
+    if not isinstance(result, dict):
         return None
-    if result["fingerprint"] != fingerprint(config, backbone, splits):
+    if result.get("fingerprint") != fingerprint(config, backbone, splits):
         return None
-    # only the features are not in the file
-    layout = "matched" if config.dataset == "stl10" else "paper"
-    batches = evaluation_batches(config, splits["test"], TEST_IMAGES, layout)
+    # The file lacks only the features. (Photographs have no layout.)
+    batches = evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
     observation = observe({"trained": backbone}, batches, maps=False)
     result |= describe_checkpoint(name, config, history)
     return Evaluation(result, observation.features["trained"], observation.labels)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import views
 from data import to_device
+from effects import feature_from_block
 from metrics import patch_grid, patch_sums
 from vit import VisionTransformer, attention_matrix
 
@@ -195,19 +196,15 @@ def squared_gradient(backbone: VisionTransformer, images, directions: int = DIRE
 def squared_gradients(backbone: VisionTransformer, images, directions: int):
     """The squared gradients of `squared_gradient`, summed over each patch: (B, patches).
 
-    Each direction has its own backward pass, so memory does not grow with their number. It ends at
-    the tokens: a token is a linear function of its patch's pixels, so a product with these weights
-    gives the gradient of the pixels, in half the time that the backward pass of the patch embedding
-    would take.
+    Each direction has its own backward pass, so memory does not grow with their number. The pass
+    ends at the tokens. A token is a linear function of its patch's pixels, so one product with the
+    weights of the patch embedding gives the gradient of the pixels. On a CPU this takes a third less
+    time than a backward pass down to the pixels.
     """
     with torch.no_grad():
         tokens = backbone.prepare_tokens(views.normalize(images))
     tokens.requires_grad_()
-    angles = backbone.rotary_angles(images)
-    x = tokens
-    for block in backbone.blocks[:-1]:
-        x = block(x, angles=angles)
-    features = F.normalize(backbone.last_feature(x, angles=angles), dim=-1)
+    features = feature_from_block(backbone, tokens, 0, backbone.rotary_angles(images))
 
     # what a token gains from a pixel before normalization: (dim, channels · pixels)
     weight = backbone.patch_embed.proj.weight.detach() / to_device(views.STD, images.device)
@@ -285,7 +282,7 @@ PASSES = {
     "norm_rollout": "1 forward",
     "squared_gradient": f"{DIRECTIONS} backward",
 }
-# Maps that there are of any token in any block, and not of the feature alone.
+# Maps that exist for any token and any block, not only for the final feature.
 TOKEN_MAPS = {"attention": attention, "rollout": rollout, "norm_rollout": norm_rollout}
 CONTROLS = {"brightness": brightness, "contrast": contrast, "centre": centre, "random": random}
 MAPS = NETWORK_MAPS | CONTROLS

@@ -543,8 +543,7 @@ def maps_of_pictures(
             model.backbone, model.config.image_size, evaluate.PHOTO_PASSES, at_least=4
         )
     if "effect" not in names:
-        examples = tqdm(examples, "maps", unit="picture", leave=False, disable=None)
-        return [maps_of(model.backbone, example, names, query=query) for example in examples]
+        return maps_of_examples(model.backbone, examples, names, query)
     # Measuring a picture takes so long that the bar counts the passes through the network.
     passes = sum(
         passes_to_measure(model.backbone, example, with_srg=number < count)

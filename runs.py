@@ -333,15 +333,16 @@ def compare_ranks(values: dict):
 
     All ranks must call this together.
     """
-    of_ranks = [None] * world_size()
-    dist.all_gather_object(of_ranks, values)
-    for number, other in enumerate(of_ranks):
-        different = [what for what in of_ranks[0] if other.get(what) != of_ranks[0][what]]
+    values_of_ranks = [None] * world_size()
+    dist.all_gather_object(values_of_ranks, values)
+    first_values = values_of_ranks[0]
+    for number, rank_values in enumerate(values_of_ranks):
+        different = [name for name in first_values if rank_values.get(name) != first_values[name]]
         if different:
-            what = different[0]
-            here = str(of_ranks[0][what])[:50]
-            there = str(other.get(what))[:50]
-            line = f"rank {number} has {what} {there}, rank 0 has {here}"
+            name = different[0]
+            expected = str(first_values[name])[:50]
+            found = str(rank_values.get(name))[:50]
+            line = f"rank {number} has {name} {found}, rank 0 has {expected}"
             if len(different) > 1:
                 line += f" ({len(different) - 1} more differ)"
             raise RanksError(f"{line}; give all ranks the same data and flags")

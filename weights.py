@@ -233,10 +233,9 @@ def file_in_folder(folder: str) -> str | None:
 
 
 def read_hugging_face_config(path: str, dim: int, depth: int) -> dict:
-    """What config.json says of the weights beside it, a ViT of this shape; empty if it says nothing.
+    """The settings of a ViT of this shape in the config.json beside its weights, or an empty dict.
 
-    The settings of a ViT in a larger model are one level deeper. Raises ValueError if they are not
-    those of a ViT of vit.py.
+    In a larger model they are one level deeper. Raises ValueError if vit.py has no such ViT.
     """
     config_path = os.path.join(os.path.dirname(path), "config.json")
     if os.path.basename(path) not in HUGGING_FACE_FILES or not os.path.isfile(config_path):
@@ -277,7 +276,7 @@ def number_in(config: dict, name: str, default):
 def known_grid(size, patch_size: int, tokens: int, registers: int) -> tuple[int, int] | None:
     """The grid (rows, columns) of positions for images of a size: a side, or (height, width).
 
-    None if that is not said, or does not fit so many tokens, see `separate_positions`.
+    None if the size is not known or does not fit so many tokens, see `separate_positions`.
     """
     height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
     if type(height) is not int or type(width) is not int:
@@ -288,11 +287,17 @@ def known_grid(size, patch_size: int, tokens: int, registers: int) -> tuple[int,
     return (rows, columns) if fits else None
 
 
-def patch_counts(tokens: int, registers: int) -> list[int]:
-    """How many of so many positions may be those of patches.
+def count_registers(weights: dict) -> int:
+    if "register_tokens" not in weights:
+        return 0
+    return weights["register_tokens"].shape[1]
 
-    All but that of [CLS]; or all, as in timm's DINOv2 and in DeiT III; or all but those of [CLS] and
-    the registers, as in timm's own networks with registers.
+
+def patch_counts(tokens: int, registers: int) -> list[int]:
+    """The possible numbers of patches in a network that has positions for so many tokens.
+
+    Usually [CLS] has a position too. In timm's DINOv2 and in DeiT III only patches have one; in
+    timm's own networks with registers, [CLS] and the registers have one too.
     """
     counts = [tokens - 1, tokens]
     if registers:
@@ -376,7 +381,7 @@ def backbone_of(
     run_settings = content["config"] if is_ours else {}
     dim = weights["cls_token"].shape[-1]
     hugging_face = read_hugging_face_config(path, dim, len(block_prefixes(weights)))
-    if is_ours or is_dino:  # nothing needs to be told, so the flags are for other files
+    if is_ours or is_dino:  # they state everything; the flags are for other files
         heads = grid = None
 
     # Bring the weights to the layers of vit.py.
@@ -389,9 +394,7 @@ def backbone_of(
         tokens = weights["pos_embed"].shape[1]
         patch_size = weights["patch_embed.proj.weight"].shape[-1]
         stated_size = run_settings.get("pos_size") or hugging_face.get("image_size")
-        registers = 0
-        if "register_tokens" in weights:
-            registers = weights["register_tokens"].shape[1]
+        registers = count_registers(weights)
         stated_grid = known_grid(stated_size, patch_size, tokens, registers)
         grid = stated_grid or grid
         separate_positions(weights, grid, registers)
@@ -567,7 +570,7 @@ def is_average(name: str) -> bool:
 
 
 def average_names(content: dict, beginning: str = "", levels: int = 4) -> list[str]:
-    """The names under which a file holds tensors, and that are those of moving averages."""
+    """The names of moving averages under which a file holds tensors."""
     names = {}  # a dict keeps the order
     for key, value in content.items():
         if re.fullmatch(NEVER_AVERAGES, str(key)) or re.match(LEFT_OUT, str(key)):
@@ -724,9 +727,9 @@ def fold_layer_scale(weights: dict) -> bool:
 def separate_positions(weights: dict, grid: tuple[int, int] | None, registers: int):
     """Give `pos_embed` a position for [CLS] and one for each patch, in place.
 
-    Where [CLS] has none, as in DeiT III, or in timm's DINOv2, where it is part of cls_token, it
-    becomes zero. Positions of registers are added to these. Raises ValueError if it is not clear
-    which positions are those of patches.
+    Where [CLS] has none, it becomes zero: DeiT III has none, and timm's DINOv2 has added it to
+    cls_token. Positions of registers are added to the registers. Raises ValueError if it is not
+    clear which positions belong to patches.
     """
     positions = weights["pos_embed"]
     counts = patch_counts(positions.shape[1], registers)
@@ -809,7 +812,7 @@ def infer_shape(
         )
 
     if not (isinstance(norm_eps, float) and 0 < norm_eps < 1):
-        raise ValueError("norm_eps, what layer norms add to the variance, is no small number")
+        raise ValueError("norm_eps, what layer norms add to the variance, is not a small number")
     if is_rotary:
         grid = (14, 14)  # means nothing
     elif grid is None:
@@ -825,7 +828,7 @@ def infer_shape(
         heads=heads,
         pos_size=pos_size[0] if rows == columns else pos_size,
         mlp_ratio=math.ceil(hidden_dim / dim) or 4,
-        registers=weights["register_tokens"].shape[1] if "register_tokens" in weights else 0,
+        registers=count_registers(weights),
         antialias=antialias,
         norm_eps=norm_eps,
         rotary=is_rotary,
