@@ -81,21 +81,40 @@ class Attention(nn.Module):
         """(B, N, dim) to (B, heads, N, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x, num_queries: int | None = None, attention=None, angles=None):
-        """Tokens (B, N, dim) to (B, num_queries, dim).
-
-        An experiment may put another `attention` (B, heads, num_queries, N) in place of this
-        layer's own.
-        """
+    def forward(self, x, num_queries: int | None = None, angles=None):
+        """Tokens (B, N, dim) to (B, num_queries, dim)."""
+        if num_queries == 1 and not self.rotary:
+            return self.proj(self.mix_for_first(x))
         q, k, v = self.queries_keys_values(x, num_queries, angles)
         is_small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256
-        if attention is not None:
-            x = attention @ v
-        elif is_small:  # the backward pass of the kernel below takes 3 to 5 times as long then
+        if is_small:  # the backward pass of the kernel below takes 3 to 5 times as long then
             x = attention_matrix(q, k) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)  # does not keep the attention matrix
         return self.proj(x.transpose(1, 2).flatten(2))
+
+    def mix_for_first(self, x):
+        """What the query of the first token collects, before `proj`: (B, N, dim) to (B, 1, dim).
+
+        The last block asks for nothing else, and one query needs no k and v of all N tokens, which
+        are a fifth of the laptop preset's multiplications. In each head, with weights K and V and
+        biases b and c, the score of token n is q · (K xₙ + b) = (Kᵀ q) · xₙ + q · b. Softmax removes
+        the last term, which is the same for all tokens. What is collected, the mean of V xₙ + c by
+        attention, is V (mean of xₙ) + c, since attention sums to 1.
+        """
+        dim = x.shape[-1]
+        q_weight, k_weight, v_weight = self.qkv.weight.split(dim)  # (dim, dim) each
+        q_bias, _, v_bias = self.qkv.bias.split(dim)
+        k_weight = k_weight.unflatten(0, (self.heads, -1))  # (heads, d, dim)
+        v_weight = v_weight.unflatten(0, (self.heads, -1))
+
+        q = F.linear(x[:, 0], q_weight, q_bias)  # (B, dim)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, B, d)
+        kq = (q @ k_weight / math.sqrt(q.shape[-1])).transpose(0, 1)  # (B, heads, dim)
+        attention = (kq @ x.mT).softmax(dim=-1)  # (B, heads, N)
+        mean = (attention @ x).transpose(0, 1)  # (heads, B, dim)
+        collected = (mean @ v_weight.mT).transpose(0, 1)  # (B, heads, d)
+        return (collected.flatten(1) + v_bias)[:, None]
 
 
 def attention_matrix(q, k):
@@ -122,7 +141,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: tokens (B, N, dim) to the first `num_queries` of them.
 
-    All N tokens are attended to. `attention` and `angles` are those of `Attention.forward`.
+    All N tokens are attended to. `angles` are those of `Attention`.
     """
 
     def __init__(
@@ -134,8 +153,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, hidden_dim)
 
-    def forward(self, x, num_queries: int | None = None, attention=None, angles=None):
-        mixed = self.attn(self.norm1(x), num_queries, attention, angles)
+    def forward(self, x, num_queries: int | None = None, angles=None):
+        mixed = self.attn(self.norm1(x), num_queries, angles)
         x = x[:, :num_queries] + mixed  # None: all
         return x + self.mlp(self.norm2(x))
 
@@ -268,13 +287,9 @@ class VisionTransformer(nn.Module):
                 x = block(x, angles=angles)
         return x
 
-    def last_feature(self, x, attention=None, angles=None):
-        """The last block's input (B, N, dim) to the feature of [CLS], (B, dim).
-
-        An experiment may put another `attention` (B, heads, 1, N) in place of the last block's own.
-        """
-        # only [CLS] is read
-        x = self.blocks[-1](x, num_queries=1, attention=attention, angles=angles)
+    def last_feature(self, x, angles=None):
+        """The last block's input (B, N, dim) to the feature of [CLS], (B, dim)."""
+        x = self.blocks[-1](x, num_queries=1, angles=angles)  # only [CLS] is read
         return self.norm(x)[:, 0]
 
     def forward(self, images, keep=None):

@@ -261,27 +261,22 @@ def test_patches_that_are_left_out_leave_no_trace():
     assert not torch.allclose(backbone(images, keep), backbone(images), atol=1e-3)
 
 
-def test_own_attention_of_the_last_block_gives_the_own_feature():
-    backbone = small_backbone()
-    images = noise(2, 3, 28, 28)
-    x = backbone.before_last_block(images)
-    attention = backbone.last_attention(x, num_queries=1)
-    torch.testing.assert_close(backbone.last_feature(x, attention), backbone(images))
-
-
-def test_attention_of_the_last_block_can_be_replaced():
-    """If [CLS] attends to itself alone, its feature is made of its own value."""
-    backbone = small_backbone()
-    x = backbone.before_last_block(noise(2, 3, 28, 28))
-    attention = torch.zeros(2, 3, 1, 17)
-    attention[..., 0] = 1
-
-    block = backbone.blocks[-1]
-    cls = x[:, 0]
-    value = block.attn.qkv(block.norm1(cls))[:, -24:]
-    expected = cls + block.attn.proj(value)
-    expected = backbone.norm(expected + block.mlp(block.norm2(expected)))
-    torch.testing.assert_close(backbone.last_feature(x, attention), expected)
+def test_what_the_first_token_collects_is_that_of_all_queries_keys_and_values():
+    """With the gradient of everything that takes part."""
+    torch.manual_seed(0)
+    layer = vit.Attention(24, heads=3).double()
+    nn.init.normal_(layer.qkv.bias)
+    x = noise(5, 17, 24).double().requires_grad_()
+    q, k, v = layer.queries_keys_values(x)
+    plain = layer.proj((vit.attention_matrix(q, k) @ v).transpose(1, 2).flatten(2))
+    first = layer(x, num_queries=1)
+    assert first.shape == (5, 1, 24)
+    torch.testing.assert_close(first, plain[:, :1])
+    weight = noise(5, 24).double()
+    inputs = [x, *layer.parameters()]
+    expected = torch.autograd.grad((plain[:, 0] * weight).sum(), inputs)
+    gradients = torch.autograd.grad((first[:, 0] * weight).sum(), inputs)
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_attention_in_bfloat16_is_that_of_float32():
