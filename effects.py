@@ -48,10 +48,14 @@ def blackening_effects(backbone: VisionTransformer, images, has_ink, features):
 
     `has_ink` is (B, patches) bool, and `features` (B, dim), L2-normalized, are those of the images.
     """
+    tokens = backbone.prepare_tokens(views.normalize(images))
+    black_tokens = tokens_of_black(backbone, images)
+    angles = backbone.rotary_angles(images)
     effect = features.new_zeros(has_ink.shape)
     for image, patch in pairs_to_blacken(has_ink):
-        blackened = blacken(images[image], patch, backbone.shape.patch_size)
-        effect[image, patch] = one_minus_cosine(features[image], feature_of(backbone, blackened))
+        x = replace_patches(backbone, tokens[image], black_tokens, patch)
+        changed = feature_from_block(backbone, x, 0, angles)
+        effect[image, patch] = one_minus_cosine(features[image], changed)
     return effect
 
 
@@ -64,14 +68,24 @@ def pairs_to_blacken(has_ink):
     return [pairs.unbind(1) for pairs in pieces if len(pairs)]
 
 
-def blacken(images, patch, patch_size: int):
-    """Images (n, channels, H, W), each with one patch blackened, whose number is in `patch` (n,)."""
-    rows, columns = patch_grid(images, patch_size)
-    # the number of the patch that each pixel belongs to, (H, W)
-    patch_of_pixel = torch.arange(rows * columns, device=images.device).view(rows, columns)
-    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 0)
-    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 1)
-    return images.masked_fill(patch_of_pixel == patch.view(-1, 1, 1, 1), 0)
+def tokens_of_black(backbone: VisionTransformer, images):
+    """The tokens of a black image as large as these: (1, N, dim).
+
+    A patch enters the network through its own token alone. So to blacken it is to replace this
+    token, and nothing has to be rendered or embedded again.
+    """
+    return backbone.prepare_tokens(views.normalize(torch.zeros_like(images[:1])))
+
+
+def replace_patches(backbone: VisionTransformer, tokens, other_tokens, patch):
+    """`tokens` (n, N, dim) with the token of one patch each taken from `other_tokens` (1 or n, …).
+
+    `patch` (n,) are the numbers of the patches. This changes `tokens`.
+    """
+    row = torch.arange(len(tokens), device=tokens.device)
+    token = 1 + backbone.shape.registers + patch
+    tokens[row, token] = other_tokens.expand_as(tokens)[row, token]
+    return tokens
 
 
 @torch.no_grad()
@@ -85,30 +99,28 @@ def direct_effects(backbone: VisionTransformer, images, has_ink):
 
     `has_ink` is (B, patches) bool.
     """
-    first_patch = 1 + backbone.shape.registers
     depth = backbone.shape.depth
-    inputs = block_inputs(backbone, images)
     angles = backbone.rotary_angles(images)
+    tokens = backbone.prepare_tokens(views.normalize(images))
+    black_tokens = tokens_of_black(backbone, images)
+    inputs = block_inputs(backbone, tokens, angles)
     features = feature_from_block(backbone, inputs[-1], depth - 1, angles)
     effect = features.new_zeros(depth, *has_ink.shape)
     for image, patch in pairs_to_blacken(has_ink):
-        blackened = blacken(images[image], patch, backbone.shape.patch_size)
-        changed_inputs = block_inputs(backbone, blackened)
+        blackened = replace_patches(backbone, tokens[image], black_tokens, patch)
+        changed_inputs = block_inputs(backbone, blackened, angles)
         whole_feature = feature_from_block(backbone, changed_inputs[-1], depth - 1, angles)
         effect[0, image, patch] = one_minus_cosine(features[image], whole_feature)
-        row = torch.arange(len(image), device=images.device)
         for block in range(1, depth):
-            x = inputs[block][image]
-            x[row, first_patch + patch] = changed_inputs[block][row, first_patch + patch]
+            x = replace_patches(backbone, inputs[block][image], changed_inputs[block], patch)
             changed = feature_from_block(backbone, x, block, angles)
             effect[block, image, patch] = one_minus_cosine(features[image], changed)
     return effect
 
 
-def block_inputs(backbone: VisionTransformer, images) -> list:
-    """The input of every block, (B, N, dim) each."""
-    inputs = [backbone.prepare_tokens(views.normalize(images))]
-    angles = backbone.rotary_angles(images)
+def block_inputs(backbone: VisionTransformer, tokens, angles) -> list:
+    """The input of every block, (B, N, dim) each, from that of the first one."""
+    inputs = [tokens]
     for block in backbone.blocks[:-1]:
         inputs.append(block(inputs[-1], angles=angles))
     return inputs
@@ -171,8 +183,9 @@ def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
     other_tokens = window.new_full((1 + backbone.shape.registers,), -1)
     window_of_tokens = torch.cat([other_tokens, window])
     window_sizes = torch.bincount(window)
-    inputs = block_inputs(backbone, images)
+    tokens = backbone.prepare_tokens(views.normalize(images))
     angles = backbone.rotary_angles(images)  # (1, N, d / 2), or None
+    inputs = block_inputs(backbone, tokens, angles)
     features = feature_from_block(backbone, inputs[-1], backbone.shape.depth - 1, angles)
     effect = features.new_zeros(len(blocks), len(images), len(window_sizes))
     # Windows of one size leave equally many tokens, so they can go through the network together.

@@ -300,6 +300,7 @@ def linear_probe(bank, bank_labels, queries):
 
     if len(bank_labels.unique()) < 2:
         return torch.full((len(queries),), torch.nan)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    # The default tolerance, 1e-4, takes twice as long and finds the same to half a per cent.
+    probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-3, max_iter=1000))
     probe.fit(bank.numpy(), bank_labels.numpy())
     return torch.from_numpy(probe.predict(queries.numpy()))

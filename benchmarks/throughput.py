@@ -118,9 +118,16 @@ def peer_precision(device: torch.device) -> str:
     return auto_precision(device) if uses_cuda(device) else "float32"
 
 
-def compared_precisions(device: torch.device) -> list[str]:
+def our_precision(args: argparse.Namespace) -> str:
+    """The precision of ours, as it comes or as --precision says."""
+    return auto_precision(args.device) if args.precision == "auto" else args.precision
+
+
+def compared_precisions(args: argparse.Namespace) -> list[str]:
     """The precisions that both sides are timed in, without repetition."""
-    return list(dict.fromkeys([auto_precision(device), "float32"]))
+    if args.precision != "auto":
+        return [args.precision]
+    return list(dict.fromkeys([auto_precision(args.device), "float32"]))
 
 
 # --------------------------------------------------------------------------------------------- ours
@@ -383,23 +390,22 @@ def take_two_steps(make_trainer: Callable):
 def forward_flops(config: settings.Config, registers: int = 0) -> int:
     """The FLOPs of backbone and head for one crop, of which only matrix products count.
 
-    In the last block, only keys and values are computed for all tokens; all else for [CLS] alone.
-    Registers do not count beside the peer, whose network has none.
+    In the last block, only [CLS] asks, which needs no keys and values of all tokens (see
+    `Attention.mix_for_first`). Registers do not count beside the peer, whose network has none.
     """
     dim = config.dim
     patches = (config.image_size // config.patch_size) ** 2
     tokens = 1 + registers + patches
     patch_embedding = 2 * patches * 3 * config.patch_size**2 * dim
 
-    # in a block, for one token
-    key_and_value = 4 * dim**2
-    query_and_output = 4 * dim**2
-    attention = 4 * tokens * dim  # q kᵀ, and the weighted sum of the values
+    # in a block, for one token: queries, keys, values and output; the MLP; and attention, which is
+    # q kᵀ and the weighted sum of the values
+    projections = 8 * dim**2
     mlp = 4 * config.mlp_ratio * dim**2
-    per_query = query_and_output + attention + mlp
-
-    block = tokens * (key_and_value + per_query)
-    last_block = tokens * key_and_value + per_query
+    attention = 4 * tokens * dim
+    block = tokens * (projections + mlp + attention)
+    # in the last block each head has a product with every token, and a weighted sum of them
+    last_block = projections + mlp + 4 * config.heads * tokens * dim
     backbone = patch_embedding + (config.depth - 1) * block + last_block
 
     # the head uses each of its weights once
@@ -434,11 +440,11 @@ def matmul_flops_per_second(
     return 2 * rows * inner * columns / best_seconds
 
 
-def matmul_speeds(shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
+def matmul_speeds(shape: tuple[int, int, int], args: argparse.Namespace) -> dict[str, float]:
     """`matmul_flops_per_second` in each of the compared precisions."""
     speeds = {}
-    for precision in compared_precisions(device):
-        speeds[precision] = matmul_flops_per_second(shape, precision, device)
+    for precision in compared_precisions(args):
+        speeds[precision] = matmul_flops_per_second(shape, precision, args.device)
     return speeds
 
 
@@ -491,7 +497,7 @@ def time_steps_from_memory(args: argparse.Namespace) -> dict[str, StepTime]:
     crops = training_views.render(training_views.sample(0))
 
     trainers = {}
-    for precision in compared_precisions(device):
+    for precision in compared_precisions(args):
         precise_config = comparison_config(args, precision=precision)
         trainers[f"ours {precision}"] = OurTrainer(precise_config, crops)
         trainers[f"peer {precision}"] = PeerTrainer(args, precision, crops)
@@ -507,8 +513,8 @@ def time_steps_from_memory(args: argparse.Namespace) -> dict[str, StepTime]:
 
 def time_end_to_end(args: argparse.Namespace) -> EndToEndTime:
     """Time two blocks of steps of each side, in turn."""
-    our_precision = auto_precision(args.device)
-    our_trainer = OurTrainer(comparison_config(args, precision=our_precision))
+    precision = our_precision(args)
+    our_trainer = OurTrainer(comparison_config(args, precision=precision))
     our_blocks = []
     peer_blocks = []
     waiting_shares = []
@@ -519,7 +525,7 @@ def time_end_to_end(args: argparse.Namespace) -> EndToEndTime:
         waiting_shares.append(waiting_share)
     our_input_share = input_share(our_trainer, args.steps, args.device)
     return EndToEndTime(
-        our_name=f"ours {our_precision}",
+        our_name=f"ours {precision}",
         our_seconds=statistics.mean(our_blocks),
         our_input_share=our_input_share,
         peer_name=f"peer {peer_precision(args.device)}",
@@ -539,20 +545,21 @@ def time_peer_block(args: argparse.Namespace) -> tuple[float, float]:
     return step_seconds, waiting_seconds / step_seconds
 
 
-def laptop_input_share(views: str, device: torch.device) -> float:
+def laptop_input_share(views: str, device: torch.device, precision: str = "auto") -> float:
     """The share of a step of the laptop preset that is spent on making its input."""
-    flags = {"digits": "sklearn", "views": views, "device": str(device)}
+    flags = {"digits": "sklearn", "views": views, "device": str(device), "precision": precision}
     trainer = OurTrainer(settings.make_config(flags, "laptop"))
     return input_share(trainer, LAPTOP_INPUT_STEPS, device)
 
 
-def speed_ratios(step_times: dict[str, StepTime], device: torch.device) -> dict[str, float]:
+def speed_ratios(step_times: dict[str, StepTime], args: argparse.Namespace) -> dict[str, float]:
     """How many times as fast as the peer ours is when fed from memory, for each fair pair."""
+    device = args.device
     auto = auto_precision(device)
-    # both as they come
-    pairs = [(f"ours {auto}", f"peer {peer_precision(device)}")]
+    # both as they come, if --precision has not chosen for them
+    pairs = [(f"ours {auto}", f"peer {peer_precision(device)}")] if args.precision == "auto" else []
     # both in the same precision
-    for precision in compared_precisions(device):
+    for precision in compared_precisions(args):
         pairs.append((f"ours {precision}", f"peer {precision}"))
     # the peer compiled, which is its best
     if uses_cuda(device):
@@ -594,8 +601,8 @@ def report_steps_from_memory(args: argparse.Namespace) -> dict:
     side = 8192 if uses_cuda(device) else 2048
     tokens = 1 + (config.image_size // config.patch_size) ** 2
     mlp_shape = (2 * config.batch_size * tokens, config.dim, config.mlp_ratio * config.dim)
-    large_speeds = matmul_speeds((side, side, side), device)
-    mlp_speeds = matmul_speeds(mlp_shape, device)
+    large_speeds = matmul_speeds((side, side, side), args)
+    mlp_speeds = matmul_speeds(mlp_shape, args)
 
     # the table
     print(
@@ -621,7 +628,7 @@ def report_steps_from_memory(args: argparse.Namespace) -> dict:
         step_milliseconds[name] = rounded_milliseconds(step_time.seconds)
     return {
         "ms_a_step": step_milliseconds,
-        "ratio": speed_ratios(step_times, device),
+        "ratio": speed_ratios(step_times, args),
         "model_flops_a_step": flops,
         "flop_utilisation": utilisation,
         "matmul_flops_per_s": large_speeds,
@@ -631,8 +638,8 @@ def report_steps_from_memory(args: argparse.Namespace) -> dict:
 
 def report_end_to_end(args: argparse.Namespace) -> dict:
     result = time_end_to_end(args)
-    laptop_different = laptop_input_share("different", args.device)
-    laptop_same = laptop_input_share("same", args.device)
+    laptop_different = laptop_input_share("different", args.device, args.precision)
+    laptop_same = laptop_input_share("same", args.device, args.precision)
 
     print("\nTraining steps for which each side makes its own input:\n")
     our_columns = speed_columns(result.our_name, result.our_seconds, args.batch_size)
@@ -787,7 +794,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--command", action="store_true", help="Time the laptop's whole run instead, on a CPU."
     )
     parser.add_argument(
-        "--precision", default="auto", help="That of the run that --command times. [auto]"
+        "--precision",
+        default="auto",
+        help="The only precision to measure in. [as it comes, and float32]",
     )
     parser.add_argument(
         "--digits", default="auto", help="Those of the run that --command times. [auto]"

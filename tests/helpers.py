@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import data
 import gallery
+import metrics
 import settings
 import train
 import weights
@@ -172,3 +173,13 @@ def forking_context():
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+def blacken(images, patch, patch_size: int):
+    """Images (n, channels, H, W), each with one patch blackened, whose number is in `patch` (n,)."""
+    rows, columns = metrics.patch_grid(images, patch_size)
+    # the number of the patch that each pixel belongs to, (H, W)
+    patch_of_pixel = torch.arange(rows * columns, device=images.device).view(rows, columns)
+    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 0)
+    patch_of_pixel = patch_of_pixel.repeat_interleave(patch_size, 1)
+    return images.masked_fill(patch_of_pixel == patch.view(-1, 1, 1, 1), 0)

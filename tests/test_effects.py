@@ -120,14 +120,23 @@ def test_a_patch_without_ink_is_not_blackened():
             assert blackening[image, patch].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_patches_of_a_wide_image_are_blackened_row_by_row():
+@pytest.mark.parametrize("shape", [{"registers": 2}, {"rotary": True}])
+def test_patches_of_a_wide_image_are_blackened_row_by_row(shape):
+    backbone = small_backbone(**shape)
     images = pictures(4, 14, 35)
-    blackened = effects.blacken(images, torch.tensor([0, 4, 5, 9]), 7)
-    corners = [(0, 0), (0, 28), (7, 0), (7, 28)]
-    for image, (top, left) in enumerate(corners):
-        expected = images[image].clone()
-        expected[:, top : top + 7, left : left + 7] = 0
-        assert torch.equal(blackened[image], expected)
+    has_ink = torch.zeros(4, 10, dtype=torch.bool)
+    corners = {0: (0, 0), 4: (0, 28), 5: (7, 0), 9: (7, 28)}
+    for image, patch in enumerate(corners):
+        has_ink[image, patch] = True
+    features = unit_features(backbone, images)
+    blackening = effects.blackening_effects(backbone, images, has_ink, features)
+    for image, (patch, (top, left)) in enumerate(corners.items()):
+        blackened = images[image].clone()
+        blackened[:, top : top + 7, left : left + 7] = 0
+        cosine = (unit_features(backbone, blackened[None])[0] @ features[image]).item()
+        assert blackening[image, patch].item() == pytest.approx(1 - cosine, abs=1e-5)
+        assert 1 - cosine > 1e-3
+    assert (blackening[~has_ink] == 0).all()
 
 
 def test_effects_of_blank_canvases_and_of_a_single_inky_patch():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, find_chromium
-from helpers import SHIPPED, model_of
+from helpers import SHIPPED, blacken, model_of
 
 import clutter
 import effects
@@ -401,7 +401,7 @@ def test_erasing_a_patch_moves_the_feature_as_explained(browser, tmp_path):
     # the others are recomputed once the reader pauses
     browser.wait_for("mapOf('effect') && mapOf('squared_gradient')")
     image = examples[0].picture[None].clone()
-    image = effects.blacken(image, effect.argmax()[None], model.backbone.shape.patch_size)
+    image = blacken(image, effect.argmax()[None], model.backbone.shape.patch_size)
     expected = explain.squared_gradient(model.backbone, image)[0]
     np.testing.assert_allclose(in_page(browser, "mapOf('squared_gradient')"), expected, atol=1e-4)
 
@@ -603,7 +603,7 @@ def test_another_network_looks_at_what_the_reader_has_changed(browser, tmp_path)
     browser.evaluate("$('network').value = 1; $('network').onchange({target: $('network')})")
     browser.wait_for("!lookIsDue")
     assert browser.evaluate("isEdited && [...scene.erased][0]") == patch
-    image = effects.blacken(examples[1].picture[None], torch.tensor([patch]), 7)
+    image = blacken(examples[1].picture[None], torch.tensor([patch]), 7)
     expected = explain.attention(second.backbone, image)[0]
     np.testing.assert_allclose(in_page(browser, "currentMap()"), expected, atol=1e-5)
     # it is compared with its own feature of the picture as it was
