@@ -23,6 +23,8 @@ MIN_WINDOW_INK = 5  # ink pixels that a distractor must hold
 WINDOW_TRIES = 16  # one 9×9 window in nine holds fewer; that all 16 do happens once in 10¹⁵
 INK_LEVEL = 127  # a pixel of 0 to 255 is ink if it is above this, so above 0.5 in [0, 1]
 TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
+MARK_SIZE = 9  # pixels, so that a mark is as large as a distractor
+MARK_LEVELS = (0.2, 1.0)  # darkest and brightest grey of a mark, in [0, 1]
 WAVES = 16  # plane waves that a texture of noise or blobs is the sum of
 PHOTO_BRIGHTNESS = 0.45  # background photographs are darkened to at most this; ink is above 0.5
 
@@ -218,6 +220,45 @@ def paste_windows(canvas, windows, corner):
     """
     pixels = window_pixels(corner, windows.shape[-1], canvas.shape[-1]).flatten(2)
     canvas.flatten(2).scatter_add_(2, pixels, windows.flatten(2).to(canvas.dtype))
+
+
+# ------------------------------------------------------------------------------------------- marks
+
+
+def sample_marks(
+    rng: torch.Generator, shape: tuple[int, int], canvas_size: int, probability: float
+) -> dict:
+    """Parameters of the marks of B digits with V canvases each, `shape` (B, V): CPU tensors.
+
+    A mark is a square of one grey level. With `probability` a digit has one, of the same level on
+    all of its canvases, each time at another place. The level says nearly as well as the digit
+    which images belong together, so it is a shortcut. Returns `has_mark` (B,) bool, `mark_level`
+    (B,) float32 from MARK_LEVELS, and `mark_corner` (B, V, 2).
+    """
+    batch, canvases = shape
+    has_mark = torch.rand(batch, generator=rng) < probability
+    darkest, brightest = MARK_LEVELS
+    mark_level = darkest + (brightest - darkest) * torch.rand(batch, generator=rng)
+    num_corners = canvas_size - MARK_SIZE + 1
+    mark_corner = torch.randint(num_corners, (batch, canvases, 2), generator=rng)
+    return {"has_mark": has_mark, "mark_level": mark_level, "mark_corner": mark_corner}
+
+
+def put_marks(canvas, params: dict):
+    """Canvases (B, V, S, S) in [0, 1] with their marks on top of all else, and where they lie.
+
+    `params` are those of `sample_marks`, or any rows of them. Returns the canvases and a mask of
+    the same shape, bool, of the marks.
+    """
+    has_mark, level, corner = (
+        to_device(params[name], canvas.device) for name in ("has_mark", "mark_level", "mark_corner")
+    )
+    batch, canvases = canvas.shape[:2]
+    squares = has_mark.view(batch, 1, 1, 1, 1).expand(-1, canvases, 1, MARK_SIZE, MARK_SIZE)
+    mask = torch.zeros_like(canvas)
+    paste_windows(mask, squares, corner[:, :, None])
+    mask = mask.bool()
+    return torch.where(mask, level.view(batch, 1, 1, 1), canvas), mask
 
 
 # ------------------------------------------------------------------------------------- backgrounds

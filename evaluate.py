@@ -20,18 +20,21 @@ import data
 import metrics
 import vit
 import weights
+from effects import feature_of, one_minus_cosine
 from explain import CANVAS_CONTROLS, NETWORK_MAPS, PHOTO_CONTROLS
 from observe import (
     CanvasEffects,
     Observation,
     TokenEffects,
+    maps_by_row,
     observe,
     observe_effects,
     observe_token_effects,
+    progress,
     row_of,
 )
 from settings import Config
-from views import evaluation_batches, left_out_batches
+from views import evaluation_batches, left_out_batches, marked_batches
 from vit import VisionTransformer
 
 TEST_IMAGES = 1000
@@ -55,6 +58,8 @@ PHOTO_MAPS = (*NETWORK_MAPS, *PHOTO_CONTROLS)
 # Measuring these maps takes as long as this many forward passes for each photograph: some 50 for the
 # windows, 8 for the SRG of each of 8 maps, and some 20 for the gradients.
 PHOTO_PASSES = 140
+# The same for each marked canvas: with and without the mark, and the maps.
+MARK_PASSES = 40
 UNTRAINED_SHARE = 0.3  # of the canvases on which effects are measured
 # What decides the numbers in metrics.json, beside the network and the data.
 MEASURING_MODULES = ("clutter", "data", "effects", "evaluate", "explain", "metrics", "observe")
@@ -405,10 +410,56 @@ def measure_canvases(result: dict, config: Config, networks: dict, splits: dict)
         effects = observe_effects(networks["untrained"], fewer, CANVAS_MAPS)
         result["untrained"] = measure_untrained(observation, effects, CANVAS_MAPS)
 
+    if config.shortcut:
+        result["marks"] = measure_marks(config, backbone, splits)
+
     paper_canvases = evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
     observation = observe(networks, paper_canvases)
     result["paper"] = measure_attention(observation)
     return observation
+
+
+@torch.no_grad()
+def measure_marks(config: Config, backbone: VisionTransformer, splits: dict) -> dict:
+    """How much a network relies on marks (see --shortcut), and how much its maps say so.
+
+    Test canvases get a mark each. Returns two entries. `reliance` is the mean of 1 − cosine of the
+    features with the mark and without it, divided by the mean of 1 − cosine of the features of
+    different canvases: it is 0 if marks do not matter. `density` is {row: cell} of the network's
+    maps: the share of the map on the mark, divided by the mark's share of the area.
+    """
+    patch_size = backbone.shape.patch_size
+    device = backbone.cls_token.device
+    count = effect_images(backbone, config.image_size, passes=MARK_PASSES)
+    features = []
+    effect = []
+    density = {row_of(name): [] for name in NETWORK_MAPS}
+    for batch in progress(marked_batches(config, splits["test"], count), "marks"):
+        images = batch.images.to(device)
+        with_mark = feature_of(backbone, images)
+        without_mark = feature_of(backbone, batch.without_mark.to(device))
+        features.append(with_mark.cpu())
+        effect.append(one_minus_cosine(with_mark, without_mark).cpu())
+        pixels = metrics.patch_sums(batch.mark, patch_size).to(device)  # (b, patches)
+        for row, maps in maps_by_row(backbone, images, NETWORK_MAPS).items():
+            of_mark = (maps * pixels).sum(-1) / pixels.mean(-1)
+            density[row].append(of_mark.cpu())
+
+    scale = 1 - metrics.mean_cosine(torch.cat(features))
+    if scale > 1e-6:  # else all features are the same, but for rounding
+        reliance = torch.cat(effect) / scale
+    else:
+        reliance = torch.full((count,), math.nan)
+    return {
+        "reliance": mean_cell(reliance),
+        "density": {row: mean_cell(torch.cat(values)) for row, values in density.items()},
+    }
+
+
+def mean_cell(values: Tensor) -> dict:
+    """The cell of the mean of `values` (n,), one for each canvas."""
+    weights = metrics.bootstrap_weights(torch.arange(len(values)))
+    return metrics.interval_cell(metrics.weighted_means(values, weights), values)
 
 
 def measure_photographs(result: dict, config: Config, networks: dict, splits: dict) -> Observation:

@@ -344,7 +344,23 @@ def sentences(result: dict) -> list[str]:
     accuracy = f"Accuracy: {accuracies(result['features'])}"
     if "untrained_features" in result:
         accuracy += f"; before training: {accuracies(result['untrained_features'])}"
-    return [verdict(result), belief(result), accuracy]
+    texts = [verdict(result), belief(result), accuracy]
+    if "marks" in result:
+        texts.insert(1, marks_sentence(result["marks"]))
+    return texts
+
+
+def marks_sentence(marks: dict) -> str:
+    """How much the network relies on the marks of --shortcut, and how much its maps say so."""
+    densities = [
+        f"{title_of(row)} {format_cell(cell, with_interval=False)}"
+        for row, cell in marks["density"].items()
+    ]
+    return (
+        f"Does it take the shortcut? Without its mark, the feature of a canvas moves by "
+        f"{format_cell(marks['reliance'])} of the mean difference between two canvases (1 − cosine). "
+        f"How dense the maps are on the mark, compared with the whole image: {', '.join(densities)}."
+    )
 
 
 def accuracies(cells: dict) -> str:

@@ -125,6 +125,14 @@ class Config:
         help="what lies behind the digits: black, texture, or a folder of images (figure 5)",
         earlier="black",
     )
+    shortcut: float = setting(
+        paper=0.0,
+        laptop=0.0,
+        help="probability that an image gets a mark, a small square whose grey level is the same on "
+        "all of its canvases: views can be matched by it without knowing the digit",
+        allowed=between(0, 1),
+        earlier=0.0,
+    )
     digits: str = setting(
         paper="auto",
         laptop="auto",
@@ -607,6 +615,8 @@ def check_images(config: Config):
             raise ValueError("--views different: use same, since a photo has no second canvas")
         if config.background != "black":
             raise ValueError(f"--background {config.background}: use it with --dataset clutter")
+        if config.shortcut:
+            raise ValueError(f"--shortcut {config.shortcut}: use it with --dataset clutter")
 
 
 # ------------------------------------------------------------------------------------- checkpoints

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from clutter import DIGIT_SIZE, Background, CanvasSampler, leave_out, render_canvases
+from clutter import (
+    DIGIT_SIZE,
+    Background,
+    CanvasSampler,
+    leave_out,
+    put_marks,
+    render_canvases,
+    sample_marks,
+)
 from data import Split, batch_indices, generator, read_photos, to_device
 from settings import Config
 
@@ -325,7 +333,10 @@ class TrainingViews:
         position = params["position"]
         canvas_size = config.canvas_size
         params |= sample_crops(rng, self.plan.crops, len(index), position, canvas_size, config)
-        return params | self.background.sample(rng, position.shape[:2])
+        params |= self.background.sample(rng, position.shape[:2])
+        if config.shortcut:
+            params |= sample_marks(rng, position.shape[:2], canvas_size, config.shortcut)
+        return params
 
     def labels(self, params: dict):
         """The labels (B,) of the images that `params` describe, for --loss supervised."""
@@ -358,6 +369,8 @@ class TrainingViews:
         config = self.config
         canvas, _, _ = render_canvases(params, config, self.split.images, masks=False)
         canvas = self.background.put_behind(canvas, params)  # (B, V, S, S)
+        if config.shortcut:
+            canvas, _ = put_marks(canvas, params)
         canvas = torch.stack([canvas[:, number] for number, _ in self.plan.crops], dim=1)
         outside = "zeros" if config.background == "black" else "reflection"
         return render_crops(canvas[:, :, None], params, config.image_size, config.blur[1], outside)
@@ -425,6 +438,39 @@ def left_out_batches(
         ink = masks.sum((-2, -1))
         batch.left_out = LeftOut(images, resize_masks(masks, config.image_size), ink)
         yield batch
+
+
+@dataclass
+class MarkedBatch:
+    """b canvases with a mark, and the same without it; I × I pixels, in [0, 1]."""
+
+    images: torch.Tensor  # (b, 1, I, I)
+    without_mark: torch.Tensor  # (b, 1, I, I)
+    mark: torch.Tensor  # (b, I, I) bool, all pixels of the mark
+
+
+def marked_batches(
+    config: Config, split: Split, count: int, split_name: str = "test"
+) -> Iterator[MarkedBatch]:
+    """The canvases of `evaluation_batches`, layout "matched", each with a mark.
+
+    The marks are the same for every seed and for every `--shortcut`.
+    """
+    background = Background(config, split.images.device)
+    batches = evaluation_params(config, split, count, "matched", split_name)
+    for number, params in enumerate(batches):
+        rng = generator("evaluation", split_name, "marks", number)
+        shape = (EVALUATION_ROWS, 1)
+        marks = sample_marks(rng, shape, config.canvas_size, probability=1)
+        marks = {name: value[: len(params["digit"])] for name, value in marks.items()}
+        canvas, _, _ = render_canvases(params, config, split.images, masks=False)
+        canvas = background.put_behind(canvas, params)
+        marked, mask = put_marks(canvas, marks)
+        yield MarkedBatch(
+            images=resize(marked, config.image_size),
+            without_mark=resize(canvas, config.image_size),
+            mark=resize_masks(mask, config.image_size)[:, 0],
+        )
 
 
 def evaluation_order(split: Split, split_name: str):

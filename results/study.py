@@ -1,5 +1,8 @@
 """Run the study: train the networks behind every claim, then write the tables and figures.
 
+There are two parts: the paper's claims (plan.md, verdicts.py) and the study of maps (plan-maps.md,
+map_claims.py).
+
     python results/study.py                      # all runs that are not in study.json yet
     python results/study.py --only F1 C5         # only the rows that these claims need
     python results/study.py --tables             # no runs: pages and figures from study.json
@@ -32,11 +35,14 @@ STUDY_FILE = RESULTS / "study.json"
 sys.path[:0] = [str(RESULTS), str(ROOT)]
 
 import figures
+import map_claims
 import torch
 import verdicts
 from verdicts import BOTH, FRESH, MAP_SEEDS
 
 import data
+import evaluate
+import settings
 import train
 import weights
 
@@ -45,6 +51,8 @@ import weights
 SAME = "--loss nce --views same"
 DIFFERENT = "--loss nce --views different"
 FIRST_FIVE = FRESH[:5]
+TEN_SEEDS = map_claims.TEN_SEEDS
+ALL_CLAIMS = (*verdicts.CLAIMS, *map_claims.CLAIMS)
 # The network that the row `pretrained` starts from; `train_command` fills in the folders.
 PRETRAINING = "{runs}/{preset}/pretraining/seed-0/ckpt.pth"
 
@@ -66,10 +74,17 @@ class Row:
 # crops of each image, so that neither learns from more.
 GRID = {
     "different": Row(
-        DIFFERENT, (*BOTH, *MAP_SEEDS), ["F1", "F2", "F3", "F4", "C5", "C8", "C9", "Q2"]
+        DIFFERENT,
+        (*BOTH, *MAP_SEEDS, *map_claims.SEEDS),
+        ["F1", "F2", "F3", "F4", "C5", "C8", "C9", "Q2", *map_claims.CLAIMS],
     ),
-    "same": Row(SAME, (*BOTH, *MAP_SEEDS), ["F2", "C1", "C2", "C3", "C5", "Q3"]),
-    "supervised": Row("--loss supervised --views different", FRESH, ["C9"]),
+    "same": Row(
+        SAME, (*BOTH, *MAP_SEEDS, *map_claims.SEEDS), ["F2", "C1", "C2", "C3", "C5", "Q3", "M9"]
+    ),
+    "shortcut-25": Row(f"{DIFFERENT} --shortcut 0.25", map_claims.MARK_SEEDS, ["M8"]),
+    "shortcut-50": Row(f"{DIFFERENT} --shortcut 0.5", map_claims.MARK_SEEDS, ["M8"]),
+    "shortcut-100": Row(f"{DIFFERENT} --shortcut 1", map_claims.MARK_SEEDS, ["M8"]),
+    "supervised": Row("--loss supervised --views different", (*FRESH, *TEN_SEEDS), ["C9"]),
     "dino-same": Row("--loss dino --views same", FRESH, ["C1", "C2"]),
     "texture": Row(f"{SAME} --background texture", FRESH, ["C4"]),
     "same-4": Row(f"{SAME} --crops 4", FRESH, ["C7"]),
@@ -82,10 +97,12 @@ GRID = {
     "different-long": Row(f"{DIFFERENT} --epochs 40", FIRST_FIVE, ["C6"]),
     "same-registers-0": Row(f"{SAME} --registers 0", FIRST_FIVE),
     "supervised-same": Row("--loss supervised --views same", FIRST_FIVE),
-    "dino-different": Row("--loss dino --views different", FIRST_FIVE),
+    "dino-different": Row("--loss dino --views different", (*FIRST_FIVE, *TEN_SEEDS)),
     "size-84": Row(f"{DIFFERENT} --image-size 84", FIRST_FIVE),
-    "depth-4": Row(f"{DIFFERENT} --depth 4", (*FIRST_FIVE, *MAP_SEEDS)),
-    "depth-6": Row(f"{DIFFERENT} --depth 6", (*FIRST_FIVE, *MAP_SEEDS)),
+    "depth-1": Row(f"{DIFFERENT} --depth 1", TEN_SEEDS),
+    "depth-3": Row(f"{DIFFERENT} --depth 3", TEN_SEEDS),
+    "depth-4": Row(f"{DIFFERENT} --depth 4", (*FIRST_FIVE, *MAP_SEEDS, *TEN_SEEDS)),
+    "depth-6": Row(f"{DIFFERENT} --depth 6", (*FIRST_FIVE, *MAP_SEEDS, *TEN_SEEDS), ["M6", "M7"]),
 }
 # At the paper's scale: ViT-S/8 from DINO's weights on one GPU, one seed, the most useful row first.
 PAPER_GRID = {
@@ -309,7 +326,11 @@ def study_line(args, job, seconds):
             "numpy": version("numpy"),
         },
     }
-    return line | measures_of_run(ROOT / run_folder(args, job))
+    folder = ROOT / run_folder(args, job)
+    line |= measures_of_run(folder)
+    if job.row in map_claims.MARK_ROWS and job.seed in map_claims.MARK_SEEDS:
+        line["marks"] = marks_of_run(folder, args.data_root)
+    return line
 
 
 def device_name(device):
@@ -359,6 +380,22 @@ def measures_of_run(folder):
         "untrained_features": values_of(metrics["untrained_features"]),
         "curve": training_curve(folder / "log.jsonl"),
         "weights": weights_digest(teacher),
+    }
+
+
+def marks_of_run(folder, data_root):
+    """Return how much a run relies on marks: its reliance, and the density of its maps on them.
+
+    They are measured here, since the report of a run without --shortcut lacks them.
+    """
+    loaded = weights.load_backbone(str(folder / "ckpt.pth"))
+    config = settings.config_from_checkpoint(loaded.content["config"])
+    config.data_root = str(ROOT / data_root)
+    splits, _ = data.load_dataset(config, torch.device("cpu"))
+    measured = evaluate.measure_marks(config, loaded.backbone.eval(), splits)
+    return {
+        "reliance": six_digits(measured["reliance"]["value"]),
+        "density": {name: six_digits(cell["value"]) for name, cell in measured["density"].items()},
     }
 
 
@@ -520,8 +557,8 @@ def parse_args(argv):
         "--only",
         nargs="+",
         metavar="CLAIM",
-        choices=list(verdicts.CLAIMS),
-        help="run only the rows that these claims need, such as F1 or Q3 [all rows]",
+        choices=ALL_CLAIMS,
+        help="run only the rows that these claims need, such as F1 or M8 [all rows]",
     )
     parser.add_argument(
         "--tables",

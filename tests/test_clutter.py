@@ -232,6 +232,37 @@ def test_a_canvas_without_distractors_has_one_piece_to_leave_out():
     assert masks.sum((-2, -1)).min() >= 5
 
 
+# ------------------------------------------------------------------------------------------- marks
+
+
+def test_a_mark_has_one_level_on_all_canvases_of_a_digit_and_others_on_other_digits():
+    params = clutter.sample_marks(seeded(), (200, 3), canvas_size=64, probability=1)
+    assert params["has_mark"].all()
+    grey = torch.full((200, 3, 64, 64), 0.3)
+    canvas, mask = clutter.put_marks(grey, params)
+    assert (canvas[~mask] == 0.3).all()
+    assert (mask.sum((-2, -1)) == 81).all()
+    levels = canvas[mask].view(200, 3, 81)
+    assert (levels == levels[:, :1, :1]).all()
+    level = levels[:, 0, 0]
+    assert level.min() >= 0.2 and level.max() <= 1
+    assert level.min() < 0.25 and level.max() > 0.95
+    assert len(level.unique()) == 200
+    # at places of their own, up to the rim
+    places = params["mark_corner"]
+    assert places.amin() == 0 and places.amax() == 64 - 9
+    assert (places[:, 0] != places[:, 1]).any(-1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("probability", [0, 0.25, 1])
+def test_marks_are_as_frequent_as_asked_and_the_rest_has_none(probability):
+    params = clutter.sample_marks(seeded(), (4000, 1), canvas_size=28, probability=probability)
+    assert abs(params["has_mark"].float().mean() - probability) < 0.02
+    canvas, mask = clutter.put_marks(torch.full((4000, 1, 28, 28), 0.3), params)
+    assert (mask.flatten(1).any(1) == params["has_mark"]).all()
+    assert (canvas[~params["has_mark"]] == 0.3).all()
+
+
 # ------------------------------------------------------------------------------------- backgrounds
 
 

@@ -13,8 +13,10 @@ from helpers import DIGITS, TINY, PretendedGPU, config_of, on_pretended_gpu
 
 import data
 import evaluate
+import explain
 import metrics
 import observe
+import views
 import vit
 from evaluate import CANVAS_MAPS, PHOTO_MAPS
 from observe import CanvasEffects, Observation, TokenEffects
@@ -704,6 +706,48 @@ def test_the_rows_before_training_are_those_of_the_network_at_the_first_step(few
     assert other_result["untrained"] == result["untrained"]
     assert other_result["untrained_features"] == result["untrained_features"]
     assert other_result["matched"]["mean"] != result["matched"]["mean"]
+
+
+def test_the_reliance_on_marks_by_hand(few_images):
+    """A run with marks is measured on canvases with a mark each, and on the same without."""
+    config = replace(TINY_CONFIG, shortcut=0.5)
+    backbone = backbone_of(seed=1, config=config)
+    result = evaluate.evaluate("a.pth", config, HISTORY, backbone, DIGITS).result
+    marks = result["marks"]
+    json.dumps(marks, allow_nan=False)
+    assert marks == evaluate.measure_marks(TINY_CONFIG, backbone, DIGITS)
+
+    count = marks["reliance"]["images"]
+    assert count == 16
+    batches = list(views.marked_batches(config, DIGITS["test"], count))
+    images = torch.cat([batch.images for batch in batches])
+    with torch.no_grad():
+        features = backbone(views.normalize(images))
+        changed = backbone(views.normalize(torch.cat([batch.without_mark for batch in batches])))
+    features = F.normalize(features, dim=-1).double().numpy()
+    changed = F.normalize(changed, dim=-1).double().numpy()
+    cosines = features @ features.T
+    of_pairs = 1 - cosines[~np.eye(count, dtype=bool)].mean()
+    effect = 1 - (features * changed).sum(1)
+    assert marks["reliance"]["value"] == pytest.approx(effect.mean() / of_pairs, rel=1e-4)
+    assert marks["reliance"]["low"] < marks["reliance"]["value"] < marks["reliance"]["high"]
+
+    # the share of the attention on the mark, pixel by pixel, compared with its share of the area
+    attention, _ = explain.cls_attention(backbone, images)
+    pixels = attention.mean(1).view(count, 4, 4).repeat_interleave(7, 1).repeat_interleave(7, 2)
+    mask = torch.cat([batch.mark for batch in batches])
+    on_mark = (pixels * mask / 49).sum((1, 2)) / (mask.sum((1, 2)) / 28**2)
+    assert marks["density"]["mean"]["value"] == pytest.approx(on_mark.mean().item(), rel=1e-4)
+    assert marks["density"].keys() == {observe.row_of(name) for name in explain.NETWORK_MAPS}
+
+
+def test_a_network_that_marks_do_not_move_does_not_rely_on_them(few_images):
+    backbone = backbone_of(seed=1, config=TINY_CONFIG)
+    with torch.no_grad():
+        backbone.patch_embed.proj.weight.zero_()
+    marks = evaluate.measure_marks(TINY_CONFIG, backbone, DIGITS)
+    # All images have the same feature, so there is no scale either.
+    assert marks["reliance"] == {"value": None, "low": None, "high": None, "images": 0}
 
 
 @pytest.mark.parametrize("flags", ["", "--num-distractors 0", "--depth 1 --heads 1"])

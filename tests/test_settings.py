@@ -270,6 +270,10 @@ BAD_SETTINGS = [
         "--dataset stl10 --background texture",
         "--background texture: use it with --dataset clutter",
     ),
+    (
+        "--dataset stl10 --shortcut 0.5",
+        "--shortcut 0.5: use it with --dataset clutter",
+    ),
     # settings that do not fit the weights in other.pth
     ("--weights other.pth --patch-size 14", "--patch-size 14: use 7, the value in the checkpoint"),
     ("--weights other.pth --depth 3", "--depth 3: use 1, the value in the checkpoint"),

@@ -238,6 +238,7 @@ def test_rows_differ_from_the_preset_only_in_what_they_compare(preset):
         "views",
         "crops",
         "background",
+        "shortcut",
         "registers",
         "heads",
         "depth",
@@ -264,7 +265,7 @@ def test_rows_differ_from_the_preset_only_in_what_they_compare(preset):
     crop_counts = {crops_fed_to_student(configs[name]) for name in main_rows}
     if preset == "laptop":
         assert crop_counts == {2}
-        assert {claim for row in rows.values() for claim in row.claims} == set(CLAIMS)
+        assert {claim for row in rows.values() for claim in row.claims} == set(study.ALL_CLAIMS)
     else:
         assert len(crop_counts) == 2
 

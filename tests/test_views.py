@@ -756,3 +756,42 @@ def test_the_pretended_gpu_notices_faults(fault, error, pretended_gpu, monkeypat
     monkeypatch.setattr(views, "normalize", lambda x: fault(normalize(x)))
     with pytest.raises(error):
         training_views.render(training_views.sample(step=0))
+
+
+# ------------------------------------------------------------------------------------------- marks
+
+
+def test_a_shortcut_adds_marks_and_changes_nothing_else():
+    plain = TrainingViews(laptop(views="different"), DIGITS["train"])
+    marked = TrainingViews(laptop(views="different", shortcut=0.5), DIGITS["train"])
+    without_params = plain.sample(3)
+    params = marked.sample(3)
+    for name, value in without_params.items():
+        assert_close(params[name], value, rtol=0, atol=0)
+    has_mark = params["has_mark"]
+    assert 0 < has_mark.sum() < len(has_mark)
+    changed = (marked.render(params) != plain.render(without_params)).flatten(2).any(-1)  # (C, B)
+    assert not changed[:, ~has_mark].any()
+    assert changed[:, has_mark].float().mean() > 0.8  # a crop may have cut the mark off
+    # any rows give the same crops
+    rows = {name: value[5:8] for name, value in params.items()}
+    assert_close(marked.render(rows), marked.render(params)[:, 5:8])
+
+
+@pytest.mark.parametrize("background", ["black", "texture"])
+def test_marked_canvases_are_those_of_the_evaluation_with_a_mark(background):
+    config = laptop(background=background, image_size=64)
+    batches = list(views.marked_batches(config, DIGITS["test"], 130))
+    plain = list(views.evaluation_batches(config, DIGITS["test"], 130))
+    assert [len(batch.images) for batch in batches] == [100, 30]
+    for batch, reference in zip(batches, plain):
+        assert_close(batch.without_mark, reference.images)
+        assert (batch.mark.sum((-2, -1)) == 81).all()
+        outside = ~batch.mark[:, None]
+        assert_close(batch.images[outside], batch.without_mark[outside])
+        levels = batch.images[batch.mark[:, None]].view(-1, 81)
+        assert_close(levels, levels[:, :1].expand(-1, 81))
+        assert levels[:, 0].std() > 0.1
+    # a smaller count gives the first of a larger one
+    fewer = next(views.marked_batches(config, DIGITS["test"], 7))
+    assert_close(fewer.images, batches[0].images[:7])

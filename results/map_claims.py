@@ -1,0 +1,365 @@
+"""The study of maps: nine claims on which map can be believed, and the verdict on each.
+
+The plan (plan-maps.md) was written before the first run. Seven claims are about the mean of a
+difference over seeds, one about a correlation over seeds, and one about how well maps tell
+networks apart. Each has an interval, a word, and a p value.
+
+Throughout, `runs` is {(row, seed): line of study.json} of one preset.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from verdicts import (
+    ALIKE,
+    CONTRARY,
+    HOLDS,
+    LESS,
+    MORE,
+    NO_EFFECT,
+    OPEN,
+    UNDECIDED,
+    format_p,
+    sample,
+    t_interval,
+    table_row,
+    table_rule,
+)
+
+SEEDS = range(70, 90)
+TEN_SEEDS = range(70, 80)
+MARK_SEEDS = range(70, 76)
+# The rows of M8, whose networks saw marks with a probability of 0, .25, .5 and 1.
+MARK_ROWS = ("different", "shortcut-25", "shortcut-50", "shortcut-100")
+RESAMPLES = 10_000  # of a bootstrap or a permutation test
+DIFFERENT = "different from 0"  # what M9 expects
+
+EQUAL_INK = "matched/{}/equal_ink"
+OBJECTS = "matched/{}/object_faithfulness"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapClaim:
+    """A claim, and what is expected of its primary quantity."""
+
+    text: str
+    quantity: str  # the primary quantity in words
+    expected: str  # MORE or LESS than 0, ALIKE (within the margin), or DIFFERENT from 0
+    margin: float  # a primary quantity within it is not relevant
+    planned: int  # seeds or networks
+
+
+CLAIMS = {
+    "M1": MapClaim(
+        text="attention knows more than the dose",
+        quantity="equal ink of attention − .5, different views",
+        expected=MORE,
+        margin=0.03,
+        planned=20,
+    ),
+    "M2": MapClaim(
+        text="attention tells which object matters, better than brightness does",
+        quantity="object faithfulness, attention − brightness, different views",
+        expected=MORE,
+        margin=0.02,
+        planned=20,
+    ),
+    "M3": MapClaim(
+        text="rollout is the better map",
+        quantity="equal ink, rollout − attention, different views",
+        expected=MORE,
+        margin=0.03,
+        planned=20,
+    ),
+    "M4": MapClaim(
+        text="squared gradients are better still",
+        quantity="equal ink, squared gradient − rollout, different views",
+        expected=MORE,
+        margin=0.03,
+        planned=20,
+    ),
+    "M5": MapClaim(
+        text="attention of the last block is a map of the last block",
+        quantity="rank correlation over seeds: direct share with patch faithfulness of attention",
+        expected=MORE,
+        margin=0.2,
+        planned=20,
+    ),
+    "M6": MapClaim(
+        text="so depth undoes it",
+        quantity="equal ink of attention, six blocks − two",
+        expected=LESS,
+        margin=0.03,
+        planned=10,
+    ),
+    "M7": MapClaim(
+        text="and rollout outlives depth",
+        quantity="equal ink of rollout, six blocks − two",
+        expected=ALIKE,
+        margin=0.03,
+        planned=10,
+    ),
+    "M8": MapClaim(
+        text="a map can expose a shortcut, and rollout does so better than attention",
+        quantity="AUC over networks of the density on the mark, rollout − attention",
+        expected=MORE,
+        margin=0.05,
+        planned=24,
+    ),
+    "M9": MapClaim(
+        text="different views make attention fairer, not only more selective",
+        quantity="equal ink of attention, different − same views",
+        expected=DIFFERENT,
+        margin=0.03,
+        planned=20,
+    ),
+}
+
+
+@dataclass
+class Verdict:
+    """The result of a claim's test. With too few runs only `count` is known."""
+
+    count: int  # seeds or networks
+    word: str = OPEN
+    value: float | None = None  # the primary quantity
+    low: float | None = None  # its 95% interval
+    high: float | None = None
+    p: float | None = None  # that there is no effect; for ALIKE, that there is a relevant one
+    equivalence_p: float | None = None  # that the primary quantity is not within the margin
+    holm_p: float | None = None  # `p` corrected for all nine claims
+
+
+# ----------------------------------------------------------------------------- primary quantities
+
+
+def difference(runs, over, under, seeds):
+    """Return {seed: difference} of two (row, measure), for the seeds that have both."""
+    first = sample(runs, *over, seeds)
+    second = sample(runs, *under, seeds)
+    return {seed: first[seed] - second[seed] for seed in seeds if seed in first and seed in second}
+
+
+def differences(runs):
+    """Return {claim: {seed: primary quantity}} of the claims about a mean."""
+
+    def attention(row):
+        return row, EQUAL_INK.format("mean")
+
+    def rollout(row):
+        return row, EQUAL_INK.format("rollout")
+
+    squared_gradient = ("different", EQUAL_INK.format("squared_gradient"))
+    objects_of_attention = ("different", OBJECTS.format("mean"))
+    objects_of_brightness = ("different", OBJECTS.format("brightness"))
+    equal_ink = sample(runs, *attention("different"), SEEDS)
+    return {
+        "M1": {seed: value - 0.5 for seed, value in equal_ink.items()},
+        "M2": difference(runs, objects_of_attention, objects_of_brightness, SEEDS),
+        "M3": difference(runs, rollout("different"), attention("different"), SEEDS),
+        "M4": difference(runs, squared_gradient, rollout("different"), SEEDS),
+        "M6": difference(runs, attention("depth-6"), attention("different"), TEN_SEEDS),
+        "M7": difference(runs, rollout("depth-6"), rollout("different"), TEN_SEEDS),
+        "M9": difference(runs, attention("different"), attention("same"), SEEDS),
+    }
+
+
+def share_and_faithfulness(runs):
+    """Return the direct share at the last block and attention's patch faithfulness, by seed: M5."""
+    shares = sample(runs, "different", "direct_share", SEEDS)
+    faithfulness = sample(runs, "different", "matched/mean/patch_faithfulness", SEEDS)
+    seeds = [seed for seed in SEEDS if seed in shares and seed in faithfulness]
+    last_share = np.array([shares[seed][-1] for seed in seeds])
+    return last_share, np.array([faithfulness[seed] for seed in seeds])
+
+
+def marks(runs):
+    """Return the networks of M8: their reliance (n,), and {map: density on the mark (n,)}."""
+    lines = [runs.get((row, seed), {}).get("marks") for row in MARK_ROWS for seed in MARK_SEEDS]
+    lines = [line for line in lines if line]
+    reliance = np.array([line["reliance"] for line in lines])
+    names = ("mean", "rollout", "norm_rollout", "squared_gradient")
+    return reliance, {name: np.array([line["density"][name] for line in lines]) for name in names}
+
+
+def auc(truth, score):
+    """Return how often, of two networks, the one with more of `score` has more of `truth`.
+
+    Both are (…, n). Pairs with the same truth are left out; ties of the score count one half.
+    """
+    true_sign = np.sign(truth[..., :, None] - truth[..., None, :])
+    sign = np.sign(score[..., :, None] - score[..., None, :])
+    wins = (true_sign * sign).sum((-2, -1))
+    return 0.5 + 0.5 * wins / np.abs(true_sign).sum((-2, -1))
+
+
+def spearman(x, y):
+    """Return the rank correlation of x and y along their last axis."""
+    return pearson(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
+
+
+def pearson(x, y):
+    x = x - x.mean(-1, keepdims=True)
+    y = y - y.mean(-1, keepdims=True)
+    return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+
+
+# -------------------------------------------------------------------------------------- the tests
+
+
+def judge(runs):
+    """Return {name of the claim: Verdict} for all nine claims."""
+    of_means = differences(runs)
+    verdicts = {}
+    for name, claim in CLAIMS.items():
+        if name == "M5":
+            verdicts[name] = judge_correlation(claim, *share_and_faithfulness(runs))
+        elif name == "M8":
+            reliance, density = marks(runs)
+            verdicts[name] = judge_auc(claim, reliance, density["rollout"], density["mean"])
+        else:
+            verdicts[name] = judge_mean(claim, np.array(list(of_means[name].values())))
+    set_holm_p(verdicts)
+    return verdicts
+
+
+def judge_mean(claim, values):
+    """Return the verdict on the mean of `values`, one a seed: by Student's t."""
+    verdict = Verdict(len(values))
+    if len(values) < claim.planned:
+        return verdict
+    interval = t_interval(values)
+    verdict.value, verdict.low, verdict.high = interval.mean, interval.low, interval.high
+
+    def p_above(limit):
+        return stats.ttest_1samp(values, limit, alternative="greater").pvalue
+
+    verdict.equivalence_p = doubled(max(p_above(-claim.margin), 1 - p_above(claim.margin)))
+    effect_p = doubled(min(p_above(0), 1 - p_above(0)))
+    return finish(claim, verdict, effect_p)
+
+
+def judge_correlation(claim, x, y):
+    """Return the verdict on the rank correlation of x and y, one each a seed."""
+    verdict = Verdict(len(x))
+    if len(x) < claim.planned:
+        return verdict
+    rng = np.random.default_rng(0)
+    verdict.value = spearman(x, y)
+    chosen = rng.integers(len(x), size=(RESAMPLES, len(x)))
+    set_bootstrap(claim, verdict, spearman(x[chosen], y[chosen]))
+    shuffled = rng.permuted(np.tile(y, (RESAMPLES, 1)), axis=1)
+    return finish(claim, verdict, permutation_p(verdict.value, spearman(x, shuffled)))
+
+
+def judge_auc(claim, truth, score, reference):
+    """Return the verdict on AUC of `score` − AUC of `reference` over networks, (n,) each."""
+    verdict = Verdict(len(truth))
+    if len(truth) < claim.planned:
+        return verdict
+    rng = np.random.default_rng(0)
+    verdict.value = auc(truth, score) - auc(truth, reference)
+    chosen = rng.integers(len(truth), size=(RESAMPLES, len(truth)))
+    resampled = auc(truth[chosen], score[chosen]) - auc(truth[chosen], reference[chosen])
+    set_bootstrap(claim, verdict, resampled)
+    # If both maps say equally much, their ranks can be exchanged in any network.
+    ranks = stats.rankdata(score)
+    reference_ranks = stats.rankdata(reference)
+    exchanged = rng.random((RESAMPLES, len(truth))) < 0.5
+    first = np.where(exchanged, reference_ranks, ranks)
+    second = np.where(exchanged, ranks, reference_ranks)
+    return finish(
+        claim, verdict, permutation_p(verdict.value, auc(truth, first) - auc(truth, second))
+    )
+
+
+def set_bootstrap(claim, verdict, resampled):
+    """Set the interval, and p of equivalence, from the resampled primary quantity."""
+    verdict.low, verdict.high = np.percentile(resampled, [2.5, 97.5])
+    beyond = max(np.mean(resampled <= -claim.margin), np.mean(resampled >= claim.margin))
+    verdict.equivalence_p = doubled(beyond)
+
+
+def permutation_p(value, permuted):
+    """Return the one-sided p, doubled, of a value among those of random permutations."""
+    count = len(permuted) + 1  # the data are one of the permutations
+    above = (np.sum(permuted >= value) + 1) / count
+    below = (np.sum(permuted <= value) + 1) / count
+    return doubled(min(above, below))
+
+
+def doubled(p):
+    return min(1.0, 2 * float(p))
+
+
+def finish(claim, verdict, effect_p):
+    """Set word and p of a verdict that has an interval, and return it."""
+    verdict.word = word_of(claim, verdict.low, verdict.high)
+    verdict.p = verdict.equivalence_p if claim.expected == ALIKE else effect_p
+    return verdict
+
+
+def word_of(claim, low, high):
+    """Return the word that a 95% interval from `low` to `high` gives."""
+    is_inside_margin = -claim.margin < low and high < claim.margin
+    is_above = low > 0
+    is_below = high < 0
+    if claim.expected == ALIKE:
+        if is_inside_margin:
+            return HOLDS
+        is_outside_margin = low > claim.margin or high < -claim.margin
+        return CONTRARY if is_outside_margin else UNDECIDED
+    if claim.expected == DIFFERENT:
+        if is_inside_margin:
+            return NO_EFFECT
+        return HOLDS if is_above or is_below else UNDECIDED
+    is_as_claimed, is_contrary = is_above, is_below
+    if claim.expected == LESS:
+        is_as_claimed, is_contrary = is_below, is_above
+    if is_as_claimed:
+        return HOLDS
+    if is_inside_margin:
+        return NO_EFFECT
+    return CONTRARY if is_contrary else UNDECIDED
+
+
+def set_holm_p(verdicts):
+    """Set `holm_p`: p corrected by Holm for all nine claims, those without runs included."""
+    tested = [verdict for verdict in verdicts.values() if verdict.p is not None]
+    corrected = 0
+    for rank, verdict in enumerate(sorted(tested, key=lambda verdict: verdict.p)):
+        corrected = max(corrected, min(1, verdict.p * (len(CLAIMS) - rank)))
+        verdict.holm_p = corrected
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def claim_table(runs):
+    """Return the table of the nine claims."""
+    titles = [
+        "",
+        "claim",
+        "",
+        "primary quantity",
+        "value [95%]",
+        "n",
+        "p (Holm)",
+        "p (equivalence)",
+    ]
+    lines = [table_row(titles), table_rule(len(titles))]
+    for name, verdict in judge(runs).items():
+        claim = CLAIMS[name]
+        interval = p = equivalence = "–"
+        if verdict.value is not None:
+            interval = f"{verdict.value:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}]"
+            p = format_p(verdict.holm_p)
+            if verdict.word == NO_EFFECT or claim.expected == ALIKE:
+                equivalence = format_p(verdict.equivalence_p)
+        count = f"{verdict.count} of {claim.planned}"
+        if verdict.count == claim.planned:
+            count = str(claim.planned)
+        cells = [name, claim.text, f"**{verdict.word}**", claim.quantity, interval]
+        lines.append(table_row([*cells, count, p, equivalence]))
+    return "\n".join(lines)
