@@ -6,7 +6,7 @@ want to know what its feature depends on?
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from explain import PASSES as PASSES_OF_MAPS
 from explain import PHOTO_CONTROLS
@@ -22,7 +22,6 @@ NEARLY = 0.03  # a map that is less than this behind the best one is nearly as g
 DESCRIBES = 0.5  # a map with a lower rank correlation hardly describes the effects
 NO_CELL = {"value": None}
 HEADLINES = {"equal_ink": "equal ink", "srg": "SRG"}  # the metrics by which maps are compared
-CAVEAT = "Intervals are over the images of this one network; other seeds differ by more."
 
 
 # ----------------------------------------------------------------------------------- the sentences
@@ -55,7 +54,7 @@ def is_below_one(cell: dict) -> bool:
 
 
 def verdict(result: dict) -> str:
-    """Where the network looks, in a few sentences."""
+    """Where the network looks, in a sentence or two."""
     question = "Where does it look?"
     if "matched" not in result:
         text = f"{question} These are photographs: there are no masks to measure it against."
@@ -69,6 +68,10 @@ def verdict(result: dict) -> str:
 
     brightness = table["brightness"]["selectivity"]["value"]
     density = table["mean"]["digit_density"]
+    numbers = (
+        f"attention is {format_cell(selectivity)} times as dense on the digit as on the clutter "
+        f"(brightness: {brightness:.2f})"
+    )
     beats_brightness = is_above(table, "mean", "brightness")
     beats_position = is_above(table, "mean", "shuffled")  # the network's maps of other images
     looks_at_digit = False
@@ -79,33 +82,25 @@ def verdict(result: dict) -> str:
         )
     elif beats_brightness and beats_position:
         looks_at_digit = True
-        answer = "At the digit."
+        answer = f"At the digit: {numbers}."
+        if not is_above(table, "mean", "brightness", "auroc"):
+            answer = (
+                f"At parts of the digit: {numbers}, but it does not rank the digit's pixels higher "
+                f"than brightness does."
+            )
     elif is_below_one(selectivity):
-        answer = "At the clutter more than at the digit."
+        answer = f"At the clutter more than at the digit: {numbers}."
     elif beats_position:
-        answer = (
-            "At anything bright: attention is not clearly more selective than brightness alone."
-        )
+        answer = f"At anything bright: {numbers}."
     else:
-        answer = "Attention is not clearly more selective than position alone explains."
-    text = (
-        f"{question} {answer} Attention is {format_cell(selectivity)} times as dense on the digit "
-        f"as on the clutter; brightness alone would give {brightness:.2f}."
-    )
-    if looks_at_digit and not is_above(table, "mean", "brightness", "auroc"):
-        text += " By auroc, which compares ranks only, it is not above brightness."
+        answer = f"Wherever digits usually are: {numbers}, which position alone explains."
 
     head = result["best_head"]
     head_does = is_above(table, head, "brightness") and is_above(table, head, "shuffled")
     if head_does and not looks_at_digit:
         cell = format_cell(table[head]["selectivity"])
-        text += f" But {title_of(head)} on its own does look at the digit: {cell}."
-    if result["causal_selectivity"]["value"] is None:
-        return text
-    return (
-        f"{text} Leaving out a piece of the digit moves the feature, per ink pixel, "
-        f"{format_cell(result['causal_selectivity'])} times as far as leaving out a distractor."
-    )
+        answer += f" But {title_of(head)} on its own does look at the digit: {cell}."
+    return f"{question} {answer}"
 
 
 def as_sentence(text: str) -> str:
@@ -159,82 +154,95 @@ def belief(result: dict) -> str:
     if not rows:
         return f"{question} This cannot be told: there are no two patches to compare."
     if headline(table) == "equal_ink":
-        text = equal_ink_sentences(table, rows)
+        answer = answer_by_equal_ink(table, rows)
     else:
-        text = srg_sentences(table, rows)
-    caveat = ""
-    if table[rows[0]][headline(table)]["low"] is not None:
-        caveat = f" {CAVEAT}"
-    return f"{question} {text} {direct_sentence(result)}{caveat}"
+        answer = answer_by_srg(table, rows)
+    return f"{question} {answer} {attention_sentence(result)}"
 
 
-def equal_ink_sentences(table: dict, rows: list[str]) -> str:
-    """What the maps know about patches of one canvas with equal ink, and the advice."""
-    first, *other_rows = rows
-    shares = [f"{table[first]['equal_ink']['value']:.0%} of the time for {title_of(first)}"]
-    for row in other_rows:
-        shares.append(f"{table[row]['equal_ink']['value']:.0%} for {title_of(row)}")
-    brightness = table["brightness"]["equal_ink"]["value"]
-    best = table[first]["equal_ink"]
-    text = (
-        f"Of two patches with equal ink, the one with more of the map matters more: "
-        f"{', '.join(shares)} (brightness {brightness:.0%}, chance 50%)."
+def answer_by_equal_ink(table: dict, rows: list[str]) -> str:
+    """The best map by what maps know about patches of one canvas with equal ink; `rows` in order."""
+    best = rows[0]
+    cell = table[best]["equal_ink"]
+    share = f"{cell['value']:.0%} of the time"
+    if cell["low"] is None:
+        return "There are too few canvases to tell."
+    finding = f"of two patches with equal ink it picks the one that matters more {share}"
+    if cell["low"] <= 0.5:
+        return (
+            f"None clearly: {title_of(best)} is the best, and {finding}, hardly more than chance."
+        )
+    if not is_above(table, best, "brightness", "equal_ink"):
+        return (
+            f"None clearly: {title_of(best)} is the best, and {finding}; brightness does as well."
+        )
+    return f"{as_title(best)}: {finding}. {cheaper_map(table, rows)}"
+
+
+def answer_by_srg(table: dict, rows: list[str]) -> str:
+    """The best map by how it stands up when patches are left out in its order; `rows` in order."""
+    best = rows[0]
+    cell = table[best]["srg"]
+    if cell["low"] is None:
+        return "These are too few pictures to tell."
+    control = maps_in_order(table, PHOTO_CONTROLS)[0]
+    of_control = f"{title_of(control)}, which knows nothing of the network"
+    of_control += f" ({decimal(table[control]['srg']['value'])})"
+    if not is_above(table, best, control, "srg"):
+        return (
+            f"None clearly: {title_of(best)} is the best (SRG {decimal(cell['value'])}), but hardly "
+            f"better than {of_control}."
+        )
+    return (
+        f"{as_title(best)}: if patches are left out in its order, the feature moves soonest (SRG "
+        f"{decimal(cell['value'])}), sooner than in that of {of_control}. {cheaper_map(table, rows)}"
     )
-    if best["low"] is None:
-        return f"{text} There are too few canvases for an interval."
-    if best["low"] <= 0.5:
-        return f"{text} So none of them is clearly better than chance."
-    if not is_above(table, first, "brightness", "equal_ink"):
-        return f"{text} So none of them is clearly better than brightness."
-    return f"{text} {advice(table, rows)}"
 
 
-def srg_sentences(table: dict, rows: list[str]) -> str:
-    """How maps stand up when patches are left out in their order, and the advice."""
-    gains = [f"{title_of(row)} {decimal(table[row]['srg']['value'])}" for row in rows]
-    controls = maps_in_order(table, PHOTO_CONTROLS)
-    control_gains = [f"{title_of(row)} {decimal(table[row]['srg']['value'])}" for row in controls]
-    text = (
-        f"Leave patches out, those with most of the map first or those with least first: the gap "
-        f"between the two curves of the feature's cosine (SRG) is {', '.join(gains)}; for maps "
-        f"that know nothing of the network, {', '.join(control_gains)}."
-    )
-    if table[rows[0]]["srg"]["low"] is None:
-        return f"{text} These are too few pictures for an interval, and so for advice."
-    if is_above(table, rows[0], controls[0], "srg"):
-        return f"{text} {advice(table, rows)}"
-    return f"{text} So none is clearly better than {title_of(controls[0])}."
+def as_title(row: str) -> str:
+    """The title of a row, at the beginning of a sentence."""
+    title = title_of(row)
+    return title[0].upper() + title[1:]
 
 
-def advice(table: dict, rows: list[str]) -> str:
-    """Which map to look at, and one that is nearly as good if that is cheaper."""
+def headline_value(table: dict, row: str) -> str:
+    """The value by which maps are compared, as text."""
+    metric = headline(table)
+    value = table[row][metric]["value"]
+    return f"{value:.0%}" if metric == "equal_ink" else decimal(value)
+
+
+def cheaper_map(table: dict, rows: list[str]) -> str:
+    """A sentence on the best map that costs one forward pass; `rows` are in order."""
     metric = headline(table)
     best = rows[0]
-    text = f"Look at {title_of(best)}"
     cheapest = next(row for row in rows if PASSES[row] == ONE_PASS)
     if best == cheapest:
-        return f"{text}, which costs one forward pass."
+        return "It costs one forward pass."
     gap = table[best][metric]["value"] - table[cheapest][metric]["value"]
     quality = "nearly as good" if gap < NEARLY else "next"
-    return f"{text}; {title_of(cheapest)} is {quality} and costs one forward pass."
+    value = headline_value(table, cheapest)
+    return f"{as_title(cheapest)} ({value}) is {quality} and costs one forward pass."
 
 
-def direct_sentence(result: dict) -> str:
+def attention_sentence(result: dict) -> str:
     """What share of the effects attention of the last block can see."""
     if len(result["direct_share"]) == 1:
         return "The network has a single block, so attention sees all that its feature depends on."
-    last = result["direct_share"][-1]
-    change = "changes its own token alone, at the input of the last block"
-    if "photographs" in result:
-        change = "is left out for the last block alone"
-    correlation = measured_table(result)["mean"]["direct_faithfulness"]
-    describes = "attention describes"
-    if (correlation["value"] or 0) < DESCRIBES:
-        describes = "attention could describe, but hardly does"
+    table = measured_table(result)
+    value = ""
+    if table["mean"].get(headline(table), NO_CELL)["value"] is not None:
+        value = f" ({headline_value(table, 'mean')})"
+    share = f"{result['direct_share'][-1]['value']:.0%} of the effects"
+    correlation = table["mean"]["direct_faithfulness"]["value"]
+    if (correlation or 0) < DESCRIBES:
+        return (
+            f"Attention{value} hardly describes even what passes straight into the last block, "
+            f"{share}."
+        )
     return (
-        f"If a patch {change}, {last['value']:.0%} of its effect is left. This is the part that "
-        f"{describes} (rank correlation {format_cell(correlation, with_interval=False)}); "
-        f"the rest is due to what earlier blocks mix into other tokens."
+        f"Attention{value} describes what passes straight into the last block, {share}; earlier "
+        f"blocks have mixed the rest into other tokens."
     )
 
 
@@ -285,8 +293,8 @@ PHOTO_COLUMNS = [
     Column("", "direct", "direct_faithfulness", 15),
 ]
 ROW_WIDTH = 27  # of the first column, with the names of the rows
-# Rows of the table when several networks are compared.
-COMPARED_ROWS = (*NETWORK_ROWS, "brightness", "contrast", "centre", "other_network")
+# The controls that are printed below the maps; metrics.json and the explorer have more.
+PRINTED_CONTROLS = ("brightness", "shuffled", "contrast", "centre", "other_network")
 # Rows whose numbers follow from their definition, or that are not about the network's own effects.
 HIDDEN_ROWS = ("ink", "uniform", "oracle", "untrained")
 # Settings that decide which images a network sees; they may differ when networks are compared.
@@ -311,8 +319,7 @@ def format_report(results: list[dict], path: str) -> str:
         )
     lines.append("")
     lines += table_lines(results)
-    lines.append("")
-    lines.append(f"All metrics are in {path}; the README says what each of them means.")
+    lines.append(f"Every metric is in {path}; docs/metrics.md says what they mean.")
     return "\n".join(lines)
 
 
@@ -357,9 +364,9 @@ def marks_sentence(marks: dict) -> str:
         for row, cell in marks["density"].items()
     ]
     return (
-        f"Does it take the shortcut? Without its mark, the feature of a canvas moves by "
-        f"{format_cell(marks['reliance'])} of the mean difference between two canvases (1 − cosine). "
-        f"How dense the maps are on the mark, compared with the whole image: {', '.join(densities)}."
+        f"Does it take the shortcut? Without its mark, a canvas's feature moves by "
+        f"{format_cell(marks['reliance'])} of the difference between two canvases. Density of the "
+        f"maps on the mark: {', '.join(densities)}."
     )
 
 
@@ -378,29 +385,21 @@ def table_lines(results: list[dict]) -> list[str]:
     lines = []
     for columns, key in ((CANVAS_COLUMNS, "matched"), (PHOTO_COLUMNS, "photographs")):
         numbered = [(number, result) for number, result in enumerate(results, 1) if key in result]
-        if numbered:
-            if lines:
-                lines.append("")
-            lines += heading_lines(columns, [result[key] for _, result in numbered])
+        if not numbered:
+            continue
+        if lines:
+            lines.append("")
+        lines += heading_lines(columns)
         for number, result in numbered:
             label = f"[{number}] " if len(results) > 1 else ""
-            lines += row_lines(columns, result, label)
+            for row in printed_rows(columns, result):
+                lines.append(row_line(columns, row, label))
+        lines.append(images_line(columns, [result[key] for _, result in numbered]))
     return lines
 
 
-def heading_lines(columns: list[Column], tables: list[dict]) -> list[str]:
-    """What stands above the rows of one or several tables."""
-    cells = tables[0]["mean"]
-    count = max(cell["images"] for cell in cells.values())
-    measured = cells[headline(tables[0])]["images"]
-    if columns is CANVAS_COLUMNS:
-        images = f"{count:,} canvases in the matched layout"
-        detail = f", {measured:,} with pairs of equal ink"
-    else:
-        images = "1 photograph" if count == 1 else f"{count:,} photographs"
-        detail = f", SRG of {measured:,}"
-    if len(tables) > 1:  # they may differ in this
-        detail = ""
+def heading_lines(columns: list[Column]) -> list[str]:
+    """What stands above the rows of a table."""
     titles = " " * ROW_WIDTH
     groups = titles
     for column in columns:
@@ -408,26 +407,12 @@ def heading_lines(columns: list[Column], tables: list[dict]) -> list[str]:
             groups = f"{groups:{len(titles)}}{column.group}"  # where its first column begins
         titles += f"{column.title:{column.width}}"
     groups = f"{groups:{len(titles)}}passes of"
-    return [
-        f"{images}{detail} [95% interval]",
-        groups,
-        f"{titles}the network",
-    ]
-
-
-def row_lines(columns: list[Column], result: dict, label: str) -> list[str]:
-    """The lines of a network in the printed table; with a `label` networks are compared."""
-    lines = []
-    for row in table_rows(columns, result, is_compared=bool(label)):
-        cells = [f"{cell:{column.width}}" for cell, column in zip(row.cells, columns)]
-        title = row.title if row.is_heading else f"{label}{row.title}"
-        lines.append(f"{title:{ROW_WIDTH}}{''.join(cells)}{row.passes}".rstrip())
-    return lines
+    return [groups, f"{titles}the network"]
 
 
 @dataclass
 class Row:
-    """A row of the table, as text."""
+    """A row of a table, as text."""
 
     title: str
     cells: list[str]  # one for each column; none in a heading
@@ -439,12 +424,48 @@ class Row:
         return not self.cells
 
 
-def table_rows(columns: list[Column], result: dict, is_compared: bool = False) -> list[Row]:
-    """The rows of a network: its maps, the best first, its heads, the controls, and its maps before
-    training.
+def row_line(columns: list[Column], row: Row, label: str = "") -> str:
+    """A row of the table, as a line of text."""
+    cells = [f"{cell:{column.width}}" for cell, column in zip(row.cells, columns)]
+    return f"{label + row.title:{ROW_WIDTH}}{''.join(cells)}{row.passes}".rstrip()
 
-    If networks are compared, each has fewer rows.
-    """
+
+def images_line(columns: list[Column], tables: list[dict]) -> str:
+    """What the numbers of one or several tables are of."""
+    cells = tables[0]["mean"]
+    count = max(cell["images"] for cell in cells.values())
+    measured = cells[headline(tables[0])]["images"]
+    if columns is CANVAS_COLUMNS:
+        images = f"{count:,} canvases"
+        detail = f", {measured:,} with pairs of equal ink"
+    else:
+        images = "1 photograph" if count == 1 else f"{count:,} photographs"
+        detail = f", SRG of {measured:,}"
+    if len(tables) > 1:  # they may differ in this
+        detail = ""
+    return f"{images}{detail}; [95% over these images]: other seeds differ by more."
+
+
+def make_row(columns: list[Column], table: dict, row: str, title: str | None = None) -> Row:
+    """A row of a network's table as text; `title` is another one than usual."""
+    cells = [format_cell(table[row].get(column.metric), column.with_interval) for column in columns]
+    return Row(title or title_of(row), cells, PASSES.get(row, ""), name_of(row))
+
+
+def printed_rows(columns: list[Column], result: dict) -> list[Row]:
+    """The rows that are printed: the maps, the best first, controls, attention before training."""
+    table = measured_table(result)
+    in_order = maps_in_order(table)
+    others = [row for row in (*NETWORK_ROWS, *PRINTED_CONTROLS) if row in table]
+    others = [row for row in others if row not in in_order]
+    rows = [make_row(columns, table, row) for row in [*in_order, *others]]
+    if "untrained" in result:
+        rows.append(make_row(columns, result["untrained"], "mean", "attention, untrained"))
+    return rows
+
+
+def table_rows(columns: list[Column], result: dict) -> list[Row]:
+    """All rows: the maps, the best first, heads, controls, and the maps before training."""
     table = measured_table(result)
     best_head = result.get("best_head")
     has_best_head = "head_2" in table and best_head is not None
@@ -457,22 +478,15 @@ def table_rows(columns: list[Column], result: dict, is_compared: bool = False) -
         title = title_of(row)
         if row == best_head and has_best_head:
             title += " (selective)"
-        if not is_compared or row in COMPARED_ROWS or row == best_head:
-            cells = cell_texts(columns, table[row])
-            rows.append(Row(title, cells, PASSES.get(row, ""), name_of(row)))
-    if "untrained" in result and not is_compared:
+        rows.append(make_row(columns, table, row, title))
+    if "untrained" in result:
         rows.append(Row("before training:", []))
         untrained = result["untrained"]
         for row in [*maps_in_order(untrained), "brightness"]:
             if row in untrained:
-                cells = cell_texts(columns, untrained[row])
-                rows.append(Row(f"  {title_of(row)}", cells, name=name_of(row)))
+                of_untrained = make_row(columns, untrained, row, f"  {title_of(row)}")
+                rows.append(replace(of_untrained, passes=""))
     return rows
-
-
-def cell_texts(columns: list[Column], cells: dict) -> list[str]:
-    """The cells of a row, as text."""
-    return [format_cell(cells.get(column.metric), column.with_interval) for column in columns]
 
 
 def columns_of(result: dict) -> list[Column]:
