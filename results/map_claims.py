@@ -16,16 +16,21 @@ from verdicts import (
     CONTRARY,
     HOLDS,
     LESS,
+    MAP_SEEDS,
     MORE,
     NO_EFFECT,
     OPEN,
     UNDECIDED,
+    format_interval,
     format_p,
+    mean_cells,
+    primary_of_seeds,
     sample,
     t_interval,
     table_row,
     table_rule,
 )
+from verdicts import CLAIMS as PAPER_CLAIMS
 
 SEEDS = range(70, 90)
 TEN_SEEDS = range(70, 80)
@@ -34,6 +39,26 @@ MARK_SEEDS = range(70, 76)
 MARK_ROWS = ("different", "shortcut-25", "shortcut-50", "shortcut-100")
 RESAMPLES = 10_000  # of a bootstrap or a permutation test
 DIFFERENT = "different from 0"  # what M9 expects
+
+# The rows of the table of maps, in its order.
+ROWS = (
+    "different",
+    "same",
+    "dino-different",
+    "supervised",
+    "depth-1",
+    "depth-3",
+    "depth-4",
+    "depth-6",
+)
+# Maps by what the tables call them: {name: row of metrics.json}.
+MAPS = {
+    "squared gradient": "squared_gradient",
+    "norm rollout": "norm_rollout",
+    "rollout": "rollout",
+    "attention": "mean",
+    "brightness": "brightness",
+}
 
 EQUAL_INK = "matched/{}/equal_ink"
 OBJECTS = "matched/{}/object_faithfulness"
@@ -179,7 +204,7 @@ def marks(runs):
     lines = [runs.get((row, seed), {}).get("marks") for row in MARK_ROWS for seed in MARK_SEEDS]
     lines = [line for line in lines if line]
     reliance = np.array([line["reliance"] for line in lines])
-    names = ("mean", "rollout", "norm_rollout", "squared_gradient")
+    names = [row for row in MAPS.values() if row != "brightness"]
     return reliance, {name: np.array([line["density"][name] for line in lines]) for name in names}
 
 
@@ -333,7 +358,7 @@ def set_holm_p(verdicts):
         verdict.holm_p = corrected
 
 
-# -------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------- the tables
 
 
 def claim_table(runs):
@@ -363,3 +388,99 @@ def claim_table(runs):
         cells = [name, claim.text, f"**{verdict.word}**", claim.quantity, interval]
         lines.append(table_row([*cells, count, p, equivalence]))
     return "\n".join(lines)
+
+
+def seeds_of(runs, row):
+    """Return the seeds of a row that have been run for this study; before that, those of a first
+    look, 60 to 64.
+    """
+    for seeds in (SEEDS, MAP_SEEDS):
+        done = [seed for seed in seeds if (row, seed) in runs]
+        if done:
+            return done
+    return []
+
+
+def map_table(runs):
+    """Return a table of how often each map orders two patches with equal ink rightly."""
+    titles = [*MAPS, "attention with direct effect, ρ", "direct share at each block"]
+    lines = [table_row(["row", "seeds", *titles]), table_rule(len(titles) + 2)]
+    rows = [row for row in ROWS if seeds_of(runs, row)]
+    for row in rows:
+        measures = [EQUAL_INK.format(name) for name in MAPS.values()]
+        measures.append("matched/mean/direct_faithfulness")
+        cells = mean_cells(runs, row, measures, seeds_of(runs, row))
+        lines.append(map_row(runs, row, [*cells, direct_shares(runs, row)]))
+    # Rows of one depth that differ in loss or views are the same before training.
+    for row in rows:
+        if row == "different" or row.startswith("depth"):
+            measures = [f"untrained/{name}/equal_ink" for name in MAPS.values()]
+            cells = mean_cells(runs, row, measures, seeds_of(runs, row))
+            lines.append(map_row(runs, row, [*cells, "–", "–"], note=" before training"))
+    return "\n".join(lines)
+
+
+def map_row(runs, row, cells, note=""):
+    """Return a row of the table of maps."""
+    seeds = seeds_of(runs, row)
+    return table_row([f"`{row}`{note}", f"{min(seeds)} to {max(seeds)}", *cells])
+
+
+def direct_shares(runs, row):
+    """Return the mean over seeds of the direct share at each block, as text."""
+    shares = list(sample(runs, row, "direct_share", seeds_of(runs, row)).values())
+    return ", ".join(f"{share:.2f}" for share in np.mean(shares, axis=0))
+
+
+def confirmation_table(runs):
+    """Return a table of C3 and C5, goals of the recipe, on the seeds of this study."""
+    lines = ["| | primary quantity | seeds | mean [95%] |", table_rule(4)]
+    for name in ("C3", "C5"):
+        claim = PAPER_CLAIMS[name]
+        values = list(primary_of_seeds(runs, claim, SEEDS).values())
+        cell = format_interval(claim, t_interval(values)) if len(values) > 1 else "–"
+        lines.append(table_row([name, claim.quantity, str(len(values)), cell]))
+    return "\n".join(lines)
+
+
+def initial_weights_cell(runs):
+    """Return how attention's patch faithfulness of `same` and `different` correlates over seeds."""
+    measure = "matched/mean/patch_faithfulness"
+    same = sample(runs, "same", measure, SEEDS)
+    different = sample(runs, "different", measure, SEEDS)
+    seeds = [seed for seed in SEEDS if seed in same and seed in different]
+    if len(seeds) < 3:
+        return "–"
+    x = np.array([same[seed] for seed in seeds])
+    y = np.array([different[seed] for seed in seeds])
+    return f"{spearman(x, y):.2f} over {len(seeds)} seeds"
+
+
+def mark_table(runs):
+    """Return a table of M8: reliance, densities and AUC of each map."""
+    reliance, density = marks(runs)
+    titles = ["row", "networks", "reliance"]
+    names = [name for name, row in MAPS.items() if row in density]
+    lines = [table_row([*titles, *names]), table_rule(len(titles) + len(names))]
+    for row in MARK_ROWS:
+        of_row = {key: runs[key] for key in runs if key[0] == row and key[1] in MARK_SEEDS}
+        row_reliance, row_density = marks(of_row)
+        if len(row_reliance):
+            cells = [f"`{row}`", str(len(row_reliance)), f"{row_reliance.mean():.2f}"]
+            cells += [f"{row_density[MAPS[name]].mean():.2f}" for name in names]
+            lines.append(table_row(cells))
+    if len(reliance) > 2:
+        aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
+        lines.append(table_row(["AUC", str(len(reliance)), "", *aucs]))
+    return "\n".join(lines)
+
+
+def page_blocks(runs):
+    """Return {name: text} of the marked places of the pages, as `verdicts.page_blocks` does."""
+    return {
+        "map claims": claim_table(runs),
+        "maps": map_table(runs),
+        "confirmation": confirmation_table(runs),
+        "initial weights": initial_weights_cell(runs),
+        "marks": mark_table(runs),
+    }

@@ -210,6 +210,63 @@ def test_networks_with_marks_are_found_in_all_four_rows():
     assert (verdict.count, verdict.value, verdict.word) == (24, 0.5, HOLDS)
 
 
+def test_the_table_of_maps_has_the_means_over_its_seeds():
+    runs = {}
+    for seed in (60, 61, 62, 63, 64):
+        maps = {"mean": {"selectivity": 1.5}, "rollout": {"equal_ink": 0.8 + 0.01 * (seed - 62)}}
+        line = {"matched": maps, "untrained": {"rollout": {"equal_ink": 0.6}}}
+        runs["different", seed] = line | {"direct_share": [1.0, 0.4 + 0.1 * (seed - 62)]}
+    runs["different", 10] = {"matched": {"mean": {}, "rollout": {"equal_ink": 0.1}}}
+
+    def cells_of(row):
+        (line,) = [
+            line
+            for line in map_claims.map_table(runs).splitlines()
+            if line.startswith(f"| {row} |")
+        ]
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    cells = cells_of("`different`")
+    assert cells[1] == "60 to 64"
+    half_width = stats.t.ppf(0.975, 4) * np.std([-0.02, -0.01, 0, 0.01, 0.02], ddof=1) / 5**0.5
+    assert cells[4] == f"0.80 [{0.8 - half_width:.2f}, {0.8 + half_width:.2f}]"
+    assert cells[-1] == "1.00, 0.40"
+    assert cells_of("`different` before training")[4].startswith("0.60 [")
+    # Once the study's own seeds have been run, they count alone.
+    runs["different", 70] = runs["different", 62]
+    assert cells_of("`different`")[1] == "70 to 70"
+    assert cells_of("`different`")[4] == "0.80"
+
+
+def test_the_table_of_marks_has_means_of_rows_and_the_auc_of_all():
+    runs = {}
+    for number, row in enumerate(map_claims.MARK_ROWS):
+        for seed in map_claims.MARK_SEEDS:
+            density = dict.fromkeys(("mean", "norm_rollout", "squared_gradient"), 2.0)
+            marks = {"reliance": 0.1 * number, "density": density | {"rollout": 1.0 + number}}
+            runs[row, seed] = {"matched": {}, "marks": marks}
+    lines = map_claims.mark_table(runs).splitlines()
+    assert lines[0] == (
+        "| row | networks | reliance | squared gradient | norm rollout | rollout | attention |"
+    )
+    assert lines[3] == "| `shortcut-25` | 6 | 0.10 | 2.00 | 2.00 | 2.00 | 2.00 |"
+    assert lines[-1] == "| AUC | 24 |  | 0.50 | 0.50 | 1.00 | 0.50 |"
+    assert len(map_claims.mark_table({}).splitlines()) == 2
+
+
+def test_c3_and_c5_are_shown_again_on_these_seeds():
+    runs = {}
+    for seed in map_claims.SEEDS:
+        brightness = {"selectivity": 1.4}
+        same = {"mean": {"selectivity": 1.4 + 0.001 * (seed % 2)}, "brightness": brightness}
+        runs["same", seed] = {"matched": same}
+        runs["different", seed] = {"matched": {"mean": {"selectivity": 2.1}}}
+    first, second = map_claims.confirmation_table(runs).splitlines()[2:]
+    assert first.startswith("| C3 | selectivity, same views ÷ brightness | 20 | 1.00 [1.00, 1.00]")
+    assert second.startswith("| C5 | selectivity, different ÷ same views | 20 | 1.50 [")
+    assert map_claims.confirmation_table({}).count("| 0 | – |") == 2
+
+
 def test_the_committed_primaries_recomputed_in_numpy():
     """In a dozen lines, straight from study.json, for the claims whose runs are complete."""
     lines = json.loads(study.STUDY_FILE.read_text())
