@@ -69,8 +69,8 @@ def verdict(result: dict) -> str:
     brightness = table["brightness"]["selectivity"]["value"]
     density = table["mean"]["digit_density"]
     numbers = (
-        f"attention is {format_cell(selectivity)} times as dense on the digit as on the clutter "
-        f"(brightness: {brightness:.2f})"
+        f"gets {format_cell(selectivity)} times the density of the clutter (brightness: "
+        f"{brightness:.2f})"
     )
     beats_brightness = is_above(table, "mean", "brightness")
     beats_position = is_above(table, "mean", "shuffled")  # the network's maps of other images
@@ -82,24 +82,23 @@ def verdict(result: dict) -> str:
         )
     elif beats_brightness and beats_position:
         looks_at_digit = True
-        answer = f"At the digit: {numbers}."
+        answer = f"At the digit: it {numbers}."
         if not is_above(table, "mean", "brightness", "auroc"):
             answer = (
-                f"At parts of the digit: {numbers}, but it does not rank the digit's pixels higher "
-                f"than brightness does."
+                f"At parts of the digit: it {numbers}, but its pixels rank no higher than by "
+                f"brightness."
             )
     elif is_below_one(selectivity):
-        answer = f"At the clutter more than at the digit: {numbers}."
+        answer = f"At the clutter more than at the digit, which {numbers}."
     elif beats_position:
-        answer = f"At anything bright: {numbers}."
+        answer = f"At anything bright: the digit {numbers}."
     else:
-        answer = f"Wherever digits usually are: {numbers}, which position alone explains."
+        answer = f"Wherever digits usually are: the digit {numbers}."
 
     head = result["best_head"]
     head_does = is_above(table, head, "brightness") and is_above(table, head, "shuffled")
     if head_does and not looks_at_digit:
-        cell = format_cell(table[head]["selectivity"])
-        answer += f" But {title_of(head)} on its own does look at the digit: {cell}."
+        answer += f" In {title_of(head)} alone: {format_cell(table[head]['selectivity'])}."
     return f"{question} {answer}"
 
 
@@ -236,14 +235,8 @@ def attention_sentence(result: dict) -> str:
     share = f"{result['direct_share'][-1]['value']:.0%} of the effects"
     correlation = table["mean"]["direct_faithfulness"]["value"]
     if (correlation or 0) < DESCRIBES:
-        return (
-            f"Attention{value} hardly describes even what passes straight into the last block, "
-            f"{share}."
-        )
-    return (
-        f"Attention{value} describes what passes straight into the last block, {share}; earlier "
-        f"blocks have mixed the rest into other tokens."
-    )
+        return f"Attention{value} hardly sees what passes straight into the last block, {share}."
+    return f"Attention{value} sees what passes straight into the last block, {share}."
 
 
 def epoch_text(config: Config, line: dict) -> str:
@@ -252,7 +245,8 @@ def epoch_text(config: Config, line: dict) -> str:
     parts = [f"loss {line['loss']:.3f}"]
     selectivity = validation["mean"].get("selectivity")
     if selectivity:  # photographs have none
-        parts.append(f"selectivity {selectivity:.2f}")
+        brightness = validation["brightness"]["selectivity"]
+        parts.append(f"selectivity {selectivity:.2f} (brightness {brightness:.2f})")
     parts.append(f"mean cosine {validation['mean_cosine']:.2f}")
     if config.loss == "dino":
         parts.append(f"teacher's mean entropy {validation['mean_entropy']:.2f} ln K")
