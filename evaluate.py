@@ -81,8 +81,7 @@ def measure_attention(
     effects: CanvasEffects | TokenEffects | None = None,
     resamples: int = 1000,
 ) -> dict:
-    """Every metric of a network's maps, and of its baselines (section "How attention is measured"
-    of the README).
+    """Every metric of a network's maps, and of its baselines (see docs/metrics.md).
 
     `effects` are of the first of the observed images. Returns {row: {metric: cell}}, where a cell
     is {"value", "low", "high", "images"}. The metrics are entropy; for networks diversity; for

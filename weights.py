@@ -359,7 +359,7 @@ def load_backbone(
         if len(reason) > LONGEST_REASON:
             reason = reason[: LONGEST_REASON - 1] + "…"
         raise ValueError(
-            f"{path}: unsupported checkpoint; the README lists what can be read ({reason})"
+            f"{path}: unsupported checkpoint; docs/weights.md lists what can be read ({reason})"
         ) from error
 
 

@@ -502,21 +502,16 @@ def run_again(args, row, seed):
 # ------------------------------------------------------------------- pages and small checkpoints
 
 
-def page_blocks(study, figure_folder):
+def page_blocks(study):
     """Return {name: text} of the marked places of all pages."""
-    return verdicts.page_blocks(study, figure_folder) | map_claims.page_blocks(study["laptop"])
+    return verdicts.page_blocks(study) | map_claims.page_blocks(study["laptop"])
 
 
 def write_pages(study):
     """Write the tables into the pages, and draw the figures."""
-    figure_folders = {
-        RESULTS / "README.md": "figures/",
-        RESULTS / "claims.md": "figures/",
-        RESULTS / "tables.md": "figures/",
-        ROOT / "README.md": "results/figures/",
-    }
-    for page, figure_folder in figure_folders.items():
-        blocks = page_blocks(study, figure_folder)
+    blocks = page_blocks(study)
+    for name in ("README.md", "claims.md", "tables.md"):
+        page = RESULTS / name
         page.write_text(verdicts.fill_page(page.read_text(), blocks))
     figures.draw_all(study["laptop"], RESULTS / "figures")
 

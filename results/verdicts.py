@@ -597,7 +597,7 @@ def table_rule(columns):
     return "|" + "---|" * columns
 
 
-def verdict_table(runs, figure_folder):
+def verdict_table(runs):
     """Return the table of the claims, with one line each."""
     lines = [
         "| | claim | | primary quantity | mean [95%] | seeds | p (Holm), by flips | |",
@@ -614,7 +614,7 @@ def verdict_table(runs, figure_folder):
         if verdict.interval:
             interval = interval_cell(runs, claim, verdict)
             p = f"{format_p(verdict.holm_p)}, {format_p(verdict.flip_p)}"
-            figure = f"[figure]({figure_folder}{name}.png)"
+            figure = f"[figure](figures/{name}.png)"
             if name in remarks:
                 word += f": {remarks[name]}"
         cells = [name, claim.text, word, claim.quantity]
@@ -913,11 +913,8 @@ def search_table(runs):
 # ------------------------------------------------------------------------------------- the pages
 
 
-def page_blocks(study, figure_folder):
-    """Return {name: text} of the marked places of the pages.
-
-    `study` is {preset: runs}. `figure_folder` leads from the page to the figures.
-    """
+def page_blocks(study):
+    """Return {name: text} of the marked places of the pages; `study` is {preset: runs}."""
     runs = study["laptop"]
     return {
         "rows": row_table(runs, COLUMNS),
@@ -928,7 +925,7 @@ def page_blocks(study, figure_folder):
         "references": reference_table(runs),
         "samples": sample_table(runs),
         "paper scale": paper_scale_section(study["paper"]),
-        "verdicts": verdict_table(runs, figure_folder),
+        "verdicts": verdict_table(runs),
         "dose": dose_table(runs),
     }
 

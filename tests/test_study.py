@@ -39,7 +39,7 @@ def committed():
 @pytest.mark.parametrize("page", ["README.md", "claims.md", "tables.md"])
 def test_the_pages_show_what_the_runs_give(committed, page):
     text = (ROOT / "results" / page).read_text()
-    blocks = study.page_blocks(committed, "figures/")
+    blocks = study.page_blocks(committed)
     assert verdicts.fill_page(text, blocks) == text
     # A number that somebody changes by hand is restored.
     written = "\n".join(blocks.values())
@@ -414,14 +414,14 @@ def test_the_table_of_verdicts_says_how_sure_they_are(monkeypatch):
     assert judged["Q1"] == verdicts.Verdict(seeds=0, word="open")
     assert judged["C5"].word == "undecided"
     assert judged["F1"].holm_p == pytest.approx(16 * judged["F1"].p)
-    lines = {line.split(" | ")[0]: line for line in verdicts.verdict_table({}, "f/").splitlines()}
+    lines = {line.split(" | ")[0]: line for line in verdicts.verdict_table({}).splitlines()}
     assert "**open** |" in lines["| Q1"]
     assert "**undecided** so far (all seeds alike) |" in lines["| F4"]
     seeds = judged["C5"].forecast.seeds
     assert f"**undecided** so far (as it is, {seeds} seeds: holds): its size" in lines["| C5"]
     # Flipping the signs of five values cannot give a p below .06, so the tests disagree.
     assert "**holds** so far ¹ |" in lines["| F1"]
-    assert "[figure](f/F1.png)" in lines["| F1"]
+    assert "[figure](figures/F1.png)" in lines["| F1"]
 
 
 def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
@@ -436,7 +436,7 @@ def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
     second[59] = 0.3
     assert verdicts.primary({}, CLAIMS["F1"]) == second
     assert verdicts.primary({}, CLAIMS["C5"]) == first
-    line = verdicts.verdict_table({}, "figures/").splitlines()[2]
+    line = verdicts.verdict_table({}).splitlines()[2]
     assert "**holds** |" in line
     assert "+0.309 [" in line
     assert "; first ten: +0.054 [" in line

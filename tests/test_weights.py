@@ -1242,7 +1242,9 @@ REFUSED_LAYOUTS = refused_layouts()
 
 @pytest.mark.parametrize("named", REFUSED_LAYOUTS)
 def test_what_would_change_the_network_is_refused_by_name(tmp_path, named):
-    with pytest.raises(ValueError, match="w.pth: unsupported checkpoint; the README ") as error:
+    with pytest.raises(
+        ValueError, match="w.pth: unsupported checkpoint; docs/weights.md "
+    ) as error:
         load(tmp_path, REFUSED_LAYOUTS[named])
     message = str(error.value)
     assert named in message
