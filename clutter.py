@@ -20,7 +20,7 @@ from settings import Config
 
 DIGIT_SIZE = 28  # MNIST's, pixels
 MIN_WINDOW_INK = 5  # ink pixels that a distractor must hold
-WINDOW_TRIES = 16  # one 9×9 window in nine holds fewer; that all 16 do happens once in 10¹⁵
+WINDOW_TRIES = 16  # one 9×9 window in five holds fewer; all 16 do four times in 10¹²
 INK_LEVEL = 127  # a pixel of 0 to 255 is ink if it is above this, so above 0.5 in [0, 1]
 TEXTURES = ("grating", "checks", "dots", "rings", "noise", "blobs")
 MARK_SIZE = 9  # pixels, so that a mark is as large as a distractor

@@ -528,7 +528,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=map_names,
         metavar="NAME,…",
         help=f"the columns of the figure: {', '.join(MAP_NAMES)} [brightness, attention, the map to "
-        "believe, effect, heads]; without effect, pictures are drawn quickly and there is no report",
+        "believe, effect, heads]; with --images there is then no report, and without effect it is quick",
     )
     parser.add_argument(
         "--no-measure",
