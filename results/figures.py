@@ -55,8 +55,8 @@ GROUP_STYLES = {
     SUPERVISED: (GREEN, "^"),
     DEEPER: (PURPLE, "D"),
 }
-# The kind of each row of either sample whose images are those of the preset. The values of rows with
-# other images (a texture, 28 or 84 px) cannot be compared with these.
+# The kind of each row of either sample whose images are those of the preset. The values of rows
+# with other images (a texture, 28 or 84 px) cannot be compared with these.
 GROUP_OF_ROW = {
     "different": DIFFERENT_VIEWS,
     "different-long": DIFFERENT_VIEWS,
@@ -355,7 +355,7 @@ def draw_forest(topic, panels):
 
 
 def draw_forest_line(axes, y, line):
-    """Draw margin, null, interval and mean; on the left what was claimed, on the right the result."""
+    """Draw margin, null, interval and mean. Left: the claim. Right: the result."""
     if line.margin:
         left, right = line.margin
         axes.barh(y, right - left, height=0.8, left=left, color=MARGIN_COLOR)
