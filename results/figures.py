@@ -592,18 +592,11 @@ def draw_training(runs):
 # --------------------------------------------------------------------------- maps and their depth
 
 
-def seeds_of_maps(runs, row):
-    """Return the seeds of the study of maps if a row has runs there, else those of before."""
-    if any((row, seed) in runs for seed in map_claims.SEEDS):
-        return map_claims.SEEDS
-    return verdicts.MAP_SEEDS
-
-
 def values_by_depth(runs, measure):
     """Return {number of blocks: array of a measure, one entry a network}."""
     values = {}
     for depth, row in DEPTH_ROWS.items():
-        of_row = verdicts.sample(runs, row, measure, seeds_of_maps(runs, row))
+        of_row = verdicts.sample(runs, row, measure, map_claims.seeds_of(runs, row))
         if of_row:
             values[depth] = np.array(list(of_row.values()))
     return values
@@ -713,7 +706,7 @@ def draw_direct_share(runs):
 def draw_shortcut(runs):
     """Draw whether a map is denser on a mark the more a network relies on it: a panel a map."""
     reliance, density = map_claims.marks(runs)
-    if len(reliance) < 2:
+    if len(reliance) < map_claims.CLAIMS["M8"].planned:
         return None
     of_rows = {}
     for row in map_claims.MARK_ROWS:

@@ -391,14 +391,15 @@ def claim_table(runs):
 
 
 def seeds_of(runs, row):
-    """Return the seeds of a row that have been run for this study; before that, those of a first
-    look, 60 to 64.
+    """Return the seeds of a row that the tables and figures show.
+
+    They are those of this study once all of them have been run, so that nobody reads half a result;
+    before that, those of a first look, 60 to 64.
     """
-    for seeds in (SEEDS, MAP_SEEDS):
-        done = [seed for seed in seeds if (row, seed) in runs]
-        if done:
-            return done
-    return []
+    planned = SEEDS if row in ("different", "same") else TEN_SEEDS
+    if all((row, seed) in runs for seed in planned):
+        return list(planned)
+    return [seed for seed in MAP_SEEDS if (row, seed) in runs]
 
 
 def map_table(runs):
@@ -438,7 +439,8 @@ def confirmation_table(runs):
     for name in ("C3", "C5"):
         claim = PAPER_CLAIMS[name]
         values = list(primary_of_seeds(runs, claim, SEEDS).values())
-        cell = format_interval(claim, t_interval(values)) if len(values) > 1 else "–"
+        is_complete = len(values) == len(SEEDS)
+        cell = format_interval(claim, t_interval(values)) if is_complete else "–"
         lines.append(table_row([name, claim.quantity, str(len(values)), cell]))
     return "\n".join(lines)
 
@@ -449,7 +451,7 @@ def initial_weights_cell(runs):
     same = sample(runs, "same", measure, SEEDS)
     different = sample(runs, "different", measure, SEEDS)
     seeds = [seed for seed in SEEDS if seed in same and seed in different]
-    if len(seeds) < 3:
+    if len(seeds) < len(SEEDS):
         return "–"
     x = np.array([same[seed] for seed in seeds])
     y = np.array([different[seed] for seed in seeds])
@@ -457,21 +459,21 @@ def initial_weights_cell(runs):
 
 
 def mark_table(runs):
-    """Return a table of M8: reliance, densities and AUC of each map."""
+    """Return a table of M8: reliance, densities and AUC of each map, once all runs are there."""
     reliance, density = marks(runs)
+    if len(reliance) < CLAIMS["M8"].planned:
+        return "Its runs are not complete."
     titles = ["row", "networks", "reliance"]
     names = [name for name, row in MAPS.items() if row in density]
     lines = [table_row([*titles, *names]), table_rule(len(titles) + len(names))]
     for row in MARK_ROWS:
         of_row = {key: runs[key] for key in runs if key[0] == row and key[1] in MARK_SEEDS}
         row_reliance, row_density = marks(of_row)
-        if len(row_reliance):
-            cells = [f"`{row}`", str(len(row_reliance)), f"{row_reliance.mean():.2f}"]
-            cells += [f"{row_density[MAPS[name]].mean():.2f}" for name in names]
-            lines.append(table_row(cells))
-    if len(reliance) > 2:
-        aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
-        lines.append(table_row(["AUC", str(len(reliance)), "", *aucs]))
+        cells = [f"`{row}`", str(len(row_reliance)), f"{row_reliance.mean():.2f}"]
+        cells += [f"{row_density[MAPS[name]].mean():.2f}" for name in names]
+        lines.append(table_row(cells))
+    aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
+    lines.append(table_row(["AUC", str(len(reliance)), "", *aucs]))
     return "\n".join(lines)
 
 
