@@ -69,8 +69,8 @@ def verdict(result: dict) -> str:
     brightness = table["brightness"]["selectivity"]["value"]
     density = table["mean"]["digit_density"]
     numbers = (
-        f"gets {format_cell(selectivity)} times the density of the clutter (brightness: "
-        f"{brightness:.2f})"
+        f"attention is {format_cell(selectivity)} times as dense on the digit as on the clutter "
+        f"(brightness: {brightness:.2f})"
     )
     beats_brightness = is_above(table, "mean", "brightness")
     beats_position = is_above(table, "mean", "shuffled")  # the network's maps of other images
@@ -82,23 +82,22 @@ def verdict(result: dict) -> str:
         )
     elif beats_brightness and beats_position:
         looks_at_digit = True
-        answer = f"At the digit: it {numbers}."
+        answer = f"At the digit: {numbers}."
         if not is_above(table, "mean", "brightness", "auroc"):
-            answer = (
-                f"At parts of the digit: it {numbers}, but its pixels rank no higher than by "
-                f"brightness."
-            )
+            disagreement = "but brightness ranks the digit's pixels as high"
+            answer = f"At parts of the digit: {numbers}, {disagreement}."
     elif is_below_one(selectivity):
-        answer = f"At the clutter more than at the digit, which {numbers}."
+        answer = f"At the clutter more than at the digit: {numbers}."
     elif beats_position:
-        answer = f"At anything bright: the digit {numbers}."
+        answer = f"At anything bright: {numbers}."
     else:
-        answer = f"Wherever digits usually are: the digit {numbers}."
+        answer = f"Not clearly at the digit: {numbers}; position alone may explain this."
 
     head = result["best_head"]
     head_does = is_above(table, head, "brightness") and is_above(table, head, "shuffled")
     if head_does and not looks_at_digit:
-        answer += f" In {title_of(head)} alone: {format_cell(table[head]['selectivity'])}."
+        cell = format_cell(table[head]["selectivity"])
+        answer += f" But {title_of(head)} on its own does look at the digit: {cell}."
     return f"{question} {answer}"
 
 
@@ -156,11 +155,11 @@ def belief(result: dict) -> str:
         answer = answer_by_equal_ink(table, rows)
     else:
         answer = answer_by_srg(table, rows)
-    return f"{question} {answer} {attention_sentence(result)}"
+    return f"{question} {answer} {attention_sentence(result, rows)}"
 
 
 def answer_by_equal_ink(table: dict, rows: list[str]) -> str:
-    """The best map by what maps know about patches of one canvas with equal ink; `rows` in order."""
+    """The best map by what maps know about patches with equal ink; `rows` are in order."""
     best = rows[0]
     cell = table[best]["equal_ink"]
     share = f"{cell['value']:.0%} of the time"
@@ -169,11 +168,13 @@ def answer_by_equal_ink(table: dict, rows: list[str]) -> str:
     finding = f"of two patches with equal ink it picks the one that matters more {share}"
     if cell["low"] <= 0.5:
         return (
-            f"None clearly: {title_of(best)} is the best, and {finding}, hardly more than chance."
+            f"None clearly: {title_of(best)} is the best, and {finding}, not clearly more than by "
+            f"chance."
         )
     if not is_above(table, best, "brightness", "equal_ink"):
         return (
-            f"None clearly: {title_of(best)} is the best, and {finding}; brightness does as well."
+            f"None clearly: {title_of(best)} is the best, and {finding}, but brightness "
+            f"({headline_value(table, 'brightness')}) is not clearly worse."
         )
     return f"{as_title(best)}: {finding}. {cheaper_map(table, rows)}"
 
@@ -189,12 +190,13 @@ def answer_by_srg(table: dict, rows: list[str]) -> str:
     of_control += f" ({decimal(table[control]['srg']['value'])})"
     if not is_above(table, best, control, "srg"):
         return (
-            f"None clearly: {title_of(best)} is the best (SRG {decimal(cell['value'])}), but hardly "
-            f"better than {of_control}."
+            f"None clearly: {title_of(best)} is the best (SRG {decimal(cell['value'])}), but not "
+            f"clearly better than {of_control}."
         )
     return (
         f"{as_title(best)}: if patches are left out in its order, the feature moves soonest (SRG "
-        f"{decimal(cell['value'])}), sooner than in that of {of_control}. {cheaper_map(table, rows)}"
+        f"{decimal(cell['value'])}), sooner than in that of {of_control}. "
+        f"{cheaper_map(table, rows)}"
     )
 
 
@@ -211,11 +213,16 @@ def headline_value(table: dict, row: str) -> str:
     return f"{value:.0%}" if metric == "equal_ink" else decimal(value)
 
 
+def cheapest_of(rows: list[str]) -> str:
+    """The best map that costs one forward pass; `rows` are in order."""
+    return next(row for row in rows if PASSES[row] == ONE_PASS)
+
+
 def cheaper_map(table: dict, rows: list[str]) -> str:
     """A sentence on the best map that costs one forward pass; `rows` are in order."""
     metric = headline(table)
     best = rows[0]
-    cheapest = next(row for row in rows if PASSES[row] == ONE_PASS)
+    cheapest = cheapest_of(rows)
     if best == cheapest:
         return "It costs one forward pass."
     gap = table[best][metric]["value"] - table[cheapest][metric]["value"]
@@ -224,19 +231,22 @@ def cheaper_map(table: dict, rows: list[str]) -> str:
     return f"{as_title(cheapest)} ({value}) is {quality} and costs one forward pass."
 
 
-def attention_sentence(result: dict) -> str:
-    """What share of the effects attention of the last block can see."""
+def attention_sentence(result: dict, rows: list[str]) -> str:
+    """What share of the effects attention of the last block can see; `rows` are in order."""
     if len(result["direct_share"]) == 1:
         return "The network has a single block, so attention sees all that its feature depends on."
     table = measured_table(result)
     value = ""
-    if table["mean"].get(headline(table), NO_CELL)["value"] is not None:
+    if "mean" in rows and cheapest_of(rows) != "mean":  # else the answer names it, if any map
         value = f" ({headline_value(table, 'mean')})"
     share = f"{result['direct_share'][-1]['value']:.0%} of the effects"
     correlation = table["mean"]["direct_faithfulness"]["value"]
     if (correlation or 0) < DESCRIBES:
-        return f"Attention{value} hardly sees what passes straight into the last block, {share}."
-    return f"Attention{value} sees what passes straight into the last block, {share}."
+        return (
+            f"Attention{value} hardly describes even what passes straight into the last block, "
+            f"{share}."
+        )
+    return f"Attention{value} describes only what passes straight into the last block, {share}."
 
 
 def epoch_text(config: Config, line: dict) -> str:
@@ -353,14 +363,17 @@ def sentences(result: dict) -> list[str]:
 
 def marks_sentence(marks: dict) -> str:
     """How much the network relies on the marks of --shortcut, and how much its maps say so."""
+    question = "Does it take the shortcut?"
+    if marks["reliance"]["value"] is None:
+        return f"{question} This cannot be told: all canvases have the same feature."
     densities = [
         f"{title_of(row)} {format_cell(cell, with_interval=False)}"
         for row, cell in marks["density"].items()
     ]
     return (
-        f"Does it take the shortcut? Without its mark, a canvas's feature moves by "
+        f"{question} Without its mark, a canvas's feature moves by "
         f"{format_cell(marks['reliance'])} of the difference between two canvases. Density of the "
-        f"maps on the mark: {', '.join(densities)}."
+        f"maps on the mark (uniform: 1): {', '.join(densities)}."
     )
 
 
@@ -437,6 +450,8 @@ def images_line(columns: list[Column], tables: list[dict]) -> str:
         detail = f", SRG of {measured:,}"
     if len(tables) > 1:  # they may differ in this
         detail = ""
+    if all(table["mean"][headline(table)]["low"] is None for table in tables):
+        return f"{images}{detail}."
     return f"{images}{detail}; [95% over these images]: other seeds differ by more."
 
 

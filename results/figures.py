@@ -109,6 +109,7 @@ MARK_STYLES = {
 SELECTIVITY_LABEL = "selectivity: density of attention\non the digit ÷ on clutter"
 AUROC_LABEL = "AUROC: how often a pixel of the digit\ngets more attention than one of clutter"
 FAITHFULNESS_LABEL = "patch faithfulness: rank correlation\nwith the effect of blackening a patch"
+OBJECT_LABEL = "object faithfulness: rank correlation\nwith the effect of leaving out a distractor"
 DENSITY_LABEL = "density of attention far from ink\n(1: as much as a uniform map)"
 
 
@@ -121,8 +122,8 @@ class Picture:
 
 
 PICTURES = {
-    "F1": Picture(FAITHFULNESS_LABEL, ("brightness", "attention")),
-    "F2": Picture(FAITHFULNESS_LABEL, ("same views", "different views")),
+    "F1": Picture(OBJECT_LABEL, ("brightness", "attention")),
+    "F2": Picture(OBJECT_LABEL, ("same views", "different views")),
     "F3": Picture(FAITHFULNESS_LABEL, ("attention", "rollout")),
     "F4": Picture(
         "density far from ink of the head\nthat has most of it (past the ink: above 1)",

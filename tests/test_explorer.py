@@ -202,20 +202,25 @@ def test_every_map_and_every_column_is_explained():
     assert {column.metric for column in columns} == set(explorer.METRIC_HELP)
 
 
-def test_the_table_is_that_of_the_report(few_images):
+def test_the_table_has_the_rows_of_the_report_and_more(few_images):
     model = model_of(SHIPPED / "different.pth")
     result = evaluate.evaluate(
         model.name, model.config, model.history, model.backbone, model.splits
     ).result
     table = explorer.table_content(result)
-    printed = report.format_report([result], "metrics.json")
     assert table["columns"][0]["text"] == "equal ink"
-    assert len(table["rows"]) > 10
-    for row in table["rows"]:
-        line = next(line for line in printed.splitlines() if line.startswith(row["text"]))
-        assert len(row["cells"]) in (0, len(table["columns"]))
-        assert line.split() == " ".join([row["text"], *row["cells"]]).split()
-        printed = printed.replace(line, "", 1)
+    assert all(len(row["cells"]) in (0, len(table["columns"])) for row in table["rows"])
+    rows = {row["text"]: row["cells"] for row in table["rows"]}
+    assert {"random", "before training:"} <= rows.keys()
+    assert sum(title.startswith("head ") for title in rows) == 3
+    lines = report.format_report([result], "metrics.json").splitlines()
+    maps = ["attention", "rollout", "norm rollout", "squared gradient"]
+    for title in [*maps, "brightness", "shuffled"]:
+        (line,) = [line for line in lines if line.startswith(f"{title}  ")]
+        assert line.split() == " ".join([title, *rows[title]]).split()
+    (line,) = [line for line in lines if line.startswith("attention, untrained")]
+    assert line.endswith("1 forward")  # the page leaves this out
+    assert line.split()[2:-2] == " ".join(rows["  attention"]).split()
     explained = {row["text"]: row["help"] for row in table["rows"]}
     assert explained["squared gradient"] == explorer.MAP_HELP["squared_gradient"]
     assert explorer.measured_on(result).startswith("On 16 test canvases")

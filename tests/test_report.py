@@ -27,6 +27,7 @@ def around(value: float | None) -> dict:
 
 NOTHING = (None, None, None)
 ABOVE_BRIGHTNESS = (1.9, 1.8, 2.0)  # a selectivity (value, low, high)
+HIGH_AUROC = cell(0.7, 0.69, 0.71)  # above that of brightness in `SAME_IN_ALL_ROWS`
 EQUAL_INK = {
     "mean": 0.55,
     "rollout": 0.6,
@@ -142,35 +143,30 @@ def picture_result(srg=SRG) -> dict:
 @pytest.mark.parametrize(
     "mean, answer",
     [
-        (
-            ABOVE_BRIGHTNESS,
-            "At the digit. Attention is 1.90 [1.80, 2.00] times as dense on the digit",
-        ),
+        (ABOVE_BRIGHTNESS, "At the digit: attention is 1.90 [1.80, 2.00]"),
         # its interval touches that of brightness
-        ((1.5, 1.35, 1.6), "At anything bright: attention is not clearly more selective than"),
-        (
-            (1.0, 0.95, 1.05),
-            "Attention is not clearly more selective than position alone explains. Attention is",
-        ),
-        ((0.8, 0.7, 0.9), "At the clutter more than at the digit. Attention is 0.80 [0.70, 0.90]"),
-        (NOTHING, "This cannot be told: no canvas has both a digit and clutter."),
+        ((1.5, 1.35, 1.6), "At anything bright: attention is 1.50 [1.35, 1.60]"),
+        ((1.0, 0.95, 1.05), "Not clearly at the digit: attention is 1.00 [0.95, 1.05]"),
+        ((0.8, 0.7, 0.9), "At the clutter more than at the digit: attention is 0.80 [0.70, 0.90]"),
     ],
 )
 def test_the_verdict_in_plain_words(mean, answer):
-    text = report.verdict(result_of(mean))
-    assert text.startswith(f"Where does it look? {answer}")
-    assert "But head" not in text
-    if mean != NOTHING:
-        assert "as dense on the digit as on the clutter; brightness alone would give 1.30." in text
-        assert text.endswith(
-            "Leaving out a piece of the digit moves the feature, per ink pixel, 2.34 [2.20, 2.50] "
-            "times as far as leaving out a distractor."
-        )
+    result = result_of(mean)
+    result["matched"]["mean"]["auroc"] = HIGH_AUROC
+    numbers = "times as dense on the digit as on the clutter (brightness: 1.30)"
+    end = "; position alone may explain this." if "Not clearly" in answer else "."
+    assert report.verdict(result) == f"Where does it look? {answer} {numbers}{end}"
+
+
+def test_the_verdict_without_canvases_that_have_both_a_digit_and_clutter():
+    assert report.verdict(result_of(NOTHING)) == (
+        "Where does it look? This cannot be told: no canvas has both a digit and clutter."
+    )
 
 
 def test_the_verdict_names_a_head_that_looks_at_the_digit_although_their_mean_does_not():
     text = report.verdict(result_of((1.2, 1.15, 1.25), best=(2.0, 1.9, 2.1)))
-    assert "But head 2 on its own does look at the digit: 2.00 [1.90, 2.10]. Leaving out" in text
+    assert text.endswith("But head 2 on its own does look at the digit: 2.00 [1.90, 2.10].")
     text = report.verdict(result_of(ABOVE_BRIGHTNESS, best=(2.0, 1.9, 2.1)))
     assert "But head" not in text
     # above brightness, but not above the network's maps of other images
@@ -194,21 +190,28 @@ def test_attention_to_the_clutter_alone_does_not_avoid_the_ink():
     result["matched"]["mean"]["digit_density"] = cell(0.8, 0.7, 0.9)
     result["matched"]["mean"]["clutter_density"] = cell(2.0, 1.9, 2.1)
     text = report.verdict(result)
-    assert text.startswith("Where does it look? At the clutter more than at the digit.")
+    assert text.startswith("Where does it look? At the clutter more than at the digit:")
 
 
 def test_the_verdict_requires_more_than_position_explains():
     # above brightness, but not above the maps of other images
     text = report.verdict(result_of(ABOVE_BRIGHTNESS, shuffled=(1.8, 1.7, 1.9)))
-    assert "Attention is not clearly more selective than position alone explains." in text
+    assert text.startswith("Where does it look? Not clearly at the digit: attention is 1.90")
+    assert text.endswith("position alone may explain this.")
 
 
-def test_the_verdict_says_if_auroc_does_not_agree():
-    result = result_of(ABOVE_BRIGHTNESS)
-    disagreement = "By auroc, which compares ranks only, it is not above brightness."
-    assert disagreement in report.verdict(result)
-    result["matched"]["mean"]["auroc"] = cell(0.7, 0.69, 0.71)
-    assert disagreement not in report.verdict(result)
+def test_attention_above_brightness_by_selectivity_alone_looks_at_parts_of_the_digit():
+    """Auroc, which compares ranks of pixels, does not agree."""
+    result = result_of(ABOVE_BRIGHTNESS, best=(2.0, 1.9, 2.1))
+    assert report.verdict(result) == (
+        "Where does it look? At parts of the digit: attention is 1.90 [1.80, 2.00] times as dense "
+        "on the digit as on the clutter (brightness: 1.30), but brightness ranks the digit's "
+        "pixels as high."
+    )
+    result["matched"]["mean"]["auroc"] = HIGH_AUROC
+    text = report.verdict(result)
+    assert text.startswith("Where does it look? At the digit: attention is 1.90")
+    assert "ranks" not in text
 
 
 def test_intervals_are_compared_as_they_are_printed():
@@ -276,52 +279,44 @@ def test_there_is_no_best_map_if_no_map_has_a_value():
     assert report.best_map(photographs_result(dict.fromkeys(SRG))) is None
 
 
-EQUAL_INK_SENTENCE = (
-    "Which map should you believe? Of two patches with equal ink, the one with more of the map "
-    "matters more: "
-)
-DIRECT = (
-    "20% of its effect is left. This is the part that attention could describe, but hardly does "
-    "(rank correlation 0.35); the rest is due to what earlier blocks mix into other tokens."
-)
-OF_CANVASES = "If a patch changes its own token alone, at the input of the last block, "
-OF_PHOTOGRAPHS = "If a patch is left out for the last block alone, "
-DIRECT_SENTENCE = f"{OF_CANVASES}{DIRECT}"
-CAVEAT = "Intervals are over the images of this one network; other seeds differ by more."
+QUESTION = "Which map should you believe?"
+FINDING = "of two patches with equal ink it picks the one that matters more"
+HARDLY = "hardly describes even what passes straight into the last block, 20% of the effects."
+ATTENTION = f"Attention (55%) {HARDLY}"
 
 
 def test_all_that_is_said_about_which_map_to_believe():
     assert report.belief(result_of()) == (
-        f"{EQUAL_INK_SENTENCE}75% of the time for squared gradient, 65% for norm rollout, 60% for "
-        f"rollout, 55% for attention (brightness 51%, chance 50%). Look at squared gradient; norm "
-        f"rollout is next and costs one forward pass. {DIRECT_SENTENCE} {CAVEAT}"
+        f"{QUESTION} Squared gradient: {FINDING} 75% of the time. Norm rollout (65%) is next and "
+        f"costs one forward pass. {ATTENTION}"
     )
 
 
 @pytest.mark.parametrize(
-    "equal_ink, advice",
+    "equal_ink, best, advice",
     [
-        (
-            {"norm_rollout": 0.73},
-            "Look at squared gradient; norm rollout is nearly as good and costs one forward pass.",
-        ),
-        (
-            {"mean": 0.735, "norm_rollout": 0.73},
-            "Look at squared gradient; attention is nearly as good and costs one forward pass.",
-        ),
-        (
-            {"norm_rollout": 0.71},
-            "Look at squared gradient; norm rollout is next and costs one forward pass.",
-        ),
-        ({"norm_rollout": 0.76}, "Look at norm rollout, which costs one forward pass."),
-        ({"rollout": 0.76}, "Look at rollout, which costs one forward pass."),
-        ({"mean": 0.76}, "Look at attention, which costs one forward pass."),
+        ({"norm_rollout": 0.73}, "Squared gradient", "Norm rollout (73%) is nearly as good and"),
+        ({"norm_rollout": 0.71}, "Squared gradient", "Norm rollout (71%) is next and"),
+        ({"norm_rollout": 0.76}, "Norm rollout", "It"),
+        ({"rollout": 0.76}, "Rollout", "It"),
     ],
 )
-def test_a_cheap_map_is_named_beside_the_best_one(equal_ink, advice):
+def test_a_cheap_map_is_named_beside_the_best_one(equal_ink, best, advice):
     text = report.belief(result_of(equal_ink=EQUAL_INK | equal_ink))
-    assert f"chance 50%). {advice} {OF_CANVASES}20% of" in text
-    assert text.count("Look at") == 1
+    assert text.startswith(f"{QUESTION} {best}: {FINDING} 7")
+    assert text.endswith(f"% of the time. {advice} costs one forward pass. {ATTENTION}")
+
+
+def test_the_value_of_attention_is_said_once():
+    """It may be the best map, or the cheap one beside the best."""
+    text = report.belief(result_of(equal_ink=EQUAL_INK | {"mean": 0.76}))
+    assert text == (
+        f"{QUESTION} Attention: {FINDING} 76% of the time. It costs one forward pass. Attention "
+        f"{HARDLY}"
+    )
+    text = report.belief(result_of(equal_ink=EQUAL_INK | {"mean": 0.735}))
+    sentence = "Attention (74%) is nearly as good and costs one forward pass."
+    assert text.endswith(f"{sentence} Attention {HARDLY}")
 
 
 @pytest.mark.parametrize("low, is_better", [(0.51, True), (0.5, False), (0.45, False)])
@@ -330,17 +325,30 @@ def test_the_best_map_must_be_better_than_chance(low, is_better):
     result["matched"][SQUARED_GRADIENT]["equal_ink"] = cell(0.75, low, 0.95)
     result["matched"]["brightness"]["equal_ink"] = cell(0.4, 0.35, 0.45)
     text = report.belief(result)
-    assert ("So none of them is clearly better than chance." in text) == (not is_better)
-    assert ("Look at" in text) == is_better
-    assert text.endswith(f"{DIRECT_SENTENCE} {CAVEAT}")
+    if is_better:
+        assert text.startswith(f"{QUESTION} Squared gradient: {FINDING} 75% of the time.")
+    else:
+        assert text == (
+            f"{QUESTION} None clearly: squared gradient is the best, and {FINDING} 75% of the "
+            f"time, not clearly more than by chance. {ATTENTION}"
+        )
+
+
+def test_the_best_map_must_be_better_than_brightness():
+    text = report.belief(result_of(equal_ink=EQUAL_INK | {"brightness": 0.72}))
+    assert text == (
+        f"{QUESTION} None clearly: squared gradient is the best, and {FINDING} 75% of the time, "
+        f"but brightness (72%) is not clearly worse. {ATTENTION}"
+    )
+    text = report.belief(result_of(equal_ink=EQUAL_INK | {"brightness": 0.7}))
+    assert "None clearly" not in text
 
 
 def test_too_few_canvases_for_an_interval():
     result = result_of()
     result["matched"][SQUARED_GRADIENT]["equal_ink"] = cell(0.75)
     text = report.belief(result)
-    assert f"chance 50%). There are too few canvases for an interval. {OF_CANVASES}20% of" in text
-    assert "Look at" not in text
+    assert text == f"{QUESTION} There are too few canvases to tell. {ATTENTION}"
 
 
 def test_without_pairs_of_patches_no_map_is_advised():
@@ -365,67 +373,97 @@ def test_the_share_that_attention_can_see():
     result["direct_share"] = [around(1.0)]
     text = report.belief(result)
     sentence = "The network has a single block, so attention sees all that its feature depends on."
-    assert text.endswith(f"forward pass. {sentence} {CAVEAT}")
+    assert text.endswith(f"forward pass. {sentence}")
 
     result["direct_share"] = [cell(None), cell(None)]
-    text = report.belief(result)
-    assert text == "Which map should you believe? None: no patch has any effect."
+    assert report.belief(result) == f"{QUESTION} None: no patch has any effect."
     assert report.best_map(result) is None
 
     result["direct_share"] = [around(1.0), cell(0.876)]
     result["matched"]["mean"] = result["matched"]["mean"] | {"direct_faithfulness": cell(None)}
     text = report.belief(result)
-    assert f"{OF_CANVASES}88% of its effect is left." in text
-    assert "(rank correlation –)" in text
+    assert text.endswith(
+        "Attention (55%) hardly describes even what passes straight into the last block, 88% of "
+        "the effects."
+    )
     result["matched"]["mean"] = result["matched"]["mean"] | {"direct_faithfulness": cell(0.95)}
     text = report.belief(result)
-    assert "This is the part that attention describes (rank correlation 0.95); the rest" in text
-
-
-SRG_SENTENCE = (
-    "Which map should you believe? Leave patches out, those with most of the map first or those "
-    "with least first: the gap between the two curves of the feature's cosine (SRG) is "
-)
+    assert text.endswith(
+        "Attention (55%) describes only what passes straight into the last block, 88% of the "
+        "effects."
+    )
 
 
 @pytest.mark.parametrize("result", [photographs_result(), picture_result()])
 def test_maps_of_photographs_that_are_better_than_the_controls(result):
     assert report.belief(result) == (
-        f"{SRG_SENTENCE}squared gradient 0.30, norm rollout 0.20, rollout 0.15, attention 0.10; "
-        f"for maps that know nothing of the network, contrast 0.12, centre 0.05, random 0.00. "
-        f"Look at squared gradient; norm rollout is next and costs one forward pass. "
-        f"{OF_PHOTOGRAPHS}{DIRECT} {CAVEAT}"
+        f"{QUESTION} Squared gradient: if patches are left out in its order, the feature moves "
+        f"soonest (SRG 0.30), sooner than in that of contrast, which knows nothing of the network "
+        f"(0.12). Norm rollout (0.20) is next and costs one forward pass. Attention (0.10) {HARDLY}"
     )
 
 
 def test_maps_of_photographs_that_are_not_clearly_better_than_the_best_control():
     text = report.belief(photographs_result(SRG | {"centre": 0.27}))
-    controls = "for maps that know nothing of the network, centre 0.27, contrast 0.12, random 0.00."
-    assert f"{controls} So none is clearly better than centre. {OF_PHOTOGRAPHS}20% of" in text
-    assert "Look at" not in text
+    assert text == (
+        f"{QUESTION} None clearly: squared gradient is the best (SRG 0.30), but not clearly better "
+        f"than centre, which knows nothing of the network (0.27). Attention (0.10) {HARDLY}"
+    )
     # of a single picture, without an interval
     result = picture_result()
     result["photographs"][SQUARED_GRADIENT]["srg"] = cell(0.9)
     text = report.belief(result)
-    assert (
-        f"These are too few pictures for an interval, and so for advice. {OF_PHOTOGRAPHS}20% of"
-        in text
-    )
-    assert "Look at" not in text
+    assert text == f"{QUESTION} These are too few pictures to tell. Attention (0.10) {HARDLY}"
 
 
 def test_a_cheap_map_of_photographs_that_is_nearly_as_good():
     text = report.belief(photographs_result(SRG | {"rollout": 0.28}))
-    assert "Look at squared gradient; rollout is nearly as good and costs one forward pass." in text
+    assert "(0.12). Rollout (0.28) is nearly as good and costs one forward pass." in text
     text = report.belief(photographs_result(SRG | {"rollout": 0.4}))
-    assert "Look at rollout, which costs one forward pass." in text
+    assert text.startswith(f"{QUESTION} Rollout: if patches")
+    assert "(0.12). It costs one forward pass." in text
+
+
+# ----------------------------------------------------------------------- does it take the shortcut?
+
+
+def marks_of(reliance: dict) -> dict:
+    """What is measured of a run with --shortcut, see `evaluate.measure_marks`."""
+    densities = {"mean": 1.5, "rollout": 0.7, "norm_rollout": 2.0, "squared_gradient": 12.3}
+    return {
+        "reliance": reliance,
+        "density": {row: around(value) for row, value in densities.items()},
+    }
+
+
+def test_a_run_with_marks_has_a_sentence_on_them_second():
+    result = result_of() | {"marks": marks_of(around(0.5))}
+    first, second, *others = report.sentences(result)
+    assert second == (
+        "Does it take the shortcut? Without its mark, a canvas's feature moves by 0.50 [0.48, "
+        "0.52] of the difference between two canvases. Density of the maps on the mark (uniform: 1): "
+        "attention 1.50, rollout 0.70, norm rollout 2.00, squared gradient 12.30."
+    )
+    assert [first, *others] == report.sentences(result_of())
+    assert "Does it take the shortcut?" in "\n".join(lines_of([result]))
+
+
+def test_whether_a_network_takes_the_shortcut_cannot_be_told_if_all_features_are_alike():
+    text = report.marks_sentence(marks_of(cell(None)))
+    assert text == (
+        "Does it take the shortcut? This cannot be told: all canvases have the same feature."
+    )
 
 
 # ---------------------------------------------------------------------------------- the epoch's line
 
 
 def test_a_line_of_an_epoch_is_printed():
-    validation = {"mean": {"selectivity": 1.234}, "mean_cosine": 0.5}
+    validation = {
+        "mean": {"selectivity": 1.234},
+        "brightness": {"selectivity": 1.35},
+        "mean_cosine": 0.5,
+    }
     line = {
         "epoch": 2,
         "loss": 3.21,
@@ -435,7 +473,8 @@ def test_a_line_of_an_epoch_is_printed():
     }
     config = replace(CONFIG, epochs=10)
     assert report.epoch_text(config, line) == (
-        "epoch 2/10: loss 3.210, selectivity 1.23, mean cosine 0.50, 70 images/s, 12.0 minutes left"
+        "epoch 2/10: loss 3.210, selectivity 1.23 (brightness 1.35), mean cosine 0.50, 70 images/s, "
+        "12.0 minutes left"
     )
     validation["mean"] = {}  # of photographs
     validation |= {"mean_entropy": 0.75, "entropy_of_mean": 1.0}
@@ -463,33 +502,64 @@ def line_of(lines: list[str], title: str) -> list[str]:
     return line[report.ROW_WIDTH :].split()
 
 
+def headings_in(lines: list[str]) -> list[int]:
+    """The numbers of the lines that stand right above the rows of a table."""
+    return [number for number, line in enumerate(lines) if line.endswith("  the network")]
+
+
 def titles_of(lines: list[str]) -> list[str]:
-    """What the rows of the table are called, from top to bottom."""
-    (last_heading,) = [number for number, line in enumerate(lines) if line.endswith("the network")]
-    rows = lines[last_heading + 1 : -1]
+    """What the rows of the one table are called, from top to bottom; a line stands below them."""
+    (heading,) = headings_in(lines)
+    rows = lines[heading + 1 : -1]
     return [row[: report.ROW_WIDTH].rstrip() for row in rows]
 
 
 @pytest.mark.parametrize("heads", [2, 12])  # DINO's largest network has 12
 def test_the_report_begins_with_the_verdict(heads):
     lines = lines_of([result_of(heads=heads)])
-    assert len(lines) <= 36 + heads
     assert lines[0].startswith("run/ckpt.pth: NCE loss, same views")
     text = "\n".join(lines)
-    verdict = text.index("Where does it look? At the digit.")
+    verdict = text.index("Where does it look? At parts of the digit:")
     belief = text.index("Which map should you believe?")
-    table = text.index("1,000 canvases in the matched layout, 1,000 with pairs of equal ink [95%")
-    assert verdict < belief < table
+    table = text.index("rank correlation with")
+    images = text.index("1,000 canvases, 1,000 with pairs of equal ink; [95% over these images]")
+    assert verdict < belief < table < images
     assert text.count("k-NN 43.4%, linear probe 43.4%") == 2  # of trained and untrained features
 
 
-def test_the_rows_of_the_table_with_the_best_map_first():
-    titles = titles_of(lines_of([result_of()]))
-    assert titles == [
-        "squared gradient",
-        "norm rollout",
-        "rollout",
-        "attention",
+@pytest.mark.parametrize("auroc", [cell(0.25, 0.24, 0.26), HIGH_AUROC])
+@pytest.mark.parametrize("correlation", [0.35, 0.95])
+def test_a_usual_report_fits_twenty_lines(auroc, correlation):
+    result = result_of() | {"checkpoint": "runs/clutter-nce-different/ckpt.pth"}
+    of_attention = {"auroc": auroc, "direct_faithfulness": around(correlation)}
+    result["matched"]["mean"] = result["matched"]["mean"] | of_attention
+    lines = lines_of([result])
+    assert "attention, untrained" in titles_of(lines)
+    assert len(lines) + 1 <= 20  # the last line names the file
+
+
+def test_a_report_on_photographs_fits_twenty_lines():
+    lines = lines_of([photographs_result(SRG | {"brightness": 0.08})])
+    assert "brightness" in titles_of(lines)
+    assert len(lines) + 1 <= 20
+
+
+MAPS = ["squared gradient", "norm rollout", "rollout", "attention"]  # from the best to the worst
+
+
+def test_the_printed_rows_with_the_best_map_first():
+    controls = ["brightness", "shuffled", "attention, untrained"]
+    assert titles_of(lines_of([result_of(heads=12)])) == [*MAPS, *controls]
+    # A map without a value is not in the order, but it has a row.
+    result = result_of(equal_ink=EQUAL_INK | {"mean": 0.8, "rollout": None})
+    maps = ["attention", "squared gradient", "norm rollout", "rollout"]
+    assert titles_of(lines_of([result])) == [*maps, *controls]
+
+
+def test_the_full_table_has_all_rows_with_the_best_map_first():
+    rows = report.table_rows(report.CANVAS_COLUMNS, result_of())
+    assert [row.title for row in rows] == [
+        *MAPS,
         "head 1",
         "head 2 (selective)",
         "random",
@@ -502,10 +572,26 @@ def test_the_rows_of_the_table_with_the_best_map_first():
         "  attention",
         "  brightness",
     ]
+    assert [row.title for row in rows if row.is_heading] == ["before training:"]
     # A map without a value is not in the order, but it has a row.
     result = result_of(equal_ink=EQUAL_INK | {"mean": 0.8, "rollout": None})
-    assert titles_of(lines_of([result]))[:3] == ["attention", "squared gradient", "norm rollout"]
-    assert "rollout" in titles_of(lines_of([result]))
+    titles = [row.title for row in report.table_rows(report.CANVAS_COLUMNS, result)]
+    assert titles[:3] == ["attention", "squared gradient", "norm rollout"]
+    assert "rollout" in titles
+
+
+def test_the_cells_of_the_full_table():
+    rows = {row.title: row for row in report.table_rows(report.CANVAS_COLUMNS, result_of())}
+    correlations = ["0.85", "0.45", "0.35"]
+    gradient = rows["squared gradient"]
+    assert gradient.cells == ["0.75 [0.73, 0.77]", *correlations, "1.30", "0.25"]
+    assert gradient.name == "squared_gradient"
+    assert gradient.passes == "16 backward"
+    # A head comes with attention, and what a map costs is not said again.
+    assert rows["head 1"].cells == ["0.40 [0.38, 0.42]", *correlations, "1.90", "0.25"]
+    assert rows["head 1"].passes == ""
+    assert rows["  rollout"].cells == rows["rollout"].cells
+    assert rows["  rollout"].passes == ""
 
 
 def test_the_cells_of_the_table():
@@ -515,10 +601,9 @@ def test_the_cells_of_the_table():
     assert line_of(lines, "attention") == attention
     gradient = ["0.75", "[0.73,", "0.77]", *cells, "1.30", "0.25", "16", "backward"]
     assert line_of(lines, "squared gradient") == gradient
-    # A head comes with attention, and the controls cost nothing.
-    assert line_of(lines, "head 1") == ["0.40", "[0.38,", "0.42]", *cells, "1.90", "0.25"]
+    assert line_of(lines, "attention, untrained") == attention
+    # The controls cost nothing.
     assert line_of(lines, "brightness") == ["0.51", "[0.49,", "0.53]", *cells, "1.30", "0.25"]
-    assert line_of(lines, "  rollout")[-2:] == ["1.30", "0.25"]
 
 
 def test_cells_without_a_value_are_dashes():
@@ -532,20 +617,26 @@ def test_a_run_without_rows_from_before_training():
     del result["untrained"]
     titles = titles_of(lines_of([result]))
     assert titles[-1] == "shuffled"
+    rows = report.table_rows(report.CANVAS_COLUMNS, result)
+    assert rows[-1].title == "shuffled"
 
 
-def test_the_heading_counts_the_images():
+def test_the_line_below_the_table_counts_the_images():
     result = result_of()
     result["matched"]["mean"]["equal_ink"] = around(0.55) | {"images": 17}
-    text = "\n".join(lines_of([result]))
-    assert "1,000 canvases in the matched layout, 17 with pairs of equal ink [95% interval]" in text
+    assert lines_of([result])[-1] == (
+        "1,000 canvases, 17 with pairs of equal ink; [95% over these images]: other seeds differ "
+        "by more."
+    )
+    result["matched"]["mean"]["equal_ink"] = cell(0.55)  # too few for an interval
+    assert lines_of([result])[-1] == "1,000 canvases, 1,000 with pairs of equal ink."
 
 
 @pytest.mark.parametrize("result", [result_of(), photographs_result()])
 def test_headings_stand_above_their_columns(result):
     """A title above several columns begins where the first of them begins."""
     lines = lines_of([result])
-    (number,) = [number for number, line in enumerate(lines) if line.endswith("the network")]
+    (number,) = headings_in(lines)
     groups, titles = lines[number - 1], lines[number]
     assert groups.index("rank correlation with") == titles.index("patches")
     assert groups.index("passes of") == titles.index("the network")
@@ -578,7 +669,7 @@ WIDEST_ON_PHOTOGRAPHS = {
 
 def test_the_widest_cells_do_not_touch_each_other_nor_the_names_of_rows():
     """`lines_of` makes sure that no line is wider than a page."""
-    on_canvases = result_of(heads=12) | {"best_head": "head_12"}
+    on_canvases = result_of()
     on_photographs = photographs_result()
     for name in ("matched", "untrained"):
         on_canvases[name] = dict.fromkeys(on_canvases[name], WIDEST_ON_CANVASES)
@@ -589,25 +680,29 @@ def test_the_widest_cells_do_not_touch_each_other_nor_the_names_of_rows():
     photo_cells = ["-0.85", "[-0.86,", "-0.84]", "-0.85", "-0.85"]
     lines = lines_of([on_canvases])
     assert line_of(lines, "squared gradient") == [*canvas_cells, "16", "backward"]
-    assert line_of(lines, "head 12 (selective)") == canvas_cells
-    assert line_of(lines, "  squared gradient") == canvas_cells
+    assert line_of(lines, "attention, untrained") == [*canvas_cells, "1", "forward"]
     lines = lines_of([on_photographs])
     assert line_of(lines, "squared gradient") == [*photo_cells, "16", "backward"]
-    assert line_of(lines, "  squared gradient") == photo_cells
+    assert line_of(lines, "attention, untrained") == [*photo_cells, "1", "forward"]
     lines = lines_of([on_canvases, on_photographs])
-    assert line_of(lines, "[1] head 12 (selective)") == canvas_cells
+    assert line_of(lines, "[1] attention, untrained") == [*canvas_cells, "1", "forward"]
     assert line_of(lines, "[1] squared gradient") == [*canvas_cells, "16", "backward"]
     assert line_of(lines, "[2] squared gradient") == [*photo_cells, "16", "backward"]
 
 
 def test_the_report_on_photographs():
     lines = lines_of([photographs_result()])
-    assert "1,000 photographs, SRG of 1,000 [95% interval]" in lines
-    assert titles_of(lines) == [
-        "squared gradient",
-        "norm rollout",
-        "rollout",
-        "attention",
+    assert lines[-1].startswith("1,000 photographs, SRG of 1,000; [95% over these images]")
+    assert titles_of(lines) == [*MAPS, "contrast", "centre", "attention, untrained"]
+    attention = ["0.10", "[0.08,", "0.12]", "0.45", "0.35", "1", "forward"]
+    assert line_of(lines, "attention") == attention
+    assert line_of(lines, "centre") == ["0.05", "[0.03,", "0.07]", "0.45", "0.35"]
+
+
+def test_the_full_table_of_photographs():
+    rows = report.table_rows(report.PHOTO_COLUMNS, photographs_result())
+    assert [row.title for row in rows] == [
+        *MAPS,
         "head 1",
         "head 2",
         "contrast",
@@ -619,10 +714,8 @@ def test_the_report_on_photographs():
         "  rollout",
         "  attention",
     ]
-    attention = ["0.10", "[0.08,", "0.12]", "0.45", "0.35", "1", "forward"]
-    assert line_of(lines, "attention") == attention
-    assert line_of(lines, "head 1") == ["–", "–", "–"]
-    assert line_of(lines, "centre") == ["0.05", "[0.03,", "0.07]", "0.45", "0.35"]
+    (head,) = [row for row in rows if row.title == "head 1"]
+    assert head.cells == ["–", "–", "–"]
 
 
 def test_an_accuracy_that_cannot_be_had_is_a_dash():
@@ -637,13 +730,14 @@ def test_several_networks_share_a_table():
     second = result_of((1.2, 1.1, 1.3), equal_ink=EQUAL_INK | {"mean": 0.8})
     lines = lines_of([first, second])
     maps = ["squared gradient", "norm rollout", "rollout"]
+    controls = ["brightness", "shuffled"]
+    untrained = "attention, untrained"
     assert titles_of(lines) == [
-        *[f"[1] {name}" for name in [*maps, "attention", "head 2 (selective)", "brightness"]],
-        "[1] other network",
-        *[f"[2] {name}" for name in ["attention", *maps, "head 2 (selective)", "brightness"]],
+        *[f"[1] {name}" for name in [*maps, "attention", *controls, "other network", untrained]],
+        *[f"[2] {name}" for name in ["attention", *maps, *controls, untrained]],
     ]
     text = "\n".join(lines)
-    assert sum(line.endswith("the network") for line in lines) == 1
+    assert len(headings_in(lines)) == 1
     assert text.count("Where does it look?") == 2
     assert text.count("Which map should you believe?") == 2
     assert "[1] run/ckpt.pth: " in text
@@ -657,15 +751,12 @@ def test_several_networks_share_a_table():
 def test_canvases_and_photographs_have_a_table_each():
     """With the number that each network has in the whole report."""
     lines = lines_of([photographs_result(), result_of(), photographs_result()])
-    canvases = lines.index(
-        "1,000 canvases in the matched layout, 1,000 with pairs of equal ink [95% interval]"
-    )
-    photographs = lines.index("1,000 photographs [95% interval]")  # two networks may differ in more
-    assert canvases < photographs
-    of_canvases = [line[:3] for line in lines[canvases + 3 : photographs - 1]]
-    assert of_canvases == ["[2]"] * 6
-    of_photographs = [line[:3] for line in lines[photographs + 3 : -1]]
-    assert of_photographs == ["[1]"] * 6 + ["[3]"] * 6
+    of_canvases, of_photographs = [lines[number + 1 :] for number in headings_in(lines)]
+    assert [line[:3] for line in of_canvases[:7]] == ["[2]"] * 7
+    assert of_canvases[7].startswith("1,000 canvases, 1,000 with pairs of equal ink;")
+    assert [line[:3] for line in of_photographs[:-1]] == ["[1]"] * 7 + ["[3]"] * 7
+    # Two networks may differ in how many have an SRG.
+    assert of_photographs[-1].startswith("1,000 photographs; [95% over these images]")
     assert line_of(lines, "[2] attention")[0] == "0.55"
     assert line_of(lines, "[3] attention")[0] == "0.10"
 
@@ -676,27 +767,18 @@ def test_the_report_on_pictures():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[0].startswith("run/ckpt.pth: NCE loss")
-    assert "Which map should you believe? Leave patches out" in text
+    assert "Which map should you believe? Squared gradient:" in text
     assert "Where does it look?" not in text
-    assert "accuracy" not in text
-    assert [line.split("  ")[0] for line in lines[-7:]] == [
-        "squared gradient",
-        "norm rollout",
-        "rollout",
-        "attention",
-        "contrast",
-        "centre",
-        "random",
-    ]
+    assert "Accuracy" not in text
+    assert "metrics.json" not in text
+    controls = ["contrast", "centre"]
+    assert titles_of(lines) == [*MAPS, *controls]
     worst_first = picture_result({row: -value for row, value in SRG.items()})
     lines = report.format_picture_report([picture_result(), worst_first]).splitlines()
     assert max(map(len, lines)) <= 100
-    rows = [line.split("  ")[0] for line in lines[-12:]]
-    maps = ["squared gradient", "norm rollout", "rollout", "attention"]
-    controls = ["contrast", "centre"]
-    in_turn = [f"[1] {name}" for name in [*maps, *controls]]
-    in_turn += [f"[2] {name}" for name in [*reversed(maps), *controls]]
-    assert rows == in_turn
+    in_turn = [f"[1] {name}" for name in [*MAPS, *controls]]
+    in_turn += [f"[2] {name}" for name in [*reversed(MAPS), *controls]]
+    assert titles_of(lines) == in_turn
 
 
 @pytest.mark.parametrize("flags", ["", "--num-distractors 0", "--depth 1 --heads 1"])

@@ -136,8 +136,9 @@ def drawn_run(run_folder, tmp_path_factory) -> DrawnRun:
 def table_in(printed: str) -> dict[str, list[str]]:
     """The cells of a printed table, {title of a row: what stands under each metric}."""
     lines = printed.splitlines()
-    heading = next(number for number, line in enumerate(lines) if line.endswith("the network"))
-    rows = itertools.takewhile(bool, lines[heading + 1 :])
+    heading = next(number for number, line in enumerate(lines) if line.endswith("  the network"))
+    # The line below the rows begins with the number of images.
+    rows = itertools.takewhile(lambda line: not line[0].isdigit(), lines[heading + 1 :])
     number = r"-?\d+\.\d\d"
     cell = rf"{number}(?: \[{number}, {number}\])?|–"
     return {
@@ -835,7 +836,7 @@ def test_a_folder_of_pictures_is_drawn_in_pages(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("Which map should you believe?") == 1
     # The pictures of the first page are measured.
-    assert "2 photographs, SRG of 2 [95% interval]" in printed
+    assert "2 photographs, SRG of 2.\n" in printed
     assert "These are the first 2 of 3 pictures; the others are only drawn." in printed
     assert "effect" in grids["attention-images-1.png"].columns
     assert "effect" not in grids["attention-images-2.png"].columns
@@ -895,7 +896,7 @@ def test_odd_pictures_are_drawn(tmp_path, capsys):
     assert captured.err == ""
     assert len(grids["attention-images.png"].columns["effect"].arrays) == len(paths)
     count = len(paths)
-    assert f"{count} photographs, SRG of {count} [95% interval]" in captured.out
+    assert f"{count} photographs, SRG of {count}; [95% over these images]" in captured.out
 
 
 def bad_pictures() -> dict[str, bytes]:
@@ -1120,23 +1121,20 @@ def test_what_is_printed_of_pictures_is_measured_on_all_of_them(
     with recorded_grids() as grids:
         assert look(SAME, "--image-size", "35", "--images", *pictures, output=tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "3 photographs, SRG of 3 [95% interval]" in printed
+    assert "3 photographs, SRG of 3; [95% over these images]" in printed
     description = f"{SAME}: NCE loss, same views, 2 crops, 35 px, patch 7"
     assert description in " ".join(printed.split())
     table = table_in(printed)
-    controls = ["brightness", "contrast", "centre", "random"]
-    assert table.keys() == {
-        *(name.replace("_", " ") for name in [*explain.NETWORK_MAPS, *controls]),
-        "head 1",
-        "head 2",
-        "head 3",
-    }
+    rows = [*explain.NETWORK_MAPS, "brightness", "contrast", "centre"]
+    assert table.keys() == {name.replace("_", " ") for name in rows}
 
-    # Under the heading "patches" stands the mean of the notes in the figure.
+    # Under the heading "patches" stands the mean of the notes in the figure, which has heads too.
     columns = grids["attention-images.png"].columns
     for heading, column in columns.items():
-        if column.notes:
-            _, patches, _ = table[heading.partition("\n")[0]]
+        title = heading.partition("\n")[0]
+        assert bool(column.notes) == (title in table or title.startswith("head ")), heading
+        if title in table:
+            _, patches, _ = table[title]
             mean = sum(map(float, column.notes)) / 3
             assert float(patches) == pytest.approx(mean, abs=0.0101), heading
 
@@ -1152,17 +1150,17 @@ def test_what_is_printed_of_pictures_is_measured_on_all_of_them(
     assert value == pytest.approx(np.mean(gains), abs=0.0051)
     assert min(gains) - 0.01 < low < value < high < max(gains) + 0.01
     whole, direct = sum(sums)
-    assert f"{direct / whole:.0%} of its effect is left" in " ".join(printed.split())
+    assert f"into the last block, {direct / whole:.0%} of the effects" in " ".join(printed.split())
 
 
 def test_of_one_picture_there_is_no_interval(pictures, tmp_path, capsys):
     path = saved(small_vit(), tmp_path / "w.pth")
     assert look(path, "--image-size", "24", "--images", pictures[1], output=tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "1 photograph, SRG of 1 [95% interval]" in printed
-    assert "too few pictures for an interval" in " ".join(printed.split())
+    assert "1 photograph, SRG of 1.\n" in printed
+    assert "These are too few pictures to tell." in " ".join(printed.split())
     for title, cells in table_in(printed).items():
-        assert (cells[0] == "–") == title.startswith("head"), title
+        assert cells[0] != "–", title
         assert not any("[" in cell for cell in cells)
 
 
@@ -1178,9 +1176,11 @@ def test_networks_on_pictures_have_the_rows_that_each_has_alone(pictures, tmp_pa
     table = table_in(printed)
     assert printed.count("Which map should you believe?") == 2
     assert alone[0]["attention"] != alone[1]["attention"]
-    rows = ["attention", "rollout", "norm rollout", "squared gradient"]
-    rows += ["brightness", "contrast", "centre"]
-    expected = {f"[{number}] {row}": alone[number - 1][row] for number in (1, 2) for row in rows}
+    expected = {
+        f"[{number}] {title}": cells
+        for number, rows in enumerate(alone, 1)
+        for title, cells in rows.items()
+    }
     assert table == expected
 
     # The figure shows what depends on no network once, and no heads.
@@ -1202,7 +1202,7 @@ def test_srg_takes_long_and_may_be_that_of_the_first_pictures_alone(
     monkeypatch.setattr(evaluate, "effect_images", lambda *args, **kwargs: 2)
     assert look(*command, *pictures, output=tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "3 photographs, SRG of 2 [95% interval]" in printed
+    assert "3 photographs, SRG of 2.\n" in printed
     of_three = table_in(printed)
     for title, (gain, *_) in of_three.items():
         assert gain == of_two[title][0]
@@ -1391,7 +1391,7 @@ def test_few_photographs_are_measured_as_far_as_possible(tmp_path, capsys, class
     assert visualize.main([str(run), "--device", "cpu", "--image-size", "35"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "These are photographs" in printed
-    assert "of its effect is left" in printed
+    assert "passes straight into the last block" in printed
     assert ("linear probe –" in printed) == (classes == 1)
     for name in ("views.png", "attention.png", "curves.png"):
         assert min(Image.open(run / name).size) > 200, name
@@ -1402,7 +1402,7 @@ def test_few_photographs_are_measured_as_far_as_possible(tmp_path, capsys, class
     result = strict_json(run / "metrics.json")
     images = result["photographs"]["mean"]["entropy"]["images"]  # some are for validation
     assert images > test_images / 3
-    assert f", SRG of {images} [95% interval]" in printed
+    assert re.search(rf", SRG of {images}[;.]", printed)
     maps = {"mean", "rollout", "norm_rollout", "squared_gradient"}
     maps |= {"brightness", "contrast", "centre", "random"}
     assert result["photographs"].keys() == maps | {"head_1", "head_2", "head_3", "untrained"}
