@@ -164,7 +164,7 @@ CLAIMS = {
         margin=0.05,
     ),
     "C3": Claim(
-        text="same views: all ink is attended alike, but for its brightness (figure 4)",
+        text="same views: digit and clutter get the attention that their brightness explains (figure 4)",
         quantity="selectivity, same views ÷ brightness",
         compared=Side("same", SELECTIVITY),
         reference=Side("same", BRIGHTNESS_SELECTIVITY),
@@ -632,12 +632,14 @@ def verdict_table(runs):
 def claim_remarks(runs):
     """Return {name of the claim: what has to be kept in mind beside its word}."""
     remarks = {
+        "F1": "after the fact, M2 tests it again",
+        "F2": "after the fact",
         "C2": "if anything, slightly worse",
         "C3": "a goal of the recipe",
         "C5": "its size was a goal of the recipe",
         "C6": remark_on_epochs(runs),
         "C7": remark_on_crops(runs),
-        "F3": "with the dose left in",
+        "F3": "with the dose left in; see M3",
         "F4": remark_on_stray_heads(runs),
         "Q2": remark_on_six_heads(runs),
     }
