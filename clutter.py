@@ -231,8 +231,8 @@ def sample_marks(
     """Parameters of the marks of B digits with V canvases each, `shape` (B, V): CPU tensors.
 
     A mark is a square of one grey level. With `probability` a digit has one, of the same level on
-    all of its canvases, each time at another place. The level says nearly as well as the digit
-    which images belong together, so it is a shortcut. Returns `has_mark` (B,) bool, `mark_level`
+    all of its canvases, each at a place of its own. Two views that show a mark can be matched by
+    its level, without the digit, so it is a shortcut. A mark also hides what lies under it. Returns `has_mark` (B,) bool, `mark_level`
     (B,) float32 from MARK_LEVELS, and `mark_corner` (B, V, 2).
     """
     batch, canvases = shape

@@ -58,12 +58,12 @@ PHOTO_MAPS = (*NETWORK_MAPS, *PHOTO_CONTROLS)
 # Measuring these maps takes as long as this many forward passes for each photograph: some 50 for the
 # windows, 8 for the SRG of each of 8 maps, and some 20 for the gradients.
 PHOTO_PASSES = 140
-# The same for each marked canvas: with and without the mark, and the maps.
+# For each marked canvas there are 2 passes, with and without the mark, and some 38 for the maps.
 MARK_PASSES = 40
 UNTRAINED_SHARE = 0.3  # of the canvases on which effects are measured
 # What decides the numbers in metrics.json, beside the network and the data.
 MEASURING_MODULES = ("clutter", "data", "effects", "evaluate", "explain", "metrics", "observe")
-MEASURING_MODULES += ("views", "vit")
+MEASURING_MODULES += ("rotary", "views", "vit")
 NOT_MEASURED = ("fallbacks", "data_root", "device")  # settings that decide no number
 STEPS_TO_COLLAPSE = 50  # there is no warning of a collapse before this many steps
 ENOUGH_PICTURES = 5  # fewer have no interval: a bootstrap of two would only return their values
@@ -422,18 +422,21 @@ def measure_canvases(result: dict, config: Config, networks: dict, splits: dict)
 def measure_marks(config: Config, backbone: VisionTransformer, splits: dict) -> dict:
     """How much a network relies on marks (see --shortcut), and how much its maps say so.
 
-    Test canvases get a mark each. Returns two entries. `reliance` is the mean of 1 − cosine of the
-    features with the mark and without it, divided by the mean of 1 − cosine of the features of
-    different canvases: it is 0 if marks do not matter. `density` is {row: cell} of the network's
+    Test canvases get a mark each. (All other measures of the network are of canvases without marks.)
+    Returns two entries. `reliance` is the mean of 1 − cosine of the features with the mark and
+    without it, divided by the mean of 1 − cosine of the features of different canvases: it is 0 if
+    marks do not matter. Its interval takes the divisor as known. `density` is {row: cell} of the network's
     maps: the share of the map on the mark, divided by the mark's share of the area.
     """
     patch_size = backbone.shape.patch_size
     device = backbone.cls_token.device
     count = effect_images(backbone, config.image_size, passes=MARK_PASSES)
+    index = []
     features = []
     effect = []
     density = {row_of(name): [] for name in NETWORK_MAPS}
     for batch in progress(marked_batches(config, splits["test"], count), "marks"):
+        index.append(batch.index)
         images = batch.images.to(device)
         with_mark = feature_of(backbone, images)
         without_mark = feature_of(backbone, batch.without_mark.to(device))
@@ -449,16 +452,15 @@ def measure_marks(config: Config, backbone: VisionTransformer, splits: dict) -> 
         reliance = torch.cat(effect) / scale
     else:
         reliance = torch.full((count,), math.nan)
+    image_weights = metrics.bootstrap_weights(torch.cat(index))
+
+    def mean_cell(values):
+        return metrics.interval_cell(metrics.weighted_means(values, image_weights), values)
+
     return {
         "reliance": mean_cell(reliance),
         "density": {row: mean_cell(torch.cat(values)) for row, values in density.items()},
     }
-
-
-def mean_cell(values: Tensor) -> dict:
-    """The cell of the mean of `values` (n,), one for each canvas."""
-    weights = metrics.bootstrap_weights(torch.arange(len(values)))
-    return metrics.interval_cell(metrics.weighted_means(values, weights), values)
 
 
 def measure_photographs(result: dict, config: Config, networks: dict, splits: dict) -> Observation:
@@ -526,6 +528,7 @@ def effect_images(
     """How many images can be afforded if each takes `passes` forward passes.
 
     On canvases there is a pass for every patch with ink, so the default is the number of patches.
+    The budget is about 10 seconds on two CPU cores.
     """
     shape = backbone.shape
     patches = (image_size // shape.patch_size) ** 2

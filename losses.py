@@ -16,10 +16,12 @@ What the losses are called with, for b of the batch's B images:
 The b images are number `first` to `first` + b - 1 of the batch. A loss is the mean over these b
 images, so a caller who computes a batch in pieces weights each piece by b / B.
 
-A loss also says what it needs of the rest: `num_prototypes`, how many prototypes the projection
-head ends in, or None if it ends at its bottleneck; `uses_labels`, whether its targets are the
-labels; and else `targets`, which makes them of the teacher's outputs. `chance`, the loss of a
-network that knows nothing, is drawn beside the curves.
+A loss also says what it needs of the rest:
+
+    num_prototypes            the width of the head's last layer; None: the head ends at its bottleneck
+    uses_labels               whether the targets are the labels
+    targets(teacher_outputs)  the targets otherwise
+    chance                    the loss of a network that knows nothing, drawn beside the curves
 """
 
 import math
@@ -102,7 +104,7 @@ class DINOLoss(nn.Module):
 
     `out_dim` is K. `student_temp` and `teacher_temp`, > 0, are tau_s and tau_t of eq. (1).
     `centering` "mean" subtracts a moving average of the teacher's logits, as DINO does;
-    "sinkhorn_knopp" gives every prototype the same share of the batch, as DINOv2 does.
+    "sinkhorn_knopp" gives every prototype nearly the same share of the batch, as DINOv2 does.
     """
 
     uses_labels = False

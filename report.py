@@ -234,7 +234,7 @@ def cheaper_map(table: dict, rows: list[str]) -> str:
 def attention_sentence(result: dict, rows: list[str]) -> str:
     """What share of the effects attention of the last block can see; `rows` are in order."""
     if len(result["direct_share"]) == 1:
-        return "The network has a single block, so attention sees all that its feature depends on."
+        return "The network has a single block, so all effects pass straight into it."
     table = measured_table(result)
     value = ""
     if "mean" in rows and cheapest_of(rows) != "mean":  # else the answer names it, if any map

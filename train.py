@@ -301,9 +301,13 @@ def batch_loss(
     for number, piece in enumerate(pieces):
         if len(pieces) > 1:  # else its crops are still there
             crops = views.render(piece)
+        # The ranks add up their gradients once, after the last piece.
         is_last = number == len(pieces) - 1
-        with contextlib.nullcontext() if ranks == 1 or is_last else student.no_sync():
-            # The ranks add up their gradients once, after the last piece.
+        if ranks == 1 or is_last:
+            gradients_of_ranks = contextlib.nullcontext()
+        else:
+            gradients_of_ranks = student.no_sync()
+        with gradients_of_ranks:
             student_outputs = project(config, student, crops, views.plan.student)
         # Targets are those of the whole batch, so the loss is told where in it the piece begins.
         first_of_piece = first_image + number * piece_size
@@ -365,7 +369,8 @@ def training_step(
         state.scaler.unscale_(optimizer)
     gradient_norm = nn.utils.clip_grad_norm_(state.student.parameters(), config.clip_grad)
 
-    # Where float16 overflows in one gradient, clipping spoils all of them.
+    # If a gradient overflowed in float16, the norm is infinite, and clipping has made all gradients 0
+    # or NaN. The scaler looks at each optimizer for itself, and would still step the other one.
     if not state.scaler.is_enabled() or gradient_norm.isfinite():
         for optimizer in state.optimizers:
             state.scaler.step(optimizer)
@@ -538,8 +543,8 @@ def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> li
     saved_at = time.monotonic()
     timer = EpochTimer(start_step, time.monotonic())
     for step in range(start_step, total_steps + 1):  # `step` steps have been taken
-        # Is anything to be done before the next step? Epoch 0, before the first step, has a line in
-        # the log too, so epoch n is over and not measured yet when there are n lines.
+        # Is anything to be done before the next step? The log has a line for epoch 0, before the
+        # first step. So with n lines, the epoch to be measured next is number n.
         epoch_is_over = step == len(history) * run.steps_per_epoch
         minutes_since_save = (time.monotonic() - saved_at) / 60
         stop_is_requested, checkpoint_is_due = any_rank(

@@ -243,9 +243,10 @@ def sample_color_jitter(rng: torch.Generator, shape: tuple) -> dict:
 def color_jitter(photos, params: dict):
     """Photographs (…, 3, h, w) in [0, 1], changed as `sample_color_jitter` drew for each.
 
-    The order is brightness, contrast, saturation, hue, gray, flip; each works as in torchvision. It
-    may be done before the crop or after: of the colours only contrast depends on other pixels, by
-    their mean, and crops are as likely at a place as at its mirror image.
+    The order is brightness, contrast, saturation, hue, gray, flip; each works as in torchvision. All
+    of it may be done before the crop or after. Only contrast depends on other pixels, through their
+    mean, so there the results differ slightly. A flip before the crop is as likely to give a crop
+    as its mirror image.
     """
     # imported here, since it takes two seconds, and only photographs need it
     from torchvision.transforms.v2.functional import rgb_to_grayscale
@@ -447,6 +448,7 @@ class MarkedBatch:
     images: torch.Tensor  # (b, 1, I, I)
     without_mark: torch.Tensor  # (b, 1, I, I)
     mark: torch.Tensor  # (b, I, I) bool, all pixels of the mark
+    index: torch.Tensor  # (b,) int64, the digit of the split
 
 
 def marked_batches(
@@ -470,6 +472,7 @@ def marked_batches(
             images=resize(marked, config.image_size),
             without_mark=resize(canvas, config.image_size),
             mark=resize_masks(mask, config.image_size)[:, 0],
+            index=params["digit"],
         )
 
 

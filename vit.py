@@ -27,7 +27,7 @@ from settings import Config
 
 @dataclass(frozen=True)
 class ViTShape:
-    """What a ViT is besides its weights; the defaults are the paper's ViT-S/8."""
+    """The architecture of a ViT; the defaults are the paper's ViT-S/8."""
 
     patch_size: int = 8  # side of a patch, pixels
     dim: int = 384  # width of a token
@@ -94,13 +94,19 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def mix_for_first(self, x):
-        """What the query of the first token collects, before `proj`: (B, N, dim) to (B, 1, dim).
+        """The first token's attention output, before `proj`: (B, N, dim) to (B, 1, dim).
 
-        The last block asks for nothing else, and one query needs no k and v of all N tokens, which
-        are a fifth of the laptop preset's multiplications. In each head, with weights K and V and
-        biases b and c, the score of token n is q · (K xₙ + b) = (Kᵀ q) · xₙ + q · b. Softmax removes
-        the last term, which is the same for all tokens. What is collected, the mean of V xₙ + c by
-        attention, is V (mean of xₙ) + c, since attention sums to 1.
+        The plain version is
+
+            q, k, v = self.queries_keys_values(x, num_queries=1)
+            collected = attention_matrix(q, k) @ v  # (B, heads, 1, d)
+            return collected.transpose(1, 2).flatten(2)
+
+        But one query needs no k and v of all N tokens, which are a fifth of the laptop preset's
+        multiplications. In each head, with weights K and V and biases b and c, the score of token n
+        is q · (K xₙ + b) = (Kᵀ q) · xₙ + q · b. Softmax removes the last term, which is the same for
+        all tokens. The mean of V xₙ + c by attention is V (mean of xₙ) + c, since attention sums to
+        1. In float32 both versions differ by rounding, about 1e-6.
         """
         dim = x.shape[-1]
         q_weight, k_weight, v_weight = self.qkv.weight.split(dim)  # (dim, dim) each
@@ -176,7 +182,7 @@ class VisionTransformer(nn.Module):
 
     Images are (B, 3, H, W), normalized as `views.normalize` does it. `init_std` is the standard
     deviation of the linear layers' initial weights, see `init_weights`. Raises ValueError if the
-    width is not a multiple of the heads, or `pos_size` not one of the patch size.
+    width is not a multiple of the number of heads, or if `pos_size` is not one of the patch size.
     """
 
     def __init__(self, shape: ViTShape = ViTShape(), init_std: float = 0.02):

@@ -151,8 +151,10 @@ class Verdict:
     value: float | None = None  # the primary quantity
     low: float | None = None  # its 95% interval
     high: float | None = None
-    p: float | None = None  # that there is no effect; for ALIKE, that there is a relevant one
-    equivalence_p: float | None = None  # that the primary quantity is not within the margin
+    # p of the null hypothesis of no effect; for ALIKE, of a relevant one
+    p: float | None = None
+    # p of the null hypothesis that the primary quantity is not within the margin
+    equivalence_p: float | None = None
     holm_p: float | None = None  # `p` corrected for all nine claims
 
 
@@ -200,9 +202,12 @@ def share_and_faithfulness(runs):
 
 
 def marks(runs):
-    """Return the networks of M8: their reliance (n,), and {map: density on the mark (n,)}."""
+    """Return the networks of M8: their reliance (n,), and {map: density on the mark (n,)}.
+
+    A network that has collapsed has no reliance, and is left out.
+    """
     lines = [runs.get((row, seed), {}).get("marks") for row in MARK_ROWS for seed in MARK_SEEDS]
-    lines = [line for line in lines if line]
+    lines = [line for line in lines if line and line["reliance"] is not None]
     reliance = np.array([line["reliance"] for line in lines])
     names = [row for row in MAPS.values() if row != "brightness"]
     return reliance, {name: np.array([line["density"][name] for line in lines]) for name in names}
@@ -260,8 +265,11 @@ def judge_mean(claim, values):
     def p_above(limit):
         return stats.ttest_1samp(values, limit, alternative="greater").pvalue
 
-    verdict.equivalence_p = doubled(max(p_above(-claim.margin), 1 - p_above(claim.margin)))
-    effect_p = doubled(min(p_above(0), 1 - p_above(0)))
+    def p_below(limit):
+        return stats.ttest_1samp(values, limit, alternative="less").pvalue
+
+    verdict.equivalence_p = doubled(max(p_above(-claim.margin), p_below(claim.margin)))
+    effect_p = doubled(min(p_above(0), p_below(0)))
     return finish(claim, verdict, effect_p)
 
 
@@ -288,7 +296,7 @@ def judge_auc(claim, truth, score, reference):
     chosen = rng.integers(len(truth), size=(RESAMPLES, len(truth)))
     resampled = auc(truth[chosen], score[chosen]) - auc(truth[chosen], reference[chosen])
     set_bootstrap(claim, verdict, resampled)
-    # If both maps say equally much, their ranks can be exchanged in any network.
+    # The null hypothesis: the ranks of both maps can be exchanged in any network.
     ranks = stats.rankdata(score)
     reference_ranks = stats.rankdata(reference)
     exchanged = rng.random((RESAMPLES, len(truth))) < 0.5
@@ -309,8 +317,9 @@ def set_bootstrap(claim, verdict, resampled):
 def permutation_p(value, permuted):
     """Return the one-sided p, doubled, of a value among those of random permutations."""
     count = len(permuted) + 1  # the data are one of the permutations
-    above = (np.sum(permuted >= value) + 1) / count
-    below = (np.sum(permuted <= value) + 1) / count
+    rounding = 1e-9  # equal values may differ by this
+    above = (np.sum(permuted >= value - rounding) + 1) / count
+    below = (np.sum(permuted <= value + rounding) + 1) / count
     return doubled(min(above, below))
 
 
@@ -339,9 +348,8 @@ def word_of(claim, low, high):
         if is_inside_margin:
             return NO_EFFECT
         return HOLDS if is_above or is_below else UNDECIDED
-    is_as_claimed, is_contrary = is_above, is_below
-    if claim.expected == LESS:
-        is_as_claimed, is_contrary = is_below, is_above
+    is_as_claimed = is_below if claim.expected == LESS else is_above
+    is_contrary = is_above if claim.expected == LESS else is_below
     if is_as_claimed:
         return HOLDS
     if is_inside_margin:
@@ -474,7 +482,19 @@ def mark_table(runs):
         lines.append(table_row(cells))
     aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
     lines.append(table_row(["AUC", str(len(reliance)), "", *aucs]))
+    aucs = [f"{auc_within_rows(runs, MAPS[name]):.2f}" for name in names]
+    lines.append(table_row(["AUC within rows", str(len(reliance)), "", *aucs]))
     return "\n".join(lines)
+
+
+def auc_within_rows(runs, map_row_name):
+    """Return the AUC of a map over the pairs of networks that saw marks equally often."""
+    aucs = []
+    for row in MARK_ROWS:
+        reliance, density = marks({key: line for key, line in runs.items() if key[0] == row})
+        if len(reliance) > 1:
+            aucs.append(auc(reliance, density[map_row_name]))
+    return np.mean(aucs)
 
 
 def page_blocks(runs):

@@ -353,8 +353,11 @@ def precision_name(device):
 
 
 def six_digits(text):
-    """Read a number to six digits: enough for any table, and to tell two runs apart."""
-    return float(f"{float(text):.6g}")
+    """Read a number to six digits: enough for any table, and to tell two runs apart.
+
+    None, which stands for a measure that could not be had, stays None.
+    """
+    return None if text is None else float(f"{float(text):.6g}")
 
 
 def values_of(cells):

@@ -372,7 +372,7 @@ def test_the_share_that_attention_can_see():
     result = result_of()
     result["direct_share"] = [around(1.0)]
     text = report.belief(result)
-    sentence = "The network has a single block, so attention sees all that its feature depends on."
+    sentence = "The network has a single block, so all effects pass straight into it."
     assert text.endswith(f"forward pass. {sentence}")
 
     result["direct_share"] = [cell(None), cell(None)]
@@ -791,6 +791,6 @@ def test_whatever_is_measured_can_be_printed(few_images, flags):
     assert "nan" not in text
     cannot_be_told = "This cannot be told: no canvas has both a digit and clutter." in text
     assert cannot_be_told == ("--num-distractors" in flags)
-    assert ("a single block, so attention sees all" in text) == ("--depth 1" in flags)
+    assert ("a single block, so all effects" in text) == ("--depth 1" in flags)
     cells = line_of(lines, "attention")
     assert ("–" in cells) == ("--num-distractors" in flags)

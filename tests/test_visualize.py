@@ -1216,7 +1216,7 @@ def test_attention_of_a_network_of_one_block_sees_all(pictures, few_images, tmp_
     with recorded_grids() as grids:
         assert look(path, *flags, "--images", *pictures[:2], output=tmp_path) == 0
     printed = capsys.readouterr().out
-    sentence = "The network has a single block, so attention sees all that its feature depends on."
+    sentence = "The network has a single block, so all effects pass straight into it."
     assert sentence in " ".join(printed.split())
     for title, (_, patches, direct) in table_in(printed).items():
         assert patches == direct, title
