@@ -40,7 +40,6 @@ OBJECT_FAITHFULNESS = "matched/mean/object_faithfulness"
 BRIGHTNESS_OBJECT_FAITHFULNESS = "matched/brightness/object_faithfulness"
 FAR_BACKGROUND = "matched/mean/far_background_density"
 CAUSAL_SELECTIVITY = "causal_selectivity"
-EVEN_COSINE = "attention_matters/even/cosine"
 PROBE = "features/linear_probe"
 UNTRAINED_PROBE = "untrained_features/linear_probe"
 # ... or one of these names, which `read_measure` explains.
@@ -780,10 +779,6 @@ FAITHFULNESS_COLUMNS = {
     "attention, objects": "matched/mean/object_faithfulness",
     "size, objects": "matched/ink/object_faithfulness",
     "causal selectivity": CAUSAL_SELECTIVITY,
-    "two canvases": "attention_matters/two_canvases",
-    "even: cosine": EVEN_COSINE,
-    "swapped: cosine": "attention_matters/swapped/cosine",
-    "even: k-NN": "attention_matters/even/knn",
 }
 # In the paper's layout the digits are more central, so a map that ignores the image can score.
 LAYOUT_COLUMNS = {
