@@ -411,6 +411,8 @@ def measure_canvases(result: dict, config: Config, networks: dict, splits: dict)
 
     if config.shortcut:
         result["marks"] = measure_marks(config, backbone, splits)
+        if "untrained" in networks:
+            result["untrained_marks"] = measure_marks(config, networks["untrained"], splits)
 
     paper_canvases = evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
     observation = observe(networks, paper_canvases)
@@ -626,6 +628,8 @@ def describe(config: Config, epoch: int | None = None, is_run: bool = True) -> s
         parts.append({"mnist": "MNIST", "sklearn": "scikit-learn's digits"}[config.digits])
     if config.background != "black":
         parts.append(f"background {config.background}")
+    if config.shortcut:
+        parts.append(f"shortcut {config.shortcut:g}")
     if epoch is not None:
         parts.append(f"epoch {epoch} of {config.epochs}")
     return ", ".join(parts)

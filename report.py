@@ -155,6 +155,10 @@ def belief(result: dict) -> str:
         answer = answer_by_equal_ink(table, rows)
     else:
         answer = answer_by_srg(table, rows)
+    if (
+        table[rows[0]][headline(table)]["low"] is None
+    ):  # a bare value says nothing of attention either
+        return f"{question} {answer}"
     return f"{question} {answer} {attention_sentence(result, rows)}"
 
 
@@ -257,13 +261,13 @@ def epoch_text(config: Config, line: dict) -> str:
     if selectivity:  # photographs have none
         brightness = validation["brightness"]["selectivity"]
         parts.append(f"selectivity {selectivity:.2f} (brightness {brightness:.2f})")
-    parts.append(f"mean cosine {validation['mean_cosine']:.2f}")
+    parts.append(f"cosine {validation['mean_cosine']:.2f}")
     if config.loss == "dino":
         parts.append(f"teacher's mean entropy {validation['mean_entropy']:.2f} ln K")
         parts.append(f"entropy of its mean {validation['entropy_of_mean']:.2f} ln K")
     minutes_left = (config.epochs - line["epoch"]) * line["seconds"] / 60
     parts.append(f"{line['images_per_second']:.0f} images/s")
-    parts.append(f"{minutes_left:.1f} minutes left")
+    parts.append(f"{minutes_left:.1f} min left")
     return f"epoch {line['epoch']}/{config.epochs}: {', '.join(parts)}"
 
 
@@ -341,7 +345,7 @@ def network_lines(result: dict, label: str) -> list[str]:
     heading = f"{label}{result['checkpoint']}: {result['description']}"
     lines = []
     for text in (heading, *sentences(result)):
-        lines += textwrap.wrap(text, LINE_WIDTH)
+        lines += textwrap.wrap(text, LINE_WIDTH, break_on_hyphens=False)
     return lines
 
 
@@ -357,23 +361,35 @@ def sentences(result: dict) -> list[str]:
         accuracy += f"; before training: {accuracies(result['untrained_features'])}"
     texts = [verdict(result), belief(result), accuracy]
     if "marks" in result:
-        texts.insert(1, marks_sentence(result["marks"]))
+        texts.insert(1, marks_sentence(result))
     return texts
 
 
-def marks_sentence(marks: dict) -> str:
-    """How much the network relies on the marks of --shortcut, and how much its maps say so."""
+def marks_sentence(result: dict) -> str:
+    """Whether the network relies on the marks of --shortcut, and how much its maps say so.
+
+    A mark hides what lies under it, so no network is at 0. The measure is the network before
+    training.
+    """
     question = "Does it take the shortcut?"
-    if marks["reliance"]["value"] is None:
-        return f"{question} This cannot be told: all canvases have the same feature."
+    marks = result["marks"]
+    if result["collapse"] or marks["reliance"]["value"] is None:
+        return f"{question} This cannot be told: all canvases have nearly the same feature."
+    answer = ""
+    before = ""
+    if "untrained_marks" in result:
+        table = {"mean": marks, "untrained": result["untrained_marks"]}
+        answer = " Yes:" if is_above(table, "mean", "untrained", "reliance") else " Not clearly:"
+        untrained = format_cell(table["untrained"]["reliance"], with_interval=False)
+        before = f" (before training: {untrained})"
     densities = [
         f"{title_of(row)} {format_cell(cell, with_interval=False)}"
         for row, cell in marks["density"].items()
     ]
     return (
-        f"{question} Without its mark, a canvas's feature moves by "
-        f"{format_cell(marks['reliance'])} of the difference between two canvases. Density of the "
-        f"maps on the mark (uniform: 1): {', '.join(densities)}."
+        f"{question}{answer} without its mark, a canvas's feature moves by "
+        f"{format_cell(marks['reliance'])} of the difference between two canvases{before}. Density "
+        f"on the mark (uniform: 1): {', '.join(densities)}."
     )
 
 

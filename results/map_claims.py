@@ -197,6 +197,7 @@ def share_and_faithfulness(runs):
     shares = sample(runs, "different", "direct_share", SEEDS)
     faithfulness = sample(runs, "different", "matched/mean/patch_faithfulness", SEEDS)
     seeds = [seed for seed in SEEDS if seed in shares and seed in faithfulness]
+    seeds = [seed for seed in seeds if shares[seed][-1] is not None]
     last_share = np.array([shares[seed][-1] for seed in seeds])
     return last_share, np.array([faithfulness[seed] for seed in seeds])
 
@@ -221,7 +222,8 @@ def auc(truth, score):
     true_sign = np.sign(truth[..., :, None] - truth[..., None, :])
     sign = np.sign(score[..., :, None] - score[..., None, :])
     wins = (true_sign * sign).sum((-2, -1))
-    return 0.5 + 0.5 * wins / np.abs(true_sign).sum((-2, -1))
+    pairs = np.abs(true_sign).sum((-2, -1))
+    return 0.5 + 0.5 * wins / np.maximum(pairs, 1)  # without pairs: .5
 
 
 def spearman(x, y):
@@ -230,9 +232,11 @@ def spearman(x, y):
 
 
 def pearson(x, y):
+    """Return the correlation of x and y along their last axis; 0 if one of them is constant."""
     x = x - x.mean(-1, keepdims=True)
     y = y - y.mean(-1, keepdims=True)
-    return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    scale = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return (x * y).sum(-1) / np.where(scale > 0, scale, 1)
 
 
 # -------------------------------------------------------------------------------------- the tests

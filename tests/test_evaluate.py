@@ -716,6 +716,9 @@ def test_the_reliance_on_marks_by_hand(few_images):
     marks = result["marks"]
     json.dumps(marks, allow_nan=False)
     assert marks == evaluate.measure_marks(TINY_CONFIG, backbone, DIGITS)
+    untrained = evaluate.measure_marks(config, backbone_of(config=config), DIGITS)
+    assert result["untrained_marks"] == untrained != marks
+    assert result["description"].endswith(", shortcut 0.5, epoch 2 of 2")
 
     count = marks["reliance"]["images"]
     assert count == 16

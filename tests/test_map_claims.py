@@ -105,6 +105,30 @@ def test_auc_by_hand():
     assert both == pytest.approx([3.5 / 5, 1.5 / 5])
 
 
+def test_without_scatter_there_is_no_effect():
+    """And p is not the smallest of all, which Holm would take for the best evidence."""
+    claim = claim_of(MORE, margin=0.05, planned=24)
+    constant = np.full(24, 0.3)
+    noise = RNG.random(24)
+    verdict = map_claims.judge_auc(claim, constant, noise, -noise)
+    assert (verdict.value, verdict.p) == (0, 1)
+    verdict = map_claims.judge_correlation(claim_of(MORE, margin=0.2), noise, constant)
+    assert (verdict.value, verdict.p) == (0, 1)
+
+
+def test_equal_differences_count_as_equal_whatever_their_rounding():
+    permuted = np.array([0.1 + 0.2, 0.3, -0.3])  # the first is 0.30000000000000004
+    assert map_claims.permutation_p(0.1 + 0.2, permuted) == 1
+    assert map_claims.permutation_p(0.3, permuted) == map_claims.permutation_p(0.1 + 0.2, permuted)
+
+
+def test_a_collapsed_network_is_left_out_of_the_shortcut_claim():
+    density = dict.fromkeys(("mean", "rollout", "norm_rollout", "squared_gradient"), 1.0)
+    runs = {("different", 70): {"matched": {}, "marks": {"reliance": None, "density": density}}}
+    reliance, _ = map_claims.marks(runs)
+    assert len(reliance) == 0
+
+
 def test_a_map_that_tells_networks_apart_beats_one_that_does_not():
     claim = claim_of(MORE, margin=0.05, planned=24)
     truth = RNG.random(24)

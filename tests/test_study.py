@@ -50,6 +50,14 @@ def test_the_pages_show_what_the_runs_give(committed, page):
     assert verdicts.fill_page(changed, blocks) == text
 
 
+def test_every_block_has_its_place_on_a_page(committed):
+    pages = [
+        (ROOT / "results" / name).read_text() for name in ("README.md", "claims.md", "tables.md")
+    ]
+    for name in study.page_blocks(committed):
+        assert sum(f"<!-- {name} -->" in page for page in pages) == 1, name
+
+
 def test_every_run_can_be_traced(committed):
     """Each line has the command that the grid gives it, without any folder of the machine."""
     for preset, runs in committed.items():
@@ -420,7 +428,7 @@ def test_the_table_of_verdicts_says_how_sure_they_are(monkeypatch):
     seeds = judged["C5"].forecast.seeds
     assert f"**undecided** so far (as it is, {seeds} seeds: holds): its size" in lines["| C5"]
     # Flipping the signs of five values cannot give a p below .06, so the tests disagree.
-    assert "**holds** so far ¹ |" in lines["| F1"]
+    assert "**holds** so far ¹: after the fact" in lines["| F1"]
     assert "[figure](figures/F1.png)" in lines["| F1"]
 
 
@@ -437,7 +445,7 @@ def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
     assert verdicts.primary({}, CLAIMS["F1"]) == second
     assert verdicts.primary({}, CLAIMS["C5"]) == first
     line = verdicts.verdict_table({}).splitlines()[2]
-    assert "**holds** |" in line
+    assert "**holds**: after the fact" in line
     assert "+0.309 [" in line
     assert "; first ten: +0.054 [" in line
     line = verdicts.sample_table({}).splitlines()[2]
