@@ -97,7 +97,7 @@ def verdict(result: dict) -> str:
     head_does = is_above(table, head, "brightness") and is_above(table, head, "shuffled")
     if head_does and not looks_at_digit:
         cell = format_cell(table[head]["selectivity"])
-        answer += f" But {title_of(head)} on its own does look at the digit: {cell}."
+        answer += f" {as_title(head)} alone: {cell}."
     return f"{question} {answer}"
 
 

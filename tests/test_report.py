@@ -166,12 +166,12 @@ def test_the_verdict_without_canvases_that_have_both_a_digit_and_clutter():
 
 def test_the_verdict_names_a_head_that_looks_at_the_digit_although_their_mean_does_not():
     text = report.verdict(result_of((1.2, 1.15, 1.25), best=(2.0, 1.9, 2.1)))
-    assert text.endswith("But head 2 on its own does look at the digit: 2.00 [1.90, 2.10].")
+    assert text.endswith("Head 2 alone: 2.00 [1.90, 2.10].")
     text = report.verdict(result_of(ABOVE_BRIGHTNESS, best=(2.0, 1.9, 2.1)))
-    assert "But head" not in text
+    assert "Head 2" not in text
     # above brightness, but not above the network's maps of other images
     result = result_of((1.2, 1.15, 1.25), best=(2.0, 1.9, 2.1), shuffled=(1.9, 1.8, 2.0))
-    assert "But head" not in report.verdict(result)
+    assert "Head 2" not in report.verdict(result)
 
 
 @pytest.mark.parametrize("mean", [(0.8, 0.7, 0.9), ABOVE_BRIGHTNESS])
