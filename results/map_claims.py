@@ -26,6 +26,7 @@ from verdicts import (
     mean_cells,
     primary_of_seeds,
     sample,
+    set_holm_p,
     t_interval,
     table_row,
     table_rule,
@@ -254,7 +255,7 @@ def judge(runs):
             verdicts[name] = judge_auc(claim, reliance, density["rollout"], density["mean"])
         else:
             verdicts[name] = judge_mean(claim, np.array(list(of_means[name].values())))
-    set_holm_p(verdicts)
+    set_holm_p(verdicts, len(CLAIMS))
     return verdicts
 
 
@@ -359,15 +360,6 @@ def word_of(claim, low, high):
     if is_inside_margin:
         return NO_EFFECT
     return CONTRARY if is_contrary else UNDECIDED
-
-
-def set_holm_p(verdicts):
-    """Set `holm_p`: p corrected by Holm for all nine claims, those without runs included."""
-    tested = [verdict for verdict in verdicts.values() if verdict.p is not None]
-    corrected = 0
-    for rank, verdict in enumerate(sorted(tested, key=lambda verdict: verdict.p)):
-        corrected = max(corrected, min(1, verdict.p * (len(CLAIMS) - rank)))
-        verdict.holm_p = corrected
 
 
 # ------------------------------------------------------------------------------------- the tables

@@ -538,7 +538,7 @@ def judge(runs):
     for name, claim in CLAIMS.items():
         values = list(primary(runs, claim).values())
         verdicts[name] = judge_claim(claim, values)
-    set_holm_p(verdicts)
+    set_holm_p(verdicts, len(CLAIMS))
     return verdicts
 
 
@@ -555,12 +555,12 @@ def judge_claim(claim, values):
     return verdict
 
 
-def set_holm_p(verdicts):
-    """Set `holm_p`: p corrected by Holm for all claims, those without runs included."""
+def set_holm_p(verdicts, claims):
+    """Set `holm_p`: p corrected by Holm for this many claims, those without runs included."""
     tested = [verdict for verdict in verdicts.values() if verdict.p is not None]
     corrected = 0
     for rank, verdict in enumerate(sorted(tested, key=lambda verdict: verdict.p)):
-        corrected = max(corrected, min(1, verdict.p * (len(CLAIMS) - rank)))
+        corrected = max(corrected, min(1, verdict.p * (claims - rank)))
         verdict.holm_p = corrected
 
 

@@ -160,7 +160,7 @@ def test_p_of_exchanged_ranks_is_rarely_small_if_maps_say_equally_much():
 def test_holm_corrects_for_all_nine_claims():
     verdicts = {name: map_claims.Verdict(20, p=0.01 * (i + 1)) for i, name in enumerate("abc")}
     verdicts["d"] = map_claims.Verdict(3)
-    map_claims.set_holm_p(verdicts)
+    map_claims.set_holm_p(verdicts, claims=9)
     assert [verdicts[name].holm_p for name in "abc"] == pytest.approx([0.09, 0.16, 0.21])
     assert verdicts["d"].holm_p is None
 

@@ -384,7 +384,7 @@ def test_exact_p_counts_the_signs_that_do_as_well():
 def test_holm_corrects_for_all_sixteen_claims():
     p_values = {"F1": 0.004, "F2": 0.001, "C5": 0.0041, "Q1": None, "Q3": 0.9}
     judged = {name: verdicts.Verdict(seeds=5, p=p) for name, p in p_values.items()}
-    verdicts.set_holm_p(judged)
+    verdicts.set_holm_p(judged, claims=16)
     assert judged["F2"].holm_p == pytest.approx(16 * 0.001)
     assert judged["F1"].holm_p == pytest.approx(15 * 0.004)
     # 14 × .0041 would be less than the corrected p of a smaller p.
