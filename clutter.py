@@ -232,8 +232,10 @@ def sample_marks(
 
     A mark is a square of one grey level. With `probability` a digit has one, of the same level on
     all of its canvases, each at a place of its own. Two views that show a mark can be matched by
-    its level, without the digit, so it is a shortcut. A mark also hides what lies under it. Returns `has_mark` (B,) bool, `mark_level`
-    (B,) float32 from MARK_LEVELS, and `mark_corner` (B, V, 2).
+    its level, without the digit, so it is a shortcut. A mark also hides what lies under it.
+
+    Returns `has_mark` (B,) bool, `mark_level` (B,) float32 from MARK_LEVELS, and `mark_corner`
+    (B, V, 2).
     """
     batch, canvases = shape
     has_mark = torch.rand(batch, generator=rng) < probability

@@ -1,11 +1,11 @@
 """Effects: what a network's feature depends on, found by changing the image and looking again.
 
-Three things are changed: a patch with ink is blackened, by replacing its token with that of a black
-patch; a window of patches is left out, as if it did not exist; or a part of a canvas is left out when
-the canvas is rendered. The effect is 1 − cosine of the L2-normalized [CLS] features before and after.
-(For parts of a canvas it is a distance, √(2 − 2 cosine).) It is measured, not estimated. The direct
-effect at a block is what remains of an effect if only the changed patch's own token differs at the
-input of that block.
+There are three kinds of change. A patch with ink is blackened, by replacing its token with that of a
+black patch. A window of patches is left out, as if it did not exist. A part of a canvas is left out
+when the canvas is rendered. The effect is 1 − cosine of the L2-normalized [CLS] features before and
+after. (For parts of a canvas it is a distance, √(2 − 2 cosine).) It is measured, not estimated. The
+direct effect at a block is what remains of an effect if only the changed patch's own token differs at
+the input of that block.
 
 Images are (B, 1 or 3, H, W) in [0, 1].
 """

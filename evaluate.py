@@ -424,11 +424,11 @@ def measure_canvases(result: dict, config: Config, networks: dict, splits: dict)
 def measure_marks(config: Config, backbone: VisionTransformer, splits: dict) -> dict:
     """How much a network relies on marks (see --shortcut), and how much its maps say so.
 
-    Test canvases get a mark each. (All other measures of the network are of canvases without marks.)
-    Returns two entries. `reliance` is the mean of 1 − cosine of the features with the mark and
-    without it, divided by the mean of 1 − cosine of the features of different canvases: it is 0 if
-    marks do not matter. Its interval takes the divisor as known. `density` is {row: cell} of the network's
-    maps: the share of the map on the mark, divided by the mark's share of the area.
+    Test canvases get a mark each. (All other measures of the network are of canvases without
+    marks.) Returns two entries. `reliance` is the mean of 1 − cosine of the features with the mark
+    and without it, divided by the mean of 1 − cosine of the features of different canvases: it is 0
+    if marks do not matter. Its interval takes the divisor as known. `density` is {row: cell} of the
+    network's maps: the share of the map on the mark, divided by the mark's share of the area.
     """
     patch_size = backbone.shape.patch_size
     device = backbone.cls_token.device
@@ -530,7 +530,7 @@ def effect_images(
     """How many images can be afforded if each takes `passes` forward passes.
 
     On canvases there is a pass for every patch with ink, so the default is the number of patches.
-    The budget is about 10 seconds on two CPU cores.
+    For the laptop preset this takes some ten seconds on two CPU cores.
     """
     shape = backbone.shape
     patches = (image_size // shape.patch_size) ** 2

@@ -594,7 +594,7 @@ def check_finite(network: LookedAt):
 
 
 def save_maps(networks: list[LookedAt], path: str):
-    """Write all maps of all pictures as a file of numpy arrays; docs/pictures.md says what it holds."""
+    """Write all maps of all pictures as numpy arrays; docs/pictures.md says what the file holds."""
     arrays = {
         "networks": np.array([network.model.name for network in networks]),
         "pictures": np.array([example.name for example in networks[0].examples]),

@@ -18,7 +18,7 @@ images, so a caller who computes a batch in pieces weights each piece by b / B.
 
 A loss also says what it needs of the rest:
 
-    num_prototypes            the width of the head's last layer; None: the head ends at its bottleneck
+    num_prototypes            the width of the head's last layer, or None if it has none
     uses_labels               whether the targets are the labels
     targets(teacher_outputs)  the targets otherwise
     chance                    the loss of a network that knows nothing, drawn beside the curves

@@ -155,9 +155,8 @@ def belief(result: dict) -> str:
         answer = answer_by_equal_ink(table, rows)
     else:
         answer = answer_by_srg(table, rows)
-    if (
-        table[rows[0]][headline(table)]["low"] is None
-    ):  # a bare value says nothing of attention either
+    has_interval = table[rows[0]][headline(table)]["low"] is not None
+    if not has_interval:  # too few images to say anything about attention either
         return f"{question} {answer}"
     return f"{question} {answer} {attention_sentence(result, rows)}"
 

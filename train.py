@@ -369,8 +369,8 @@ def training_step(
         state.scaler.unscale_(optimizer)
     gradient_norm = nn.utils.clip_grad_norm_(state.student.parameters(), config.clip_grad)
 
-    # If a gradient overflowed in float16, the norm is infinite, and clipping has made all gradients 0
-    # or NaN. The scaler looks at each optimizer for itself, and would still step the other one.
+    # If a gradient overflowed in float16, the norm is infinite, and clipping has made all gradients
+    # 0 or NaN. The scaler checks each optimizer separately, and would still step the other one.
     if not state.scaler.is_enabled() or gradient_norm.isfinite():
         for optimizer in state.optimizers:
             state.scaler.step(optimizer)

@@ -90,14 +90,8 @@ ROWS_OVER_TRAINING = {
 DEPTH_ROWS = {1: "depth-1", 2: "different", 3: "depth-3", 4: "depth-4", 6: "depth-6"}
 DEPTH_COLORS = dict(zip(DEPTH_ROWS, colormaps["viridis"]([0.0, 0.22, 0.42, 0.62, 0.82])))
 DEPTH_MARKERS = dict(zip(DEPTH_ROWS, "os^Dv"))
-# Names of the maps in study.json, and in words.
-MAPS = {
-    "brightness": "brightness",
-    "mean": "attention",
-    "rollout": "rollout",
-    "norm_rollout": "norm rollout",
-    "squared_gradient": "squared gradient",
-}
+# Names of the maps, {in study.json: in words}; the better ones stand to the right.
+MAPS = {row: name for name, row in reversed(map_claims.MAPS.items())}
 # How often training images got a mark, by row: in words, colour, marker.
 MARK_STYLES = {
     "different": ("never", BLUE, "o"),
@@ -290,14 +284,19 @@ def claim_line(name, claim, verdict):
 
 def draw_map_claims(runs):
     """Draw the claims about maps that have a value: means, a correlation, and an AUC."""
-    means, others = [], []
+    means = []
+    by_bootstrap = []
     for name, verdict in map_claims.judge(runs).items():
-        if verdict.value is not None:
-            line = map_claim_line(name, map_claims.CLAIMS[name], verdict)
-            (others if name in ("M5", "M8") else means).append(line)
+        if verdict.value is None:
+            continue
+        line = map_claim_line(name, map_claims.CLAIMS[name], verdict)
+        if name in ("M5", "M8"):
+            by_bootstrap.append(line)
+        else:
+            means.append(line)
     panels = [
         ("difference: mean and 95% interval over seeds", means),
-        ("correlation (M5), difference of two AUC (M8): 95% interval by bootstrap", others),
+        ("correlation (M5), difference of two AUC (M8): 95% interval by bootstrap", by_bootstrap),
     ]
     return draw_forest("Which map can be believed?", panels)
 

@@ -307,9 +307,8 @@ def judge_auc(claim, truth, score, reference):
     exchanged = rng.random((RESAMPLES, len(truth))) < 0.5
     first = np.where(exchanged, reference_ranks, ranks)
     second = np.where(exchanged, ranks, reference_ranks)
-    return finish(
-        claim, verdict, permutation_p(verdict.value, auc(truth, first) - auc(truth, second))
-    )
+    permuted = auc(truth, first) - auc(truth, second)
+    return finish(claim, verdict, permutation_p(verdict.value, permuted))
 
 
 def set_bootstrap(claim, verdict, resampled):
