@@ -186,22 +186,21 @@ def faithfulness(maps, effects) -> dict:
     }
 
 
-def equal_ink(maps, effects, ink, among, tolerance: float = 0.05):
+def equal_ink(maps, effects, dose, among, tolerance: float = 0.05):
     """Of two patches with equal ink, does the one with more of the map have the larger effect?
 
-    Blackening a patch removes its ink, so the amount of ink is the dose, and a map that knows no
-    more than the dose ranks patches well. Here the dose is held constant: pairs are two patches of
-    one image whose ink differs by at most `tolerance`, as a share of the larger one. A pair counts
-    1 if the map orders it as the effects do, ½ if either of them is tied, else 0.
+    Blackening a patch removes its summed intensity: that is the dose. A map that knows no more than
+    the dose ranks patches well. Here the dose is held constant: pairs are two patches of one image
+    whose doses differ by at most `tolerance`, as a share of the larger one. A pair counts 1 if the
+    map orders it as the effects do, ½ if either of them is tied, else 0.
 
-    `maps`, `effects` and `ink`, the summed intensity of a patch, are (n, patches); `among` (n,
-    patches) bool are the patches with ink, whose effects are known. Returns two (n,): the sum over
-    an image's pairs, and how many pairs it has. The measure is the ratio of their means; chance is
-    ½.
+    `maps`, `effects` and `dose` are (n, patches); `among` (n, patches) bool are the patches with
+    ink, whose effects are known. Returns two (n,): the sum over an image's pairs, and how many
+    pairs it has. The measure is the ratio of their means; chance is ½.
     """
     i, j = torch.triu_indices(maps.shape[1], maps.shape[1], offset=1)  # all pairs
-    larger = torch.maximum(ink[:, i], ink[:, j])
-    is_equal = (ink[:, i] - ink[:, j]).abs() <= tolerance * larger
+    larger = torch.maximum(dose[:, i], dose[:, j])
+    is_equal = (dose[:, i] - dose[:, j]).abs() <= tolerance * larger
     is_pair = is_equal & among[:, i] & among[:, j]
     map_order = (maps[:, i] - maps[:, j]).sign()
     effect_order = (effects[:, i] - effects[:, j]).sign()

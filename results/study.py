@@ -520,12 +520,13 @@ def write_pages(study):
 
 
 def save_small_checkpoints(args, runs):
-    """Save the teachers of `same` and `different` that are the median of five in selectivity.
+    """Save the teachers of `same` and `different` that are the median of their row in selectivity.
 
-    The weights are in float16, so that the files stay small. Rows without runs are left out.
+    The row is that of the study of maps; of an even number of seeds, the upper median counts. The
+    weights are in float16, so that the files stay small. Rows without runs are left out.
     """
     for row in ("same", "different"):
-        selectivity = verdicts.sample(runs, row, verdicts.SELECTIVITY, FIRST_FIVE)
+        selectivity = verdicts.sample(runs, row, verdicts.SELECTIVITY, map_claims.SEEDS)
         if not selectivity:
             continue
         seeds = sorted(selectivity, key=selectivity.get)

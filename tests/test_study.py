@@ -193,11 +193,12 @@ def test_the_small_checkpoints_attend_as_their_runs_do(row, committed):
     checkpoint = weights.read_checkpoint(str(path))
     assert all(tensor.dtype == torch.float16 for tensor in checkpoint["teacher"].values())
 
-    # It is the run of median selectivity among the first five seeds.
+    # It is the run of median selectivity among the twenty of the study of maps.
     runs = committed["laptop"]
-    selectivity = verdicts.sample(runs, row, verdicts.SELECTIVITY, range(10, 15))
+    selectivity = verdicts.sample(runs, row, verdicts.SELECTIVITY, range(70, 90))
     seed = checkpoint["config"]["seed"]
-    assert seed == sorted(selectivity, key=selectivity.get)[2]
+    assert len(selectivity) == 20
+    assert sum(value > selectivity[seed] for value in selectivity.values()) == 9
 
     # Its history is the one in study.json.
     assert checkpoint["epoch"] == 10
