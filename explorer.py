@@ -237,9 +237,17 @@ def canvas_scenes(model: Model, count: int) -> list[dict]:
         black = torch.zeros(count, 1, config.canvas_size, config.canvas_size)
         backgrounds = [packed(one, "f32") for one in background.put_behind(black, params)]
 
+    marks = [[] for _ in range(count)]
+    if model.has_marks:
+        marks = marks_of_scenes(model, count)
+
     scenes = []
     for row in range(count):
         number = int(params["digit"][row])
+        fragments = [
+            {"pixels": packed(piece, "u8"), "at": corner.tolist(), "level": None}
+            for piece, corner in zip(pieces[row, 0], params["corner"][row, 0])
+        ]
         scenes.append(
             {
                 "size": config.canvas_size,
@@ -248,14 +256,22 @@ def canvas_scenes(model: Model, count: int) -> list[dict]:
                     "pixels": packed(images[number], "u8"),
                     "at": params["position"][row, 0].tolist(),
                 },
-                "clutter": [
-                    {"pixels": packed(piece, "u8"), "at": corner.tolist()}
-                    for piece, corner in zip(pieces[row, 0], params["corner"][row, 0])
-                ],
+                "clutter": fragments + marks[row],
                 "background": backgrounds[row],
             }
         )
     return scenes
+
+
+def marks_of_scenes(model: Model, count: int) -> list[list[dict]]:
+    """The mark of each of the first test canvases, as a piece of clutter with a level in [0, 1]."""
+    params = views.evaluation_marks(model.config, count, 0, "test")
+    square = packed(torch.zeros(clutter.MARK_SIZE, clutter.MARK_SIZE), "u8")  # only its size counts
+    levels = params["mark_level"].tolist()
+    corners = params["mark_corner"][:, 0].tolist()
+    return [
+        [{"pixels": square, "at": corner, "level": level}] for corner, level in zip(corners, levels)
+    ]
 
 
 def digits_to_choose(model: Model) -> list[dict]:
@@ -333,7 +349,7 @@ def network_content(
     return {
         "name": model.name,
         "description": description(model, len(epochs)),
-        "measured_on": measured_on(result),
+        "measured_on": measured_on(result, model),
         "sentences": report.sentences(result) if result else [],
         "table": table_content(result) if result else None,
         "shape": {
@@ -361,13 +377,14 @@ def description(model: Model, epochs: int) -> str:
     return model.describe()
 
 
-def measured_on(result: dict | None) -> str:
+def measured_on(result: dict | None, model: Model) -> str:
     """On which images the report was made."""
     if result is None:
         return "No report was made on these maps."
     count = max(cell["images"] for cell in report.measured_table(result)["mean"].values())
     if "matched" in result:
-        return f"On {count:,} test canvases; the pictures above are the first of them."
+        marks = "; the marks are put on the pictures only" if model.has_marks else ""
+        return f"On {count:,} test canvases; the pictures above are the first of them{marks}."
     if "features" in result:
         return f"On {count:,} test photographs; the pictures above are the first of them."
     return "On the pictures above."

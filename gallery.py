@@ -55,6 +55,7 @@ class Model:
     history: list | None = None  # the lines of its log.jsonl
     splits: dict | None = None  # the digits or photographs that it is shown
     is_measured: bool = False  # runs of train.py are measured, and what --weights names
+    has_marks: bool = False  # a mark (--shortcut) lies on each canvas that is drawn
     # The flags that say how to read the file: of --heads, --grid and --normalise half
     open_flags: set[str] = field(default_factory=set)
 
@@ -152,6 +153,7 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         epoch,
         history,
         is_measured=is_run,
+        has_marks=config.shortcut > 0,
         open_flags=open_flags,
     )
 
@@ -253,7 +255,7 @@ class Example:
     """An image to draw maps of, in [0, 1], and its masks if there are any."""
 
     picture: Tensor  # (1 or 3, H, W)
-    masks: tuple[Tensor, ...] = ()  # of digit and clutter, (H, W) bool
+    masks: tuple[Tensor, ...] = ()  # of digit and clutter, a mark included, (H, W) bool
     name: str = ""  # what it is called: the name of its file, or the like
 
 
@@ -371,18 +373,29 @@ def proportions(width: int, height: int) -> str:
 
 
 def example_images(model: Model, count: int) -> list[Example]:
-    """The first test images, with their masks if any; canvases are in the matched layout."""
-    batch = next(views.evaluation_batches(model.config, model.splits["test"], count))
-    pictures = batch.images.clamp(0, 1)
+    """The first test images, with their masks if any; canvases are in the matched layout.
+
+    If the model has marks, each canvas has one on top, which counts as clutter.
+    """
+    split = model.splits["test"]
+    batch = next(views.evaluation_batches(model.config, split, count))
+    images = batch.images
     if batch.digit is None:
         return [
             Example(picture, name=f"test photograph {number}")
-            for number, picture in enumerate(pictures, 1)
+            for number, picture in enumerate(images.clamp(0, 1), 1)
         ]
-    masks = zip(batch.digit, batch.clutter)
+    digit_masks = batch.digit
+    clutter_masks = batch.clutter
+    if model.has_marks:
+        marked = next(views.marked_batches(model.config, split, count))
+        images = marked.images
+        digit_masks = digit_masks & ~marked.mark
+        clutter_masks = clutter_masks | marked.mark
+    masks = zip(digit_masks, clutter_masks)
     return [
         Example(picture, of_picture, f"test canvas {number}")
-        for number, (picture, of_picture) in enumerate(zip(pictures, masks), 1)
+        for number, (picture, of_picture) in enumerate(zip(images.clamp(0, 1), masks), 1)
     ]
 
 

@@ -461,10 +461,7 @@ def marked_batches(
     background = Background(config, split.images.device)
     batches = evaluation_params(config, split, count, "matched", split_name)
     for number, params in enumerate(batches):
-        rng = generator("evaluation", split_name, "marks", number)
-        shape = (EVALUATION_ROWS, 1)
-        marks = sample_marks(rng, shape, config.canvas_size, probability=1)
-        marks = {name: value[: len(params["digit"])] for name, value in marks.items()}
+        marks = evaluation_marks(config, len(params["digit"]), number, split_name)
         canvas, _, _ = render_canvases(params, config, split.images, masks=False)
         canvas = background.put_behind(canvas, params)
         marked, mask = put_marks(canvas, marks)
@@ -474,6 +471,16 @@ def marked_batches(
             mark=resize_masks(mask, config.image_size)[:, 0],
             index=params["digit"],
         )
+
+
+def evaluation_marks(config: Config, count: int, number: int, split_name: str) -> dict:
+    """The parameters (`clutter.sample_marks`) of the marks on a batch of test canvases.
+
+    The batch is the one with this number, from 0, and has `count` canvases.
+    """
+    rng = generator("evaluation", split_name, "marks", number)
+    marks = sample_marks(rng, (EVALUATION_ROWS, 1), config.canvas_size, probability=1)
+    return {name: value[:count] for name, value in marks.items()}
 
 
 def evaluation_order(split: Split, split_name: str):

@@ -332,6 +332,8 @@ def attention_title(networks: list[LookedAt], is_overlay: bool = False) -> str:
     has_masks = [bool(example.masks) for network in networks for example in network.examples]
     if any(has_masks):
         title += ". The digit is outlined in green, clutter in red"
+        if any(network.model.has_marks for network in networks):
+            title += ", as is the mark"
     if any("effect" in network.names for network in networks):
         change = "a window of patches is left out"
         if all(has_masks):
@@ -797,6 +799,9 @@ def measure(model: Model) -> evaluate.Evaluation:
 
 def compare(models: list[Model], args: argparse.Namespace):
     """Draw several networks side by side, and measure them in one table."""
+    # Networks that were trained without marks are shown those that the others were trained with.
+    if any(model.has_marks for model in models):
+        models = [replace(model, has_marks=True) for model in models]
     examples = [gallery.example_images(model, 8) for model in models]
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness"])

@@ -34,7 +34,9 @@ needs_browser = pytest.mark.skipif(not find_chromium(), reason="there is no Chro
 # ---------------------------------------------------------------------------------- what is shown
 
 
-def small_model(background: str = "black", image_size: int = 28, **shape) -> gallery.Model:
+def small_model(
+    background: str = "black", image_size: int = 28, has_marks: bool = False, **shape
+) -> gallery.Model:
     """A network with random weights of a good size, and settings of its own."""
     usual = {"patch_size": 7, "dim": 24, "depth": 3, "heads": 2, "pos_size": image_size}
     torch.manual_seed(0)
@@ -46,6 +48,7 @@ def small_model(background: str = "black", image_size: int = 28, **shape) -> gal
     model.backbone = backbone
     model.config.image_size = image_size
     model.config.background = background
+    model.has_marks = has_marks
     return model
 
 
@@ -223,7 +226,7 @@ def test_the_table_has_the_rows_of_the_report_and_more(few_images):
     assert line.split()[2:-2] == " ".join(rows["  attention"]).split()
     explained = {row["text"]: row["help"] for row in table["rows"]}
     assert explained["squared gradient"] == explorer.MAP_HELP["squared_gradient"]
-    assert explorer.measured_on(result).startswith("On 16 test canvases")
+    assert explorer.measured_on(result, model).startswith("On 16 test canvases")
 
 
 def test_the_glossary_has_the_words_that_are_used():
@@ -311,8 +314,9 @@ def finished(browser: Browser, generator: str) -> np.ndarray:
         {},
         {"registers": 3, "depth": 1, "heads": 3, "mlp_ratio": 1},
         {"background": "texture", "image_size": 42, "pos_size": 28},
+        {"background": "texture", "image_size": 42, "pos_size": 28, "has_marks": True},
     ],
-    ids=["plain", "registers", "texture"],
+    ids=["plain", "registers", "texture", "marks"],
 )
 def any_model(request) -> gallery.Model:
     return small_model(**request.param)
@@ -358,6 +362,29 @@ def test_the_networks_features_and_maps_are_torchs(browser, tmp_path, any_model)
         expected = effects.blackening_effects(backbone, images, has_ink, feature[None])[0]
         effect = finished(browser, "effectsOf(weights(), shown, null)")
         np.testing.assert_allclose(effect, expected, atol=1e-4)
+
+
+@needs_browser
+def test_a_mark_is_on_top_and_is_the_first_to_be_removed(browser, tmp_path):
+    model = small_model(has_marks=True)
+    marked = gallery.example_images(model, 1)
+    content = content_of(model, marked)
+    model.has_marks = False
+    (plain,) = gallery.example_images(model, 1)
+    open_page(browser, tmp_path, [content])
+
+    def image() -> np.ndarray:
+        browser.wait_for("!lookIsDue")
+        return in_page(browser, "shown.image.pixels")
+
+    np.testing.assert_allclose(image(), marked[0].picture.flatten(), atol=1e-5)
+    corner = browser.evaluate("scene.clutter.at(-1).at")
+    place = [(start + 4) / 64 for start in corner]
+    assert browser.evaluate(f"partAt({place}) === scene.clutter.at(-1)")
+    browser.evaluate("$('remove').click()")
+    np.testing.assert_allclose(image(), plain.picture.flatten(), atol=1e-5)
+    browser.evaluate("$('add').click()")  # a fragment, which is no mark
+    assert browser.evaluate("scene.clutter.at(-1).level === null")
 
 
 @needs_browser

@@ -267,11 +267,29 @@ def test_test_images_are_numbered_from_one():
     assert [len(canvas.masks) for canvas in canvases] == [2, 2]
 
     photographs = torch.zeros(3, 3, 96, 96, dtype=torch.uint8)
+    model.has_marks = True  # photographs never have any
     model.config.dataset = "stl10"
     model.splits = {"test": Split(photographs, torch.zeros(3, dtype=torch.int64))}
     examples = gallery.example_images(model, 2)
     assert [example.name for example in examples] == ["test photograph 1", "test photograph 2"]
     assert [example.masks for example in examples] == [(), ()]
+
+
+def test_a_mark_lies_on_top_and_counts_as_clutter():
+    model = model_of(SHIPPED / "same.pth")
+    plain = gallery.example_images(model, 20)
+    model.has_marks = True
+    marked = gallery.example_images(model, 20)
+    batch = next(views.marked_batches(model.config, model.splits["test"], 20))
+    for number, (example, without) in enumerate(zip(marked, plain)):
+        mark = batch.mark[number]
+        digit, clutter = example.masks
+        digit_without, clutter_without = without.masks
+        assert torch.equal(example.picture, batch.images[number].clamp(0, 1))
+        assert torch.equal(digit, digit_without & ~mark)
+        assert torch.equal(clutter, clutter_without | mark)
+        assert not torch.equal(example.picture, without.picture)
+    assert any((without.masks[0] & mark).any() for without, mark in zip(plain, batch.mark))
 
 
 # -------------------------------------------------------------------------------------------- maps

@@ -690,6 +690,29 @@ def test_numbers_side_by_side_are_those_of_each_network_alone(run_folder, drawn_
     torch.testing.assert_close(torch.stack(columns[of_trained].arrays).flatten(1), attention)
 
 
+def test_all_networks_are_shown_marks_if_one_was_trained_with_them(tmp_path):
+    """Else it could not be seen how a network that relies on them differs."""
+    checkpoint = torch.load(SAME, weights_only=True)
+    checkpoint["config"]["shortcut"] = 0.5
+    marked = tmp_path / "marked.pth"
+    torch.save(checkpoint, marked)
+    flags = ["--no-measure", "--digits", "sklearn"]
+    with recorded_grids() as grids:
+        assert look(DIFFERENT, marked, *flags, output=tmp_path) == 0
+        assert look(DIFFERENT, *flags, output=tmp_path / "without") == 0
+    compared = grids["attention-compared.png"]
+    assert "[2]\ninput" not in compared.columns  # both are shown the same canvases
+    assert "as is the mark" in compared.title
+    with recorded_grids() as other_grids:
+        assert look(marked, *flags, output=tmp_path) == 0
+    alone = other_grids["attention.png"].columns["input"].arrays
+    without = grids["attention.png"].columns["input"].arrays
+    assert "as is the mark" not in grids["attention.png"].title
+    for shown, of_marked, unmarked in zip(compared.columns["input"].arrays, alone, without):
+        assert torch.equal(shown, of_marked)
+        assert not torch.equal(shown, unmarked)
+
+
 # --------------------------------------------------------------------------- networks from elsewhere
 
 
