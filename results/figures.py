@@ -7,9 +7,10 @@ there are no runs for it yet; `draw_all` saves them.
 Throughout, `runs` is {(row, seed): line of study.json} of one preset, as in verdicts.py.
 """
 
+import re
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import map_claims
 import numpy as np
@@ -175,9 +176,10 @@ def sentence_case(text):
     return text[0].upper() + text[1:]
 
 
-def quantity_in_words(claim):
-    """Return the primary quantity of a claim with its abbreviation in capitals."""
-    return claim.quantity.replace("auroc", "AUROC")
+def in_words(text):
+    """Return a text with its abbreviation in capitals, and minus signs before numbers."""
+    text = text.replace("auroc", "AUROC")
+    return re.sub(r"-(?=\d)", "−", text)
 
 
 def with_minus(text):
@@ -227,14 +229,17 @@ class ForestLine:
     low: float | None
     high: float | None
     numbers: str  # those three as text
+    remark: str = ""  # what has to be kept in mind beside the word
 
 
 def draw_claims(runs):
     """Draw every claim of the paper's study: ratios in one panel, differences in another."""
     lines = {verdicts.RATIO: [], verdicts.DIFFERENCE: []}
+    remarks = verdicts.claim_remarks(runs)
     for name, verdict in verdicts.judge(runs).items():
         claim = verdicts.CLAIMS[name]
-        lines[claim.scale].append(claim_line(name, claim, verdict))
+        line = claim_line(name, claim, verdict)
+        lines[claim.scale].append(replace(line, remark=remarks.get(name, "")))
     panels = [
         ("ratio, on a logarithmic axis: mean and 95% interval over seeds", lines[verdicts.RATIO]),
         ("difference: mean and 95% interval over seeds", lines[verdicts.DIFFERENCE]),
@@ -269,7 +274,7 @@ def claim_line(name, claim, verdict):
     return ForestLine(
         name=name,
         text=claim.text,
-        quantity=quantity_in_words(claim),
+        quantity=in_words(claim.quantity),
         claimed=claimed[claim.expected],
         null=null,
         margin=margin,
@@ -313,7 +318,7 @@ def map_claim_line(name, claim, verdict):
     return ForestLine(
         name=name,
         text=claim.text,
-        quantity=quantity_in_words(claim),
+        quantity=in_words(claim.quantity),
         claimed=claimed[claim.expected],
         null=0,
         margin=(-claim.margin, claim.margin),
@@ -336,7 +341,7 @@ def draw_forest(topic, panels):
     if all(line.value is None for line in all_lines):
         return None
     heights = [len(lines) for _, lines in panels]
-    figure = Figure(figsize=(11, 2.4 + 0.66 * len(all_lines)), layout="constrained")
+    figure = Figure(figsize=(11, 2.4 + 0.74 * len(all_lines)), layout="constrained")
     axes_of_panels = figure.subplots(len(panels), height_ratios=heights, squeeze=False)[:, 0]
     for axes, (label, lines) in zip(axes_of_panels, panels):
         for y, line in enumerate(lines):
@@ -375,8 +380,9 @@ def draw_forest_line(axes, y, line):
     axes.text(-0.02, y, claim, ha="right", va="bottom", **beside)
     axes.text(-0.02, y + 0.02, quantity, ha="right", va="top", color=GREY, **beside)
     axes.text(1.02, y, result, ha="left", va="bottom", color=color, **beside)
-    claimed = f"claimed: {line.claimed}; {line.count}"
-    axes.text(1.02, y + 0.02, claimed, ha="left", va="top", color=GREY, **beside)
+    notes = [f"claimed: {line.claimed}; {line.count}"]
+    notes += textwrap.wrap(in_words(line.remark), 48)
+    axes.text(1.02, y + 0.02, "\n".join(notes), ha="left", va="top", color=GREY, **beside)
 
 
 def count_words(lines):
@@ -782,7 +788,7 @@ def title_of_claim(name, verdict, width):
     numbers = with_minus(verdicts.format_interval(claim, verdict.interval))
     lines = [
         textwrap.fill(f"{name}. {sentence_case(claim.text)}: {verdict.word}", width),
-        textwrap.fill(sentence_case(quantity_in_words(claim)), width),
+        textwrap.fill(sentence_case(in_words(claim.quantity)), width),
         f"{numbers}, {counted(verdict.seeds, 'seed')}",
     ]
     return "\n".join(lines)

@@ -103,6 +103,7 @@ GRID = {
     "depth-3": Row(f"{DIFFERENT} --depth 3", TEN_SEEDS),
     "depth-4": Row(f"{DIFFERENT} --depth 4", (*FIRST_FIVE, *MAP_SEEDS, *TEN_SEEDS)),
     "depth-6": Row(f"{DIFFERENT} --depth 6", (*FIRST_FIVE, *MAP_SEEDS, *TEN_SEEDS), ["M6", "M7"]),
+    "different-float32": Row(f"{DIFFERENT} --precision float32", TEN_SEEDS[:5]),
 }
 # At the paper's scale: ViT-S/8 from DINO's weights on one GPU, one seed, the most useful row first.
 PAPER_GRID = {
@@ -310,13 +311,15 @@ def run_train(args, job, flags, log_mode):
 
 def study_line(args, job, seconds):
     """Return the line of study.json of a finished run: where it ran, and what was measured."""
+    folder = ROOT / run_folder(args, job)
+    config = weights.read_checkpoint(str(folder / "ckpt.pth"))["config"]
     line = {
         "preset": args.preset,
         "row": job.row,
         "seed": job.seed,
         "command": train_command(args, job),
         "device": device_name(args.device),
-        "precision": precision_name(args.device),
+        "precision": precision_name(config["precision"], args.device),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": seconds,
         "versions": {
@@ -326,7 +329,6 @@ def study_line(args, job, seconds):
             "numpy": version("numpy"),
         },
     }
-    folder = ROOT / run_folder(args, job)
     line |= measures_of_run(folder)
     if job.row in map_claims.MARK_ROWS and job.seed in map_claims.MARK_SEEDS:
         line["marks"] = marks_of_run(folder, args.data_root)
@@ -346,9 +348,9 @@ def device_name(device):
     return f"cpu, {os.uname().machine}"
 
 
-def precision_name(device):
-    """Return the number format of training on this device, such as "bfloat16"."""
-    dtype = train.autocast_dtype("auto", torch.device(device))
+def precision_name(precision, device):
+    """Return the number format of training with this --precision, such as "bfloat16"."""
+    dtype = train.autocast_dtype(precision, torch.device(device))
     return str(dtype).removeprefix("torch.")
 
 

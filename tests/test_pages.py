@@ -24,6 +24,8 @@ SECOND_SAMPLE = range(30, 60)
 OF_MAPS = range(70, 90)
 EVERY_SEED = range(10, 90)
 
+NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
 # Numbers of the design, which no run has to confirm.
 DESIGN = {
     "results/README.md": [
@@ -95,11 +97,7 @@ def percent(share: float) -> str:
 
 def points(value: float) -> str:
     """Two digits without the leading 0, as the pages write them: .53."""
-    return f"{value:.2f}".replace("0.", ".")
-
-
-def nearest(value: float, words: dict[str, float]) -> str:
-    return min(words, key=lambda word: abs(words[word] - value))
+    return f"{value:.2f}".removeprefix("0")
 
 
 # --------------------------------------------------------------------- what each page has to say
@@ -109,99 +107,90 @@ def sentences_of_results(lines):
     def equal_ink(name):
         return values(lines, "different", f"matched/{name}/equal_ink", OF_MAPS).mean()
 
-    attention, rollout, gradient = (
-        percent(equal_ink(name)) for name in ("mean", "rollout", "squared_gradient")
-    )
+    attention = percent(equal_ink("mean"))
+    rollout = percent(equal_ink("rollout"))
+    gradient = percent(equal_ink("squared_gradient"))
     brightness = points(equal_ink("brightness"))
-    return [
-        f"attention picks the one that matters more in {attention} of pairs, rollout in {rollout}, "
-        f"and squared gradients in {gradient}",
-        f"brightness, which knows only the dose, is at {brightness}",
-        f"brightness gets {brightness}",
-        *sentences_on_texture(lines, "in {avoiding} of ten one head stays on the digit"),
+    _, on_ink = heads_on_texture(lines)
+    yield f"attention picks the one that matters more in {attention} of pairs, rollout in {rollout}"
+    yield f"and squared gradients in {gradient}"
+    yield f"brightness, which knows only the dose, is at {brightness}"
+    yield f"brightness gets {brightness}"
+    yield f"in {on_ink} of ten one head stays on the digit"
+
+
+def heads_on_texture(lines):
+    """In how many of ten runs with textures all heads avoid the ink, and all but one: in words."""
+    heads_past_ink = (head_densities(lines, "texture", FIRST_TEN) > 1).sum(1)
+    return NUMBERS[(heads_past_ink == 3).sum()], NUMBERS[(heads_past_ink == 2).sum()]
+
+
+def faithfulness_of_random_maps(lines):
+    means = [
+        values(lines, row, "matched/random/object_faithfulness", EVERY_SEED).mean()
+        for row in ("different", "same")
     ]
-
-
-def sentences_on_texture(lines, *templates):
-    words = dict(enumerate("none one two three four five six seven eight nine ten".split()))
-    densities = head_densities(lines, "texture", FIRST_TEN)
-    on_ink = (densities < 1).sum(1)  # heads that are not past the ink
-    counts = {"all": words[(on_ink == 0).sum()], "avoiding": words[(on_ink == 1).sum()]}
-    return [template.format(**counts) for template in templates]
+    return f"{np.mean(means):.1f}".removeprefix("0")
 
 
 def sentences_of_claims(lines):
-    words = dict(enumerate("none one two three four five six seven eight nine ten".split()))
-    random_maps = [
-        values(lines, row, "matched/random/object_faithfulness", EVERY_SEED).mean()
-        for row in ("different", "same")
-    ]
-    attention_wins = {}
+    # F1
+    random_maps = faithfulness_of_random_maps(lines)
+    yield f"A random map has a rank correlation of about {random_maps} there"
+
+    # F3 and F4
+    wins = {}
+    correlations = {}
     for row in ("dino-same", "pretrained"):
         attention = values(lines, row, "matched/mean/patch_faithfulness", FIRST_TEN)
         rollout = values(lines, row, "matched/rollout/patch_faithfulness", FIRST_TEN)
-        attention_wins[row] = f"{words[(attention > rollout).sum()]} of {words[len(attention)]} runs"
-    stray = {}
+        wins[row] = f"{NUMBERS[(attention > rollout).sum()]} of {NUMBERS[len(attention)]} runs"
+    yield f"{wins['dino-same']} with DINO's loss and same views"
+    yield f"{wins['pretrained']} that started from supervised weights"
     for row in ("different", "same"):
-        most = head_densities(lines, row, SECOND_SAMPLE).max(1)
+        stray = head_densities(lines, row, SECOND_SAMPLE).max(1)
         faithfulness = values(lines, row, "matched/mean/patch_faithfulness", SECOND_SAMPLE)
-        correlation = stats.spearmanr(most, faithfulness).statistic
-        stray[row] = f"−{points(-correlation)}"
-    curves = values(lines, "texture", "curve", FIRST_TEN)
-    losses = [curve[-1]["loss"] for curve in curves]
+        correlations[row] = points(-stats.spearmanr(stray, faithfulness).statistic)
+    yield f"(rank correlation −{correlations['different']} with different views"
+    yield f"−{correlations['same']} with same views)"
+
+    # C4
+    none_on_ink, one_on_ink = heads_on_texture(lines)
+    losses = [curve[-1]["loss"] for curve in values(lines, "texture", "curve", FIRST_TEN)]
+    yield f"In {none_on_ink}, all heads avoid the ink"
+    yield f"In {one_on_ink}, one head stays on the ink and two avoid it"
+    yield f"The loss falls to {points(min(losses))} to {points(max(losses))}"
+
+    # C5
+    causal = {}
+    words = {"about as far": 1, "about one and a half times as far": 1.5, "over twice as far": 2.3}
+    for row in ("same", "different"):
+        ratio = values(lines, row, "causal_selectivity", FIRST_TEN).mean()
+        causal[row] = min(words, key=lambda word: abs(words[word] - ratio))
+    yield f"{causal['same']} as leaving out a pixel of a distractor with same views"
+    yield f"and {causal['different']} with different views"
+
+    # C6 and C8
     curves = values(lines, "different-long", "curve", range(10, 15))
     furthest = [np.argmax([epoch["mean"]["diversity"] for epoch in curve]) for curve in curves]
-    probes = [
+    yield f"in epochs {min(furthest)} to {max(furthest)}"
+    large, small = (
         points(values(lines, row, "features/linear_probe", SECOND_SAMPLE).mean())
         for row in ("different", "size-28")
-    ]
-    causal = [
-        nearest(
-            values(lines, row, "causal_selectivity", FIRST_TEN).mean(),
-            {"as far": 1, "about one and a half times as far": 1.5, "over twice as far": 2.3},
-        )
-        for row in ("same", "different")
-    ]
-    return [
-        f"A random map has a rank correlation of about {np.mean(random_maps):.1f} there".replace(
-            "0.", "."
-        ),
-        f"{attention_wins['dino-same']} with DINO's loss and same views, and in "
-        f"{attention_wins['pretrained']} that started from supervised weights",
-        f"(rank correlation {stray['different']} with different views, {stray['same']} with same "
-        f"views)",
-        *sentences_on_texture(
-            lines,
-            "In {all}, all heads avoid the ink. In {avoiding}, one head stays on the ink and two "
-            "avoid it",
-        ),
-        f"The loss falls to {points(min(losses))} to {points(max(losses))}",
-        f"in epochs {min(furthest)} to {max(furthest)}",
-        f"a linear probe of {probes[0]} instead of {probes[1]}, second sample",
-        f"{causal[0]} as leaving out a pixel of a distractor with same views, and {causal[1]} with "
-        f"different views",
-    ]
+    )
+    yield f"a linear probe of {large} instead of {small}, second sample"
 
 
 def sentences_of_metrics(lines):
-    brightness = np.concatenate(
-        [
-            values(lines, row, "matched/brightness/patch_faithfulness", EVERY_SEED)
-            for row in ("different", "same")
-        ]
-    )
-    random_maps = [
-        values(lines, row, "matched/random/object_faithfulness", EVERY_SEED).mean()
-        for row in ("different", "same")
-    ]
+    both = ("different", "same")
+    measure = "matched/brightness/patch_faithfulness"
+    brightness = np.concatenate([values(lines, row, measure, EVERY_SEED) for row in both])
+    lowest = points(brightness.min())
+    highest = points(brightness.max())
     equal_ink = values(lines, "different", "matched/brightness/equal_ink", OF_MAPS).mean()
-    about = f"{np.mean(random_maps):.1f}".replace("0.", ".")
-    return [
-        f"its rank correlation with the effects is {points(brightness.min())} to "
-        f"{points(brightness.max())}",
-        f"even a random map scores about {about} here",
-        f"With equal ink, brightness is right in {points(equal_ink)} of the cases",
-    ]
+    yield f"its rank correlation with the effects is {lowest} to {highest}"
+    yield f"even a random map scores about {faithfulness_of_random_maps(lines)} here"
+    yield f"With equal ink, brightness is right in {points(equal_ink)} of the cases"
 
 
 SENTENCES = {

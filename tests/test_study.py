@@ -260,6 +260,7 @@ def test_rows_differ_from_the_preset_only_in_what_they_compare(preset):
         "images_per_epoch",
         "digits",
         "pos_size",
+        "precision",
         "device",
     }
     for name, config in configs.items():
