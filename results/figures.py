@@ -444,7 +444,9 @@ def correlation_title(points, more, little, less):
     """Return a title that says how two quantities go together, by their rank correlations.
 
     Its first line is one of three sentences: `more` and `less` are for a correlation of the rows'
-    means of at least .5 and of at most −.5, `little` is for anything between.
+    means of at least .5 and of at most −.5, `little` is for anything between. The last lines have the
+    correlations within each group of at least three rows: those between all rows may be nothing but
+    the difference between two groups.
     """
     of_rows, of_runs = rank_correlations(points)
     finding = little
@@ -454,11 +456,28 @@ def correlation_title(points, more, little, less):
         finding = less
     rows = with_minus(f"{of_rows:.2f}")
     networks = with_minus(f"{of_runs:.2f}")
-    return (
-        f"{finding}\n"
+    lines = [
+        finding,
         f"rank correlation: {rows} between {len(points)} ways of training, "
-        f"{networks} between all networks"
-    )
+        f"{networks} between all networks",
+    ]
+    within = []
+    for group, members in points_by_group(points).items():
+        if len(members) >= 3:
+            rows, networks = (with_minus(f"{value:.2f}") for value in rank_correlations(members))
+            within.append(
+                f"{group}: {rows} between {len(members)} ways, {networks} between networks"
+            )
+    return "\n".join(lines + within)
+
+
+def points_by_group(points):
+    """Return {group: {row: (x, y)}} of points, {row: (x, y)}."""
+    groups = {}
+    for row, values in points.items():
+        base, _, _ = row.partition("-lr-")
+        groups.setdefault(GROUP_OF_ROW[base], {})[row] = values
+    return groups
 
 
 def scatter_groups(axes, points):

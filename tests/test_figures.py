@@ -229,17 +229,22 @@ def test_the_title_of_the_shortcut(drawn, all_runs):
 
 
 def test_correlations_stand_in_the_titles(drawn, all_runs):
-    means = []
+    means = {}
     for row in sorted({row for row, _ in all_runs}):
         lines = lines_of(all_runs, row, verdicts.BOTH)
         if lines and row.partition("-lr-")[0] in figures.GROUP_OF_ROW:
             selectivity = [line["matched"]["mean"]["selectivity"] for line in lines]
             effect = [line["causal_selectivity"] for line in lines]
-            means.append((np.mean(selectivity), np.mean(effect)))
-    x, y = np.array(means).T
-    correlation = map_claims.spearman(x, y)
+            means[row] = (np.mean(selectivity), np.mean(effect))
+    x, y = np.array(list(means.values())).T
     title = drawn["selectivity-and-effect"].axes[0].get_title()
-    assert f"{correlation:.2f} between {len(means)} ways" in title
+    assert f"{map_claims.spearman(x, y):.2f} between {len(means)} ways" in title
+    same_views = [
+        means[row] for row in means if row.startswith("same") or row in ("dino-same", "pretrained")
+    ]
+    x, y = np.array(same_views).T
+    correlation = map_claims.spearman(x, y)
+    assert f"same views: {correlation:.2f} between {len(same_views)} ways" in title
 
 
 @pytest.mark.parametrize(
@@ -249,6 +254,7 @@ def test_the_sentence_follows_the_correlation(slope, sentence):
     x = np.arange(8.0)
     flat = np.array([3, 1, 4, 2, 2.5, 3.5, 1.5, 2.2])
     y = slope * x if slope else flat
-    points = {f"row {i}": (np.array([x[i]]), np.array([y[i]])) for i in range(8)}
+    rows = list(figures.GROUP_OF_ROW)
+    points = {rows[i]: (np.array([x[i]]), np.array([y[i]])) for i in range(8)}
     title = figures.correlation_title(points, more="more", little="little", less="less")
     assert title.startswith(sentence)
