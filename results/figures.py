@@ -454,21 +454,17 @@ def correlation_title(points, more, little, less):
         finding = more
     if of_rows <= -0.5:
         finding = less
-    rows = with_minus(f"{of_rows:.2f}")
-    networks = with_minus(f"{of_runs:.2f}")
-    lines = [
-        finding,
-        f"rank correlation: {rows} between {len(points)} ways of training, "
-        f"{networks} between all networks",
-    ]
-    within = []
+    title = [finding, correlation_line("rank correlation", (of_rows, of_runs), len(points))]
     for group, members in points_by_group(points).items():
         if len(members) >= 3:
-            rows, networks = (with_minus(f"{value:.2f}") for value in rank_correlations(members))
-            within.append(
-                f"{group}: {rows} between {len(members)} ways, {networks} between networks"
-            )
-    return "\n".join(lines + within)
+            title.append(correlation_line(group, rank_correlations(members), len(members)))
+    return "\n".join(title)
+
+
+def correlation_line(label, correlations, count):
+    """Return a line of a title: correlations between `count` ways of training and between runs."""
+    of_rows, of_runs = (with_minus(f"{value:.2f}") for value in correlations)
+    return f"{label}: {of_rows} between {count} ways of training, {of_runs} between networks"
 
 
 def points_by_group(points):
@@ -716,8 +712,11 @@ def draw_direct_share(runs):
     ends = []
     for depth, values in shares.items():
         ends.append(f"{percent(values[:, -1].mean())} with {counted(depth, 'block')}")
-    title = "Part of a patch's effect that passes through its own token at the last block:"
-    figure.suptitle(f"{title}\n{', '.join(ends)}", fontsize=11)
+    title = [
+        "How much of a patch's effect attention of the last block can show:",
+        f"{', '.join(ends)}. Earlier blocks have moved the rest to other tokens.",
+    ]
+    figure.suptitle("\n".join(title), fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     handles.append(Patch(color="0.8"))
     labels.append("band: 95% interval over seeds")
