@@ -714,7 +714,8 @@ def draw_direct_share(runs):
         ends.append(f"{percent(values[:, -1].mean())} with {counted(depth, 'block')}")
     title = [
         "How much of a patch's effect attention of the last block can show:",
-        f"{', '.join(ends)}. Earlier blocks have moved the rest to other tokens.",
+        ", ".join(ends),
+        "(earlier blocks have moved the rest to other tokens)",
     ]
     figure.suptitle("\n".join(title), fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
