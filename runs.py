@@ -321,7 +321,11 @@ def together() -> Iterator[None]:
         own_error = error
     if world_size() > 1:
         failed = [None] * world_size()
-        dist.all_gather_object(failed, own_error is not None)
+        try:
+            dist.all_gather_object(failed, own_error is not None)
+        except RuntimeError as error:
+            # The others may have ended before this rank has read all that they sent.
+            raise own_error or error from None
         if any(failed) and own_error is None:
             raise RanksError(f"rank {failed.index(True)} cannot go on; its own line says why")
     if own_error is not None:
