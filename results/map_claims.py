@@ -298,9 +298,7 @@ def judge_auc(claim, truth, score, reference):
         return verdict
     rng = np.random.default_rng(0)
     verdict.value = auc(truth, score) - auc(truth, reference)
-    chosen = rng.integers(len(truth), size=(RESAMPLES, len(truth)))
-    resampled = auc(truth[chosen], score[chosen]) - auc(truth[chosen], reference[chosen])
-    set_bootstrap(claim, verdict, resampled)
+    set_bootstrap(claim, verdict, resampled_auc_difference(rng, truth, score, reference))
     # The null hypothesis: the ranks of both maps can be exchanged in any network.
     ranks = stats.rankdata(score)
     reference_ranks = stats.rankdata(reference)
@@ -309,6 +307,12 @@ def judge_auc(claim, truth, score, reference):
     second = np.where(exchanged, ranks, reference_ranks)
     permuted = auc(truth, first) - auc(truth, second)
     return finish(claim, verdict, permutation_p(verdict.value, permuted))
+
+
+def resampled_auc_difference(rng, truth, score, reference):
+    """Return AUC of `score` − AUC of `reference` in random samples of the networks: (RESAMPLES,)."""
+    chosen = rng.integers(len(truth), size=(RESAMPLES, len(truth)))
+    return auc(truth[chosen], score[chosen]) - auc(truth[chosen], reference[chosen])
 
 
 def set_bootstrap(claim, verdict, resampled):
@@ -477,9 +481,25 @@ def mark_table(runs):
         lines.append(table_row(cells))
     aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
     lines.append(table_row(["AUC", str(len(reliance)), "", *aucs]))
+    differences = []
+    for name in names:
+        if name == "attention":
+            differences.append("–")
+        else:
+            cell = auc_difference_cell(reliance, density[MAPS[name]], density["mean"])
+            differences.append(cell)
+    lines.append(table_row(["AUC − that of attention", str(len(reliance)), "", *differences]))
     aucs = [f"{auc_within_rows(runs, MAPS[name]):.2f}" for name in names]
     lines.append(table_row(["AUC within rows", str(len(reliance)), "", *aucs]))
     return "\n".join(lines)
+
+
+def auc_difference_cell(truth, score, reference):
+    """Return AUC of `score` − AUC of `reference`, with its interval over networks."""
+    resampled = resampled_auc_difference(np.random.default_rng(0), truth, score, reference)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    value = auc(truth, score) - auc(truth, reference)
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def auc_within_rows(runs, map_row_name):
