@@ -54,8 +54,8 @@ EFFECT_OF_WINDOW = (
 )
 # What the columns of the table mean.
 METRIC_HELP = {
-    "equal_ink": "Of two patches of one canvas with equally much ink, how often does the patch with "
-    "more of the map have the larger effect? Chance is .5.",
+    "equal_ink": "Of two patches whose summed brightness differs by at most 5%, how often does the "
+    "one with more of the map have the larger effect? Chance is .5.",
     "patch_faithfulness": "The rank correlation of the map with the effect, over the patches of an "
     "image: 1 if the map puts them in the right order, 0 if it knows nothing.",
     "object_faithfulness": "The rank correlation of the map with the effect, over whole pieces of "
@@ -88,7 +88,7 @@ WORDS = {
     "attention.",
     "effect": "1 − cosine of the feature before and after a patch is blackened or left out. Nothing "
     "is estimated: the network looks again.",
-    "ink": "The summed brightness of a patch, in white pixels.",
+    "ink": "A pixel brighter than half of white. A patch without ink is not blackened.",
     "[low, high]": "A 95% interval over the images, for this one network.",
     "(selective)": "The most selective head, chosen on validation canvases.",
     "k-NN, linear probe": "Two classifiers that learn from the feature: how much it knows of the "

@@ -5,6 +5,7 @@ each is written anew from the runs, and must stand on its page. On the pages of 
 number may stand, unless it belongs to the design.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -19,20 +20,38 @@ sys.path.insert(0, str(ROOT / "results"))
 
 import study
 
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")])
+
 FIRST_TEN = range(10, 20)
 SECOND_SAMPLE = range(30, 60)
+BOTH_SAMPLES = [*FIRST_TEN, *SECOND_SAMPLE]
 OF_MAPS = range(70, 90)
+MARK_SEEDS = range(70, 76)
 EVERY_SEED = range(10, 90)
 
+MARK_ROWS = ("different", "shortcut-25", "shortcut-50", "shortcut-100")
+# Ways of training on the same images, by their views.
+DIFFERENT_VIEWS = (
+    "different",
+    "different-long",
+    "different-registers-0",
+    "dino-different",
+    "heads-6",
+    "batch-32-lr-2",
+    "batch-256-lr-0.5",
+)
+SAME_VIEWS = ("same", "same-1", "same-4", "same-registers-0", "dino-same", "pretrained")
+OTHERS = ("supervised", "supervised-same", "depth-4", "depth-6")
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 # Numbers of the design, which no run has to confirm.
 DESIGN = {
     "results/README.md": [
         "1 − cosine",
-        "is about chance, .5",
-        ".5 is chance",
-        "seeds 60 to 64",
+        "differs by at most 5%",
+        "Chance is .5, but doses may differ by 5%",
+        "[1] was trained with a mark in every image, [2] without any",
+        "[2021]",
         "784 in ViT-S/8 at 224 px",
         "28 or 56 pixels",
         "224 against 448 pixels",
@@ -115,8 +134,54 @@ def sentences_of_results(lines):
     yield f"attention picks the one that matters more in {attention} of pairs, rollout in {rollout}"
     yield f"and squared gradients in {gradient}"
     yield f"brightness, which knows only the dose, is at {brightness}"
-    yield f"brightness gets {brightness}"
+    above_brightness = points(equal_ink("mean") - equal_ink("brightness"))
+    yield f"Attention is above that as well, by {above_brightness}"
+
+    # M6 and M7
+    runs = study.read_study()["laptop"]
+    last_shares = []
+    for row in ("different", "depth-4", "depth-6"):
+        shares = values(lines, row, "direct_share", study.map_claims.seeds_of(runs, row))
+        last_shares.append(percent(shares[:, -1].mean()))
+    two, four, six = last_shares
+    yield f"{two} of the effects pass directly into the last block of two"
+    yield f"{four} into that of four, and {six} into that of six"
+    yield f"a share of {four} is a third of the distance"
+
+    # M8
+    marks = {row: values(lines, row, "marks", MARK_SEEDS) for row in MARK_ROWS}
+    right = {}
+    for name in ("squared_gradient", "mean"):
+        shares = [share_ordered_right(networks, name) for networks in marks.values()]
+        right[name] = percent(np.mean(shares))
+    yield f"still tell in {right['squared_gradient']} of pairs which one relies more"
+    yield f"and attention in {right['mean']}"
+
+    # selectivity and effect, by ways of training
+    everywhere = correlation_between_rows(lines, DIFFERENT_VIEWS + SAME_VIEWS + OTHERS)
+    yield f"The correlation between the ways of training is {everywhere}"
+    yield f"it is {correlation_between_rows(lines, DIFFERENT_VIEWS)} within different views"
+    yield f"and {correlation_between_rows(lines, SAME_VIEWS)} within same views"
     yield f"in {on_ink} of ten one head stays on the digit"
+
+
+def share_ordered_right(networks: list[dict], map_name: str) -> float:
+    """Of two networks, how often has the one that relies more on the mark more of a map on it?"""
+    pairs = list(itertools.combinations(networks, 2))
+    right = 0
+    for one, other in pairs:
+        difference = one["density"][map_name] - other["density"][map_name]
+        right += difference * (one["reliance"] - other["reliance"]) > 0
+    return right / len(pairs)
+
+
+def correlation_between_rows(lines: list[dict], rows: tuple[str, ...]) -> str:
+    """Rank correlation of selectivity and causal selectivity, the means of the rows."""
+    selectivity = [values(lines, row, "matched/mean/selectivity", BOTH_SAMPLES) for row in rows]
+    causal = [values(lines, row, "causal_selectivity", BOTH_SAMPLES) for row in rows]
+    x = [row.mean() for row in selectivity]
+    y = [row.mean() for row in causal]
+    return points(stats.spearmanr(x, y).statistic)
 
 
 def heads_on_texture(lines):
@@ -190,6 +255,12 @@ def sentences_of_metrics(lines):
     equal_ink = values(lines, "different", "matched/brightness/equal_ink", OF_MAPS).mean()
     yield f"its rank correlation with the effects is {lowest} to {highest}"
     yield f"even a random map scores about {faithfulness_of_random_maps(lines)} here"
+    reliance = {}
+    for row in ("different", "shortcut-100"):
+        networks = values(lines, row, "marks", MARK_SEEDS)
+        reliance[row] = points(np.mean([network["reliance"] for network in networks]))
+    yield f"trained without marks are at {reliance['different']} on average"
+    yield f"those that always saw one at {reliance['shortcut-100']}"
     yield f"With equal ink, brightness is right in {points(equal_ink)} of the cases"
 
 
@@ -219,3 +290,26 @@ def test_every_other_number_belongs_to_the_design(page, lines):
     text = re.sub(r"\b(float|bfloat)\d\d\b|ViT-S/8|STL-10", "", text)
     left = re.findall(r".{,40}\d.{,20}", text)
     assert left == []
+
+
+# ------------------------------------------------------------------------------------------ links
+
+
+def anchor_of(heading: str) -> str:
+    """What GitHub makes of a heading: the part of an address after #."""
+    words = re.sub(r"[^\w\s-]", "", heading.lower())
+    return words.strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in links:
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(anchor_of, headings), link
