@@ -42,8 +42,9 @@ WORD_STYLES = {
     verdicts.CONTRARY: (VERMILLION, "D"),
     verdicts.UNDECIDED: (GREY, "^"),
 }
-# The recipe was chosen with these two claims among its goals (recipe.md), so they are no news.
-TUNED_CLAIMS = ("C3", "C5")
+# The recipe was chosen with C3 and C5 among its goals (recipe.md), and the quantity of F1 and F2 was
+# chosen when the results were known. So these four are no news.
+NOT_FRESH = ("C3", "C5", "F1", "F2")
 
 # Kinds of training. Colour and marker of each in the scatter plots.
 DIFFERENT_VIEWS = "different views"
@@ -369,7 +370,7 @@ def draw_forest_line(axes, y, line):
     color = GREY
     if line.value is not None:
         color, marker = WORD_STYLES[line.word]
-        inside = "white" if line.name in TUNED_CLAIMS else color
+        inside = "white" if line.name in NOT_FRESH else color
         axes.plot([line.low, line.high], [y, y], color=color, linewidth=2)
         axes.plot(line.value, y, marker, color=color, markerfacecolor=inside, markersize=7)
         result = f"{line.numbers}  {line.word}"
@@ -390,17 +391,21 @@ def count_words(lines):
     counts = Counter(line.word for line in lines)
     words = [*WORD_STYLES, verdicts.OPEN]
     parts = [f"{word}: {counts[word]}" for word in words if counts[word]]
-    return f"{counted(len(lines), 'claim')}. {sentence_case(', '.join(parts))}"
+    count = f"{counted(len(lines), 'claim')}. {sentence_case(', '.join(parts))}"
+    with_remarks = sum(line.word == verdicts.HOLDS and bool(line.remark) for line in lines)
+    if with_remarks:
+        count += f"\n({with_remarks} of those that hold do so with a reservation, which stands beside them)"
+    return count
 
 
 def forest_legend(lines):
-    """Return the entries of the legend: the words that occur, tuned claims, null and margin."""
+    """Return the entries of the legend: the words that occur, hollow points, null and margin."""
     handles = []
     for word, (color, marker) in WORD_STYLES.items():
         if any(line.word == word for line in lines):
             handles.append(Line2D([], [], color=color, marker=marker, label=word))
-    if any(line.name in TUNED_CLAIMS for line in lines):
-        label = "hollow: a goal when the recipe was tuned"
+    if any(line.name in NOT_FRESH for line in lines):
+        label = "hollow: tuned for, or chosen afterwards"
         hollow = {"marker": "o", "linestyle": "", "markerfacecolor": "white"}
         handles.append(Line2D([], [], color=BLUE, label=label, **hollow))
     handles.append(Line2D([], [], color=NULL_COLOR, linewidth=1, label="null"))
@@ -672,10 +677,12 @@ def title_of_maps(equal_ink):
     attention = []
     for depth, values in equal_ink["mean"].items():
         attention.append(f"{percent(values.mean())} with {counted(depth, 'block')}")
-    return (
-        f"Of two patches with equal ink, the map “{MAPS[best]}” picks the one that matters more "
-        f"in {percent(means[best])} of pairs,\nattention in {', '.join(attention)}"
-    )
+    lines = [
+        f"Of two patches with equal ink, the map “{MAPS[best]}” picks the one that matters more",
+        f"in {percent(means[best])} of pairs (mean over depths). Attention does so",
+        f"in {', '.join(attention)}",
+    ]
+    return "\n".join(lines)
 
 
 def draw_direct_share(runs):
@@ -713,9 +720,9 @@ def draw_direct_share(runs):
     for depth, values in shares.items():
         ends.append(f"{percent(values[:, -1].mean())} with {counted(depth, 'block')}")
     title = [
-        "How much of a patch's effect attention of the last block can show:",
+        "What remains of a patch's effect if the change reaches the last block",
+        "only through the patch's own token, which is what attention can show:",
         ", ".join(ends),
-        "(earlier blocks have moved the rest to other tokens)",
     ]
     figure.suptitle("\n".join(title), fontsize=11)
     handles, labels = axes.get_legend_handles_labels()

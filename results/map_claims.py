@@ -376,6 +376,7 @@ def claim_table(runs):
         "",
         "primary quantity",
         "value [95%]",
+        "margin",
         "n",
         "p (Holm)",
         "p (equivalence)",
@@ -392,7 +393,8 @@ def claim_table(runs):
         count = f"{verdict.count} of {claim.planned}"
         if verdict.count == claim.planned:
             count = str(claim.planned)
-        cells = [name, claim.text, f"**{verdict.word}**", claim.quantity, interval]
+        margin = f"±{claim.margin:g}"
+        cells = [name, claim.text, f"**{verdict.word}**", claim.quantity, interval, margin]
         lines.append(table_row([*cells, count, p, equivalence]))
     return "\n".join(lines)
 
@@ -411,12 +413,13 @@ def seeds_of(runs, row):
 
 def map_table(runs):
     """Return a table of how often each map orders two patches with equal ink rightly."""
-    titles = [*MAPS, "attention with direct effect, ρ", "direct share at each block"]
+    titles = [*MAPS, "attention, direct effects", "brightness, direct effects", "direct share"]
     lines = [table_row(["row", "seeds", *titles]), table_rule(len(titles) + 2)]
     rows = [row for row in ROWS if seeds_of(runs, row)]
     for row in rows:
         measures = [EQUAL_INK.format(name) for name in MAPS.values()]
         measures.append("matched/mean/direct_faithfulness")
+        measures.append("matched/brightness/direct_faithfulness")
         cells = mean_cells(runs, row, measures, seeds_of(runs, row))
         lines.append(map_row(runs, row, [*cells, direct_shares(runs, row)]))
     # Rows of one depth that differ in loss or views are the same before training.
@@ -424,7 +427,27 @@ def map_table(runs):
         if row == "different" or row.startswith("depth"):
             measures = [f"untrained/{name}/equal_ink" for name in MAPS.values()]
             cells = mean_cells(runs, row, measures, seeds_of(runs, row))
-            lines.append(map_row(runs, row, [*cells, "–", "–"], note=" before training"))
+            lines.append(map_row(runs, row, [*cells, "–", "–", "–"], note=" before training"))
+    return "\n".join(lines)
+
+
+def measure_table(runs):
+    """Return a table of every map by every measure of whether it can be believed."""
+    measures = {
+        "equal ink": "equal_ink",
+        "patches": "patch_faithfulness",
+        "objects": "object_faithfulness",
+        "direct": "direct_faithfulness",
+    }
+    titles = ["row", "seeds", "map", *measures]
+    lines = [table_row(titles), table_rule(len(titles))]
+    for row in ROWS:
+        seeds = seeds_of(runs, row)
+        for name, map_name in MAPS.items():
+            paths = [f"matched/{map_name}/{measure}" for measure in measures.values()]
+            if seeds:
+                cells = [name, *mean_cells(runs, row, paths, seeds)]
+                lines.append(map_row(runs, row, cells))
     return "\n".join(lines)
 
 
@@ -452,17 +475,22 @@ def confirmation_table(runs):
     return "\n".join(lines)
 
 
-def initial_weights_cell(runs):
+def initial_weights_sentence(runs):
     """Return how attention's patch faithfulness of `same` and `different` correlates over seeds."""
     measure = "matched/mean/patch_faithfulness"
     same = sample(runs, "same", measure, SEEDS)
     different = sample(runs, "different", measure, SEEDS)
     seeds = [seed for seed in SEEDS if seed in same and seed in different]
     if len(seeds) < len(SEEDS):
-        return "–"
+        return "Its runs are not complete."
     x = np.array([same[seed] for seed in seeds])
     y = np.array([different[seed] for seed in seeds])
-    return f"{spearman(x, y):.2f} over {len(seeds)} seeds"
+    chosen = np.random.default_rng(0).integers(len(seeds), size=(RESAMPLES, len(seeds)))
+    low, high = np.percentile(spearman(x[chosen], y[chosen]), [2.5, 97.5])
+    return (
+        f"Between `same` and `different`, attention's patch faithfulness has a rank correlation of "
+        f"{spearman(x, y):.2f} [{low:.2f}, {high:.2f}] over {len(seeds)} seeds."
+    )
 
 
 def mark_table(runs):
@@ -480,7 +508,7 @@ def mark_table(runs):
         cells += [f"{row_density[MAPS[name]].mean():.2f}" for name in names]
         lines.append(table_row(cells))
     aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
-    lines.append(table_row(["AUC", str(len(reliance)), "", *aucs]))
+    lines.append(table_row(["pairs in the right order (AUC)", str(len(reliance)), "", *aucs]))
     differences = []
     for name in names:
         if name == "attention":
@@ -488,9 +516,9 @@ def mark_table(runs):
         else:
             cell = auc_difference_cell(reliance, density[MAPS[name]], density["mean"])
             differences.append(cell)
-    lines.append(table_row(["AUC − that of attention", str(len(reliance)), "", *differences]))
+    lines.append(table_row(["the same − that of attention", str(len(reliance)), "", *differences]))
     aucs = [f"{auc_within_rows(runs, MAPS[name]):.2f}" for name in names]
-    lines.append(table_row(["AUC within rows", str(len(reliance)), "", *aucs]))
+    lines.append(table_row(["pairs within a row", str(len(reliance)), "", *aucs]))
     return "\n".join(lines)
 
 
@@ -517,7 +545,8 @@ def page_blocks(runs):
     return {
         "map claims": claim_table(runs),
         "maps": map_table(runs),
+        "maps by measure": measure_table(runs),
         "confirmation": confirmation_table(runs),
-        "initial weights": initial_weights_cell(runs),
+        "initial weights": initial_weights_sentence(runs),
         "marks": mark_table(runs),
     }

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, find_chromium
-from helpers import SHIPPED, blacken, model_of
+from helpers import DIGITS, SHIPPED, blacken, model_of
 
 import clutter
 import effects
@@ -226,7 +226,11 @@ def test_the_table_has_the_rows_of_the_report_and_more(few_images):
     assert line.split()[2:-2] == " ".join(rows["  attention"]).split()
     explained = {row["text"]: row["help"] for row in table["rows"]}
     assert explained["squared gradient"] == explorer.MAP_HELP["squared_gradient"]
-    assert explorer.measured_on(result, model).startswith("On 16 test canvases")
+    of_first = "On 16 test canvases; the pictures above are the first of them"
+    assert explorer.measured_on(result, model) == f"{of_first}."
+    model.has_marks = True
+    of_marked = f"{of_first}; the marks are put on the pictures only."
+    assert explorer.measured_on(result, model) == of_marked
 
 
 def test_the_glossary_has_the_words_that_are_used():
@@ -364,9 +368,20 @@ def test_the_networks_features_and_maps_are_torchs(browser, tmp_path, any_model)
         np.testing.assert_allclose(effect, expected, atol=1e-4)
 
 
+def marks_on_the_digit(config, count, number, split_name) -> dict:
+    """As `views.evaluation_marks`, but the mark hides a part of the digit."""
+    params = next(views.evaluation_params(config, DIGITS[split_name], count, "matched", split_name))
+    return {
+        "has_mark": torch.ones(count, dtype=torch.bool),
+        "mark_level": torch.full((count,), 0.3),
+        "mark_corner": params["position"] + 10,
+    }
+
+
 @needs_browser
-def test_a_mark_is_on_top_and_is_the_first_to_be_removed(browser, tmp_path):
+def test_a_mark_is_on_top_and_is_the_first_to_be_removed(browser, tmp_path, monkeypatch):
     model = small_model(has_marks=True)
+    monkeypatch.setattr(views, "evaluation_marks", marks_on_the_digit)
     marked = gallery.example_images(model, 1)
     content = content_of(model, marked)
     model.has_marks = False
@@ -379,6 +394,13 @@ def test_a_mark_is_on_top_and_is_the_first_to_be_removed(browser, tmp_path):
 
     np.testing.assert_allclose(image(), marked[0].picture.flatten(), atol=1e-5)
     corner = browser.evaluate("scene.clutter.at(-1).at")
+    top, left = corner
+    masks = {}
+    for name in ("digit", "clutter"):
+        mask = in_page(browser, f"shown.masks.{name}").reshape(64, 64)
+        masks[name] = mask[top : top + 9, left : left + 9]
+    assert masks["clutter"].all()  # a mark counts as clutter, whatever it hides
+    assert not masks["digit"].any()
     place = [(start + 4) / 64 for start in corner]
     assert browser.evaluate(f"partAt({place}) === scene.clutter.at(-1)")
     browser.evaluate("$('remove').click()")

@@ -183,6 +183,14 @@ def test_the_forest_counts_the_words(drawn, all_runs):
         assert f"{word}: {words.count(word)}" in title.replace("Holds", "holds")
 
 
+def test_the_forest_has_what_is_to_be_kept_in_mind(drawn, all_runs):
+    remarks = verdicts.claim_remarks(all_runs)
+    texts = " ".join(" ".join(texts_of(drawn["claims"])).split())
+    assert len(remarks) > 5
+    for remark in remarks.values():
+        assert figures.in_words(remark) in texts
+
+
 def test_a_wrong_verdict_would_change_the_title(all_runs):
     """With the two rows exchanged, C5 says the contrary."""
     exchanged = dict(all_runs)

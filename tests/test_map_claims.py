@@ -280,15 +280,18 @@ def test_the_table_of_marks_has_means_of_rows_and_the_auc_of_all():
     assert lines[3] == "| `shortcut-25` | 6 | 0.10 | 2.00 | 2.00 | 2.00 | 2.00 |"
     # Rollout tells the 216 pairs between rows; in the 60 within rows it ties.
     share = (216 + 60 / 2) / 276
-    assert lines[-3] == f"| AUC | 24 |  | 0.50 | 0.50 | {share:.2f} | 0.50 |"
+    assert (
+        lines[-3]
+        == f"| pairs in the right order (AUC) | 24 |  | 0.50 | 0.50 | {share:.2f} | 0.50 |"
+    )
     cells = lines[-2].split(" | ")
-    assert cells[0] == "| AUC − that of attention"
+    assert cells[0] == "| the same − that of attention"
     assert cells[3:5] == ["+0.00 [+0.00, +0.00]"] * 2
     value, low, high = re.findall(r"[+−-]0\.\d\d", cells[5])
     assert value == f"{share - 0.5:+.2f}"
     assert 0.3 < float(low) <= float(value) <= float(high) <= 0.5
     assert cells[6] == "– |"
-    assert lines[-1] == "| AUC within rows | 24 |  | 0.50 | 0.50 | 0.50 | 0.50 |"
+    assert lines[-1] == "| pairs within a row | 24 |  | 0.50 | 0.50 | 0.50 | 0.50 |"
     del runs["shortcut-50", 75]
     assert map_claims.mark_table(runs) == "Its runs are not complete."
 

@@ -48,8 +48,11 @@ NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight
 DESIGN = {
     "results/README.md": [
         "1 − cosine",
-        "differs by at most 5%",
-        "Chance is .5, but doses may differ by 5%",
+        "if the 95% interval lies beyond 0",
+        "lies beyond 0 on the other side",
+        "whose doses differ by at most 5%",
+        "seeds 10 to 59",
+        "[2] as well",
         "[1] was trained with a mark in every image, [2] without any",
         "[2021]",
         "784 in ViT-S/8 at 224 px",
@@ -123,21 +126,41 @@ def points(value: float) -> str:
 
 
 def sentences_of_results(lines):
-    def equal_ink(name):
-        return values(lines, "different", f"matched/{name}/equal_ink", OF_MAPS).mean()
+    def mean_of(row, map_name, measure, seeds=OF_MAPS):
+        return values(lines, row, f"matched/{map_name}/{measure}", seeds).mean()
 
-    attention = percent(equal_ink("mean"))
-    rollout = percent(equal_ink("rollout"))
-    gradient = percent(equal_ink("squared_gradient"))
-    brightness = points(equal_ink("brightness"))
-    _, on_ink = heads_on_texture(lines)
+    def pairs(row, map_name):
+        return percent(mean_of(row, map_name, "equal_ink"))
+
+    def untrained(map_name):
+        path = f"untrained/{map_name}/equal_ink"
+        return percent(values(lines, "different", path, OF_MAPS).mean())
+
+    # The answer
+    attention = pairs("different", "mean")
+    rollout = pairs("different", "rollout")
+    gradient = pairs("different", "squared_gradient")
     yield f"attention picks the one that matters more in {attention} of pairs, rollout in {rollout}"
     yield f"and squared gradients in {gradient}"
-    yield f"brightness, which knows only the dose, is at {brightness}"
-    above_brightness = points(equal_ink("mean") - equal_ink("brightness"))
-    yield f"Attention is above that as well, by {above_brightness}"
+    assert pairs("same", "squared_gradient") == pairs("same", "rollout")
+    yield f"equally good, at {pairs('same', 'rollout')}, and attention is at {pairs('same', 'mean')}"
+    yield f"Before training, squared gradients are right in {untrained('squared_gradient')} of pairs"
+    yield f"and rollout in {untrained('rollout')}: more often than attention after training"
+    assert untrained("rollout") > attention
 
-    # M6 and M7
+    # M1 and M2
+    equal_ink = {name: mean_of("different", name, "equal_ink") for name in ("mean", "brightness")}
+    yield f"which knows only the dose, is at {points(equal_ink['brightness'])} instead of .5"
+    above_brightness = points(equal_ink["mean"] - equal_ink["brightness"])
+    yield f"Attention is above that as well, by {above_brightness}"
+    objects = {
+        name: points(mean_of("different", name, "object_faithfulness"))
+        for name in ("mean", "brightness", "rollout", "squared_gradient")
+    }
+    yield f"attention is {objects['mean']}, and with brightness {objects['brightness']}"
+    yield f"rollout {objects['rollout']}, squared gradients {objects['squared_gradient']}"
+
+    # depth
     runs = study.read_study()["laptop"]
     last_shares = []
     for row in ("different", "depth-4", "depth-6"):
@@ -147,6 +170,13 @@ def sentences_of_results(lines):
     yield f"{two} of the effects pass directly into the last block of two"
     yield f"{four} into that of four, and {six} into that of six"
     yield f"a share of {four} is a third of the distance"
+    deep = study.map_claims.seeds_of(runs, "depth-6")
+    of_attention, of_brightness = (
+        points(mean_of("depth-6", name, "object_faithfulness", deep))
+        for name in ("mean", "brightness")
+    )
+    yield f"is {objects['mean']} in two blocks and {of_attention} in six"
+    yield f"where brightness is at {of_brightness}"
 
     # M8
     marks = {row: values(lines, row, "marks", MARK_SEEDS) for row in MARK_ROWS}
@@ -159,9 +189,13 @@ def sentences_of_results(lines):
 
     # selectivity and effect, by ways of training
     everywhere = correlation_between_rows(lines, DIFFERENT_VIEWS + SAME_VIEWS + OTHERS)
-    yield f"The correlation between the ways of training is {everywhere}"
-    yield f"it is {correlation_between_rows(lines, DIFFERENT_VIEWS)} within different views"
-    yield f"and {correlation_between_rows(lines, SAME_VIEWS)} within same views"
+    within_same_views = correlation_between_rows(lines, SAME_VIEWS)
+    yield f"The rank correlation between the ways of training is {everywhere}"
+    yield f"It is {correlation_between_rows(lines, DIFFERENT_VIEWS)} within different views"
+    yield f"{within_same_views} within same views, over {NUMBERS[len(SAME_VIEWS)]} ways"
+
+    # C4
+    _, on_ink = heads_on_texture(lines)
     yield f"in {on_ink} of ten one head stays on the digit"
 
 
@@ -264,7 +298,27 @@ def sentences_of_metrics(lines):
     yield f"With equal ink, brightness is right in {points(equal_ink)} of the cases"
 
 
+def sentences_of_readme(lines):
+    def pairs(map_name):
+        path = f"matched/{map_name}/equal_ink"
+        return percent(values(lines, "different", path, OF_MAPS).mean())
+
+    selectivity = {
+        row: values(lines, row, "matched/mean/selectivity", OF_MAPS)
+        for row in ("different", "same")
+    }
+    brightness = values(lines, "same", "matched/brightness/selectivity", OF_MAPS)
+    assert selectivity["same"].mean() == pytest.approx(brightness.mean(), rel=0.02)
+    gain = selectivity["different"].mean() / selectivity["same"].mean()
+    words = {"a quarter": 1.25, "a third": 1.33, "half": 1.5}
+    yield f"is {min(words, key=lambda word: abs(words[word] - gain))} more selective"
+    yield f"about {selectivity['different'].mean():.1f} times as dense"
+    yield f"picks the one that matters more in {pairs('mean')} of pairs"
+    yield f"rollout in {pairs('rollout')}, and squared gradients in {pairs('squared_gradient')}"
+
+
 SENTENCES = {
+    "README.md": sentences_of_readme,
     "results/README.md": sentences_of_results,
     "results/claims.md": sentences_of_claims,
     "docs/metrics.md": sentences_of_metrics,

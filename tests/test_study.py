@@ -219,6 +219,26 @@ def test_the_small_checkpoints_attend_as_their_runs_do(row, committed):
     assert mean_map["background_density"]["value"] < 3
 
 
+def test_the_small_checkpoints_are_those_of_the_median_seeds(tmp_path, monkeypatch):
+    runs = {}
+    for row, best_seed in (("same", 70), ("different", 89)):
+        for seed in (*range(10, 20), *range(70, 90)):
+            selectivity = 2 - 0.01 * abs(seed - best_seed)
+            runs[row, seed] = {"matched": {"mean": {"selectivity": selectivity}}}
+    checkpoint = {"config": {"digits": "mnist"}, "epoch": 1, "metrics": [], "teacher": {}}
+    for row, seed in (("same", 79), ("different", 80)):  # the tenth best of each
+        folder = tmp_path / f"laptop/{row}/seed-{seed}"
+        folder.mkdir(parents=True)
+        torch.save(checkpoint | {"epoch": seed}, folder / "ckpt.pth")
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    study.save_small_checkpoints(study.parse_args(["--runs", str(tmp_path)]), runs)
+    for row, seed in (("same", 79), ("different", 80)):
+        small = torch.load(tmp_path / f"checkpoints/{row}.pth")
+        assert small["epoch"] == seed
+        assert small["config"] == {"digits": "auto", "data_root": "data"}
+
+
 # ----------------------------------------------------------------------------------- the grid
 
 
@@ -570,7 +590,7 @@ def empty_study(tmp_path, monkeypatch):
 
 def test_a_row_is_run_once_and_a_repetition_is_compared(empty_study, tmp_path, monkeypatch, capsys):
     flags = "--loss nce --views same --crops 1 --image-size 28 --batch-size 32 --epochs 1"
-    flags += " --images-per-epoch 64 --digits sklearn"
+    flags += " --images-per-epoch 64 --digits sklearn --precision float32"
     rows = {"tiny": study.Row(flags, [0], ["C3"])}
     monkeypatch.setattr(study, "grid", lambda preset, runs: rows)
     folder = tmp_path / "runs"
@@ -587,6 +607,7 @@ def test_a_row_is_run_once_and_a_repetition_is_compared(empty_study, tmp_path, m
     assert measure == pytest.approx(selectivity, rel=1e-5)
     equal_ink = metrics["untrained"]["rollout"]["equal_ink"]["value"]
     assert line["untrained"]["rollout"]["equal_ink"] == pytest.approx(equal_ink, rel=1e-5)
+    assert line["precision"] == "float32"
     assert line["direct_share"][0] == 1
     assert line["curve"][-1]["epoch"] == 1
     assert line["curve"][-1]["loss"] > 0
