@@ -144,9 +144,8 @@ def sentences_of_results(lines):
     yield f"and squared gradients in {gradient}"
     assert pairs("same", "squared_gradient") == pairs("same", "rollout")
     yield f"equally good, at {pairs('same', 'rollout')}, and attention is at {pairs('same', 'mean')}"
-    yield f"Before training, squared gradients are right in {untrained('squared_gradient')} of pairs"
-    yield f"and rollout in {untrained('rollout')}: more often than attention after training"
-    assert untrained("rollout") > attention
+    yield f"squared gradients are right in {untrained('squared_gradient')} of pairs"
+    yield f"and rollout in {untrained('rollout')}"
 
     # M1 and M2
     equal_ink = {name: mean_of("different", name, "equal_ink") for name in ("mean", "brightness")}
