@@ -153,12 +153,12 @@ def render_canvases(params: dict, config: Config, images, masks: bool = True):
 
     # paste the digit
     digits = images[digit][:, None, None].expand(batch, canvases, 1, DIGIT_SIZE, DIGIT_SIZE)
-    paste_windows(canvas, digits, position[:, :, None])
+    paste_windows_(canvas, digits, position[:, :, None])
     digit_mask = canvas > INK_LEVEL if masks else None
 
     # add the distractors
     distractors = cut_windows(images, source, window, config.distractor_size)
-    paste_windows(canvas, distractors, corner)
+    paste_windows_(canvas, distractors, corner)
     clutter_mask = (canvas > INK_LEVEL) & ~digit_mask if masks else None
     return canvas.clamp_(max=255).div_(255), digit_mask, clutter_mask
 
@@ -174,29 +174,29 @@ def leave_out(params: dict, config: Config, images):
     `sample_pieces`. Returns canvases (B, P + M, S, S) in [0, 1], and masks of the same shape, bool:
     all ink of the part, also where other ink covers it.
     """
-    digit, position, source, window, corner, piece = (
+    digit, position, source, window, corner, piece_corner = (
         to_device(params[name], images.device)
         for name in ("digit", "position", "source", "window", "corner", "piece")
     )
     canvas_size = config.canvas_size
-    pieces = piece.shape[2]
+    num_pieces = piece_corner.shape[2]
 
     # cut all parts
-    piece_source = digit[:, None, None].expand(-1, 1, pieces)
-    piece_windows = cut_windows(images, piece_source, piece, config.distractor_size)
+    piece_source = digit[:, None, None].expand(-1, 1, num_pieces)
+    piece_windows = cut_windows(images, piece_source, piece_corner, config.distractor_size)
     distractors = cut_windows(images, source, window, config.distractor_size)
     windows = torch.cat([piece_windows, distractors], dim=2)
-    corner = torch.cat([position[:, :, None] + piece, corner], dim=2)
+    part_corner = torch.cat([position[:, :, None] + piece_corner, corner], dim=2)
 
     # paste each on a canvas of its own
-    batch, _, count, _ = corner.shape
+    batch, _, count, _ = part_corner.shape
     parts = torch.zeros(batch, count, canvas_size, canvas_size, device=images.device)
-    paste_windows(parts, windows.transpose(1, 2), corner.transpose(1, 2))
+    paste_windows_(parts, windows.transpose(1, 2), part_corner.transpose(1, 2))
 
     # the whole canvas: all that `render_canvases` pastes, the digit and all distractors
-    whole = parts[:, pieces:].sum(1, keepdim=True)
-    paste_windows(whole, images[digit][:, None, None], position[:, :, None])
-    return (whole - parts).clamp(max=255) / 255, parts > INK_LEVEL
+    whole_canvas = parts[:, num_pieces:].sum(1, keepdim=True)
+    paste_windows_(whole_canvas, images[digit][:, None, None], position[:, :, None])
+    return (whole_canvas - parts).clamp(max=255) / 255, parts > INK_LEVEL
 
 
 def window_pixels(corner, size: int, width: int):
@@ -213,7 +213,7 @@ def cut_windows(images, index, corner, size: int):
     return images.flatten()[index[..., None, None] * images[0].numel() + pixels]
 
 
-def paste_windows(canvas, windows, corner):
+def paste_windows_(canvas, windows, corner):
     """Add windows (B, V, M, s, s) to a contiguous canvas (B, V, S, S) at corner (B, V, M, 2).
 
     This changes the canvas.
@@ -258,7 +258,7 @@ def put_marks(canvas, params: dict):
     batch, canvases = canvas.shape[:2]
     squares = has_mark.view(batch, 1, 1, 1, 1).expand(-1, canvases, 1, MARK_SIZE, MARK_SIZE)
     mask = torch.zeros_like(canvas)
-    paste_windows(mask, squares, corner[:, :, None])
+    paste_windows_(mask, squares, corner[:, :, None])
     mask = mask.bool()
     return torch.where(mask, level.view(batch, 1, 1, 1), canvas), mask
 

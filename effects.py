@@ -54,7 +54,7 @@ def blackening_effects(backbone: VisionTransformer, images, has_ink, features):
     angles = backbone.rotary_angles(images)
     effect = features.new_zeros(has_ink.shape)
     for image, patch in pairs_to_blacken(has_ink):
-        x = replace_patches(backbone, tokens[image], black_tokens, patch)
+        x = replace_patches_(backbone, tokens[image], black_tokens, patch)
         changed = feature_from_block(backbone, x, 0, angles)
         effect[image, patch] = one_minus_cosine(features[image], changed)
     return effect
@@ -78,7 +78,7 @@ def tokens_of_black(backbone: VisionTransformer, images):
     return backbone.prepare_tokens(views.normalize(torch.zeros_like(images[:1])))
 
 
-def replace_patches(backbone: VisionTransformer, tokens, other_tokens, patch):
+def replace_patches_(backbone: VisionTransformer, tokens, other_tokens, patch):
     """`tokens` (n, N, dim) with the token of one patch each taken from `other_tokens` (1 or n, …).
 
     `patch` (n,) are the numbers of the patches. This changes `tokens`.
@@ -108,12 +108,12 @@ def direct_effects(backbone: VisionTransformer, images, has_ink):
     features = feature_from_block(backbone, inputs[-1], depth - 1, angles)
     effect = features.new_zeros(depth, *has_ink.shape)
     for image, patch in pairs_to_blacken(has_ink):
-        blackened = replace_patches(backbone, tokens[image], black_tokens, patch)
+        blackened = replace_patches_(backbone, tokens[image], black_tokens, patch)
         changed_inputs = block_inputs(backbone, blackened, angles)
         whole_feature = feature_from_block(backbone, changed_inputs[-1], depth - 1, angles)
         effect[0, image, patch] = one_minus_cosine(features[image], whole_feature)
         for block in range(1, depth):
-            x = replace_patches(backbone, inputs[block][image], changed_inputs[block], patch)
+            x = replace_patches_(backbone, inputs[block][image], changed_inputs[block], patch)
             changed = feature_from_block(backbone, x, block, angles)
             effect[block, image, patch] = one_minus_cosine(features[image], changed)
     return effect
@@ -172,7 +172,7 @@ def window_sums(maps, grid: tuple[int, int]):
 
 
 @torch.no_grad()
-def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
+def window_effects(backbone: VisionTransformer, images, blocks: list[int]):
     """Effects of leaving out each window of patches as tokens: (blocks, B, windows).
 
     For each block of `blocks` the tokens of the window are deleted from the input of that block. At
@@ -198,19 +198,19 @@ def token_effects(backbone: VisionTransformer, images, blocks: list[int]):
             angles_left = None
             if angles is not None:  # a token that stays keeps its position
                 angles_left = angles[0, stays].repeat(len(images), 1, 1)
-            for position, block in enumerate(blocks):
+            for row, block in enumerate(blocks):
                 x = inputs[block][:, stays].flatten(0, 1)  # (B · windows, tokens, dim)
                 changed = feature_from_block(backbone, x, block, angles_left)
                 changed = changed.unflatten(0, (-1, len(together)))
-                effect[position, :, together] = one_minus_cosine(features[:, None], changed)
+                effect[row, :, together] = one_minus_cosine(features[:, None], changed)
     return effect
 
 
 @torch.no_grad()
 def left_out_cosines(backbone: VisionTransformer, images, maps):
-    """Cosines of the feature as more and more patches are left out: two of (B, SRG_STEPS).
+    """Cosines of the feature as more and more patches are left out.
 
-    In the first the patches with most of the map (B, patches) go first, in the second those with
+    Returns two tensors, (B, SRG_STEPS) each. In the first the patches with most of the map (B, patches) go first, in the second those with
     least. In SRG_STEPS steps all patches but one are left out. Patches with equal shares of the map
     go in a random order. There are 21 passes, which take as long as 7 to 10 of the whole image.
     """

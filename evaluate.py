@@ -60,6 +60,12 @@ PHOTO_MAPS = (*NETWORK_MAPS, *PHOTO_CONTROLS)
 PHOTO_PASSES = 140
 # For each marked canvas there are 2 passes, with and without the mark, and some 38 for the maps.
 MARK_PASSES = 40
+# Metrics that are a ratio of two means, and what is not shown beside them.
+RATIOS = {
+    "selectivity": ("digit_density_with_clutter", "clutter_density"),
+    "equal_ink": ("equal_ink_wins", "equal_ink_pairs"),
+}
+ONLY_IN_RATIOS = ("digit_density_with_clutter", "equal_ink_wins", "equal_ink_pairs")
 UNTRAINED_SHARE = 0.3  # of the canvases on which effects are measured
 # What decides the numbers in metrics.json, beside the network and the data.
 MEASURING_MODULES = ("clutter", "data", "effects", "evaluate", "explain", "metrics", "observe")
@@ -93,12 +99,13 @@ def measure_attention(
     values = measure_rows(observation, effects)
     means = means_of(values, image_weights)
 
-    # These are ratios, of means over the same resampled images, or of their logarithms.
+    # Some metrics are ratios, of means over the same resampled images, or of their logarithms.
     if observation.digit is not None:
-        for row_means in means.values():
-            row_means["selectivity"] /= row_means["clutter_density"]
-            if "equal_ink" in row_means:
-                row_means["equal_ink"] /= row_means["ink_pairs"]
+        for row, row_means in means.items():
+            for name, (numerator, denominator) in RATIOS.items():
+                if numerator in row_means:
+                    row_means[name] = row_means[numerator] / row_means[denominator]
+                    values[row][name] = values[row][numerator]  # to count the images
         log_oracle = means["oracle"]["selectivity"].log()
         for row, row_means in means.items():
             selectivity = values[row]["selectivity"]
@@ -123,7 +130,7 @@ def cells_of(means: dict, values: dict) -> dict:
         row: {
             name: metrics.interval_cell(means[row][name], value)
             for name, value in columns.items()
-            if name != "ink_pairs"  # it is the denominator of equal_ink
+            if name not in ONLY_IN_RATIOS
         }
         for row, columns in values.items()
     }
@@ -151,25 +158,6 @@ def token_columns(effects: TokenEffects) -> dict[str, dict[str, Tensor]]:
     return {row: {name: getattr(effects, name)[row] for name in names} for row in effects.srg}
 
 
-def measure_pictures(
-    name: str, description: str, effects: TokenEffects, collapse: str | None = None
-) -> dict:
-    """What the report says of a network's maps of somebody's pictures.
-
-    `collapse` is the warning of `collapse_warning`. Of a few pictures there are no intervals.
-    """
-    resamples = 1000 if len(effects.index) >= ENOUGH_PICTURES else 0
-    values = token_columns(effects)
-    means = means_of(values, metrics.bootstrap_weights(effects.index, resamples))
-    return {
-        "checkpoint": name,
-        "description": description,
-        "collapse": collapse,
-        "photographs": cells_of(means, values),
-        "direct_share": direct_share(effects),
-    }
-
-
 def map_rows(observation: Observation, effects: CanvasEffects | None = None) -> dict[str, Tensor]:
     """The maps that are measured, {row: (n, patches)}, each summing to 1.
 
@@ -184,6 +172,7 @@ def map_rows(observation: Observation, effects: CanvasEffects | None = None) -> 
     for number, maps in enumerate(heads.unbind(1), 1):
         rows[f"head_{number}"] = maps
     if effects is not None:
+        # "mean" stays as it is, and brightness is replaced below: both by maps of all images.
         for row, maps in effects.maps.items():
             rows.setdefault(row, maps)
     if observation.digit is not None:
@@ -216,6 +205,25 @@ def measure_map(
     if network in observation.attention:
         values["diversity"] = metrics.diversity(observation.attention[network].double())
     return values
+
+
+def measure_pictures(
+    name: str, description: str, effects: TokenEffects, collapse: str | None = None
+) -> dict:
+    """What the report says of a network's maps of somebody's pictures.
+
+    `collapse` is the warning of `collapse_warning`. Of a few pictures there are no intervals.
+    """
+    resamples = 1000 if len(effects.index) >= ENOUGH_PICTURES else 0
+    values = token_columns(effects)
+    means = means_of(values, metrics.bootstrap_weights(effects.index, resamples))
+    return {
+        "checkpoint": name,
+        "description": description,
+        "collapse": collapse,
+        "photographs": cells_of(means, values),
+        "direct_share": direct_share(effects),
+    }
 
 
 # ----------------------------------------------------------------------------- features and effects
@@ -321,9 +329,10 @@ def evaluate(
         networks["other_network"] = other.to(device)
 
     if config.dataset == "stl10":
-        observation = measure_photographs(result, config, networks, splits)
+        tables, observation = measure_photographs(config, networks, splits)
     else:
-        observation = measure_canvases(result, config, networks, splits)
+        tables, observation = measure_canvases(config, networks, splits)
+    result |= tables
 
     bank_split = splits.get("bank", splits["train"])
     count = min(BANK_IMAGES, len(bank_split))
@@ -344,57 +353,10 @@ def evaluate(
     return Evaluation(result, features, observation.labels)
 
 
-def measured_before(
-    path: str,
-    name: str,
-    config: Config,
-    history: list[dict],
-    backbone: VisionTransformer,
-    splits: dict,
-) -> Evaluation | None:
-    """What `evaluate` would return, if a file metrics.json holds it already; else None.
-
-    train.py measures a network when training ends, so visualize.py need not do so again. The other
-    arguments are those of `evaluate`. Runs with background pictures or with weights to start from
-    are always measured again, since the user may have changed these files.
-    """
-    if config.background not in ("black", "texture") or config.weights != "none":
-        return None
-    try:
-        result = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(result, dict):
-        return None
-    if result.get("fingerprint") != fingerprint(config, backbone, splits):
-        return None
-    # The file lacks only the features. (Photographs have no layout.)
-    batches = evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
-    observation = observe({"trained": backbone}, batches, maps=False)
-    result |= describe_checkpoint(name, config, history)
-    return Evaluation(result, observation.features["trained"], observation.labels)
-
-
-def fingerprint(config: Config, backbone: VisionTransformer, splits: dict) -> str:
-    """A short text that changes with the network, its settings, its data and the code here.
-
-    The kind of device counts too, since it decides on how many images effects are measured.
-    """
-    values = {key: value for key, value in asdict(config).items() if key not in NOT_MEASURED}
-    parts = [json.dumps(values, sort_keys=True), backbone.cls_token.device.type]
-    parts.append(data.digest(*backbone.state_dict().values()))
-    for split in splits.values():
-        parts.append(data.digest(split.images, split.labels))
-    sha = hashlib.sha256(" ".join(parts).encode())
-    for module in MEASURING_MODULES:
-        sha.update(Path(__file__).with_name(f"{module}.py").read_bytes())
-    return sha.hexdigest()[:12]
-
-
-def measure_canvases(result: dict, config: Config, networks: dict, splits: dict) -> Observation:
-    """Put into `result` what is measured on canvases; return what was observed in layout "paper"."""
+def measure_canvases(config: Config, networks: dict, splits: dict) -> tuple[dict, Observation]:
+    """What metrics.json holds of canvases, and what was observed of those in layout "paper"."""
     backbone = networks["trained"]
-    result["best_head"] = best_head(config, backbone, splits)
+    result = {"best_head": best_head(config, backbone, splits)}
     count = effect_images(backbone, config.image_size)
     batches = list(left_out_batches(config, splits["test"], count))
     effects = observe_effects(backbone, batches, CANVAS_MAPS, direct_images(backbone, count))
@@ -406,8 +368,8 @@ def measure_canvases(result: dict, config: Config, networks: dict, splits: dict)
     if "untrained" in networks:
         # Context for the trained network's numbers, for which fewer canvases are enough.
         fewer = batches[: math.ceil(UNTRAINED_SHARE * len(batches))]
-        effects = observe_effects(networks["untrained"], fewer, CANVAS_MAPS)
-        result["untrained"] = measure_untrained(observation, effects, CANVAS_MAPS)
+        untrained_effects = observe_effects(networks["untrained"], fewer, CANVAS_MAPS)
+        result["untrained"] = measure_untrained(observation, untrained_effects, CANVAS_MAPS)
 
     if config.shortcut:
         result["marks"] = measure_marks(config, backbone, splits)
@@ -415,9 +377,9 @@ def measure_canvases(result: dict, config: Config, networks: dict, splits: dict)
             result["untrained_marks"] = measure_marks(config, networks["untrained"], splits)
 
     paper_canvases = evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
-    observation = observe(networks, paper_canvases)
-    result["paper"] = measure_attention(observation)
-    return observation
+    paper_observation = observe(networks, paper_canvases)
+    result["paper"] = measure_attention(paper_observation)
+    return result, paper_observation
 
 
 @torch.no_grad()
@@ -465,8 +427,8 @@ def measure_marks(config: Config, backbone: VisionTransformer, splits: dict) -> 
     }
 
 
-def measure_photographs(result: dict, config: Config, networks: dict, splits: dict) -> Observation:
-    """Put into `result` what is measured on photographs; return what was observed."""
+def measure_photographs(config: Config, networks: dict, splits: dict) -> tuple[dict, Observation]:
+    """What metrics.json holds of photographs, and what was observed of them."""
     backbone = networks["trained"]
     count = effect_images(backbone, config.image_size, PHOTO_PASSES)
     effects = observe_token_effects(
@@ -475,14 +437,61 @@ def measure_photographs(result: dict, config: Config, networks: dict, splits: di
         PHOTO_MAPS,
         direct_images(backbone, count),
     )
-    result["direct_share"] = direct_share(effects)
+    result = {"direct_share": direct_share(effects)}
     observation = observe(networks, evaluation_batches(config, splits["test"], TEST_IMAGES))
     result["photographs"] = measure_attention(observation, effects)
     if "untrained" in networks:
         batches = evaluation_batches(config, splits["test"], count)
-        effects = observe_token_effects(networks["untrained"], batches, PHOTO_MAPS)
-        result["untrained"] = measure_untrained(observation, effects, PHOTO_MAPS)
-    return observation
+        untrained_effects = observe_token_effects(networks["untrained"], batches, PHOTO_MAPS)
+        result["untrained"] = measure_untrained(observation, untrained_effects, PHOTO_MAPS)
+    return result, observation
+
+
+def measured_before(
+    path: str,
+    name: str,
+    config: Config,
+    history: list[dict],
+    backbone: VisionTransformer,
+    splits: dict,
+) -> Evaluation | None:
+    """What `evaluate` would return, if a file metrics.json holds it already; else None.
+
+    train.py measures a network when training ends, so visualize.py need not do so again. The other
+    arguments are those of `evaluate`. Runs with background pictures or with weights to start from
+    are always measured again, since the user may have changed these files.
+    """
+    if config.background not in ("black", "texture") or config.weights != "none":
+        return None
+    try:
+        result = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(result, dict):
+        return None
+    if result.get("fingerprint") != fingerprint(config, backbone, splits):
+        return None
+    # The file lacks only the features. (Photographs have no layout.)
+    batches = evaluation_batches(config, splits["test"], TEST_IMAGES, "paper")
+    observation = observe({"trained": backbone}, batches, maps=False)
+    result |= describe_checkpoint(name, config, history)
+    return Evaluation(result, observation.features["trained"], observation.labels)
+
+
+def fingerprint(config: Config, backbone: VisionTransformer, splits: dict) -> str:
+    """A short text that changes with the network, its settings, its data and the code here.
+
+    The kind of device counts too, since it decides on how many images effects are measured.
+    """
+    values = {key: value for key, value in asdict(config).items() if key not in NOT_MEASURED}
+    parts = [json.dumps(values, sort_keys=True), backbone.cls_token.device.type]
+    parts.append(data.digest(*backbone.state_dict().values()))
+    for split in splits.values():
+        parts.append(data.digest(split.images, split.labels))
+    sha = hashlib.sha256(" ".join(parts).encode())
+    for module in MEASURING_MODULES:
+        sha.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return sha.hexdigest()[:12]
 
 
 def describe_checkpoint(name: str, config: Config, history: list[dict] | None) -> dict:

@@ -20,8 +20,8 @@ DIRECTIONS = 16  # of squared gradients
 PATCHES_PER_BACKWARD = 8000  # larger batches are split, so that their activations fit into memory
 
 
-def as_maps(values):
-    """Values (…, patches) of at least 0, divided by their sum; uniform where that is 0."""
+def normalize_rows(values):
+    """Values (…, k) of at least 0, divided by the sum of each row; uniform where that is 0."""
     total = values.sum(dim=-1, keepdim=True)
     is_zero = total == 0
     return values.masked_fill(is_zero, 1) / total.masked_fill(is_zero, values.shape[-1])
@@ -45,7 +45,8 @@ def cls_attention(backbone: VisionTransformer, images):
 
 def patch_attention(to_all_tokens, backbone: VisionTransformer):
     """Turn attention to all tokens (…, N) into attention to the patches alone, summing to 1."""
-    return as_maps(to_all_tokens[..., 1 + backbone.shape.registers :])  # no [CLS], no registers
+    first_patch = 1 + backbone.shape.registers  # after [CLS] and registers
+    return normalize_rows(to_all_tokens[..., first_patch:])
 
 
 @torch.no_grad()
@@ -82,9 +83,9 @@ def attention(backbone: VisionTransformer, images, block: int = -1, token: int =
 
 @torch.no_grad()
 def token_attention(backbone: VisionTransformer, images):
-    """Where each token attends, two of maps on the CPU. One forward pass.
+    """Where each token attends. One forward pass.
 
-    The first, (B, depth, heads, E, patches), has [CLS] and registers, E tokens, in all blocks. The
+    Returns two tensors of maps, on the CPU. The first, (B, depth, heads, E, patches), has [CLS] and registers, E tokens, in all blocks. The
     second, (B, heads, patches, patches), has each patch, a row, in the last block. (That of all
     patches in all blocks would take a hundred megabytes for an image of a ViT-S/8.)
     """
@@ -129,10 +130,11 @@ def norm_rollout(backbone: VisionTransformer, images, block: int = -1, token: in
     """Rollout by the size of what tokens pass on. One forward pass.
 
     Kobayashi et al. 2020 and 2021: in a block, token j gives token i the vector Σ_h α_hij W_h x_j,
-    where α_h is the attention of head h and W_h its value and output projections; token i gives
-    itself this and, by the residual connection, itself. (x_j after the block's first norm; W_h adds
-    the bias of the values.) The norms of these vectors, each row divided by its sum, are the whole
-    factor of a block here: unlike in `rollout` the residual connection is in them.
+    where α_h is the attention of head h and W_h its value and output projections. To itself, token i
+    gives its own vector plus, through the residual connection, the block's input. (x_j is taken
+    after the block's first norm; W_h adds the bias of the values.) The norms of these vectors, each
+    row divided by its sum, are the whole factor of a block here: unlike in `rollout`, the residual
+    connection is in them.
     """
     x = backbone.prepare_tokens(views.normalize(images))
     angles = backbone.rotary_angles(images)
@@ -143,7 +145,7 @@ def norm_rollout(backbone: VisionTransformer, images, block: int = -1, token: in
         # in the last one only the rows up to the token's are needed
         num_queries = token + 1 if layer is blocks[-1] else None
         norms = passed_on_norms(layer, x, num_queries, angles)
-        mixture = as_maps(norms) @ mixture
+        mixture = normalize_rows(norms) @ mixture
         x = layer(x, num_queries, angles=angles)
     return patch_attention(mixture[:, token], backbone)
 
@@ -160,6 +162,7 @@ def passed_on_norms(block, x, num_queries: int | None, angles=None):
     # the output projection of each head, (heads, d, dim)
     projection = block.attn.proj.weight.unflatten(1, (block.attn.heads, -1)).permute(1, 2, 0)
     passed_on = torch.einsum("bhnd,hdm->bnhm", v, projection)  # (B, N, heads, dim)
+    # ‖Σ_h α_h w_h‖² = Σ_h Σ_g α_h α_g (w_h · w_g), where w_h is `passed_on` of head h
     products = torch.einsum("bnhm,bngm->bnhg", passed_on, passed_on)  # (B, N, heads, heads)
     squares = (alpha * torch.einsum("bgij,bjhg->bhij", alpha, products)).sum(1)
     norms = squares.clamp(min=0).sqrt()
@@ -189,11 +192,12 @@ def squared_gradient(backbone: VisionTransformer, images, directions: int = DIRE
     """
     patches = math.prod(patch_grid(images, backbone.shape.patch_size))
     pieces = images.split(max(1, PATCHES_PER_BACKWARD // patches))
-    return as_maps(torch.cat([squared_gradients(backbone, piece, directions) for piece in pieces]))
+    sums = [sum_squared_gradients(backbone, piece, directions) for piece in pieces]
+    return normalize_rows(torch.cat(sums))
 
 
 @torch.enable_grad()
-def squared_gradients(backbone: VisionTransformer, images, directions: int):
+def sum_squared_gradients(backbone: VisionTransformer, images, directions: int):
     """The squared gradients of `squared_gradient`, summed over each patch: (B, patches).
 
     Each direction has its own backward pass, so memory does not grow with their number. The pass
@@ -232,7 +236,7 @@ def random_directions(dim: int, count: int = DIRECTIONS):
 
 def brightness(backbone: VisionTransformer, images):
     """The summed intensity of each patch."""
-    return as_maps(patch_sums(images.mean(1), backbone.shape.patch_size))
+    return normalize_rows(patch_sums(images.mean(1), backbone.shape.patch_size))
 
 
 def contrast(backbone: VisionTransformer, images):
@@ -242,7 +246,7 @@ def contrast(backbone: VisionTransformer, images):
     mean = F.interpolate(F.avg_pool2d(grey, patch_size), scale_factor=patch_size)
     deviation = (grey - mean)[:, 0]
     deviation = deviation.masked_fill(deviation.abs() < 1e-6, 0)  # rounding, in flat patches
-    return as_maps((patch_sums(deviation.square(), patch_size) / patch_size**2).sqrt())
+    return normalize_rows((patch_sums(deviation.square(), patch_size) / patch_size**2).sqrt())
 
 
 def centre(backbone: VisionTransformer, images):
@@ -253,7 +257,7 @@ def centre(backbone: VisionTransformer, images):
     deviation = min(rows, columns) / 4
     squared_distance = row[:, None] ** 2 + column**2
     gaussian = (-squared_distance / (2 * deviation**2)).exp()
-    return as_maps(gaussian.flatten().expand(len(images), -1))
+    return normalize_rows(gaussian.flatten().expand(len(images), -1))
 
 
 def random(backbone: VisionTransformer, images):
@@ -266,7 +270,7 @@ def random(backbone: VisionTransformer, images):
     number = torch.arange(sums.shape[1], device=images.device)  # of each patch
     digest = (1000 * (sums * number.sin()).sum(-1, keepdim=True)).round()
     large = 1e4 * torch.sin(12.9898 * number + digest)
-    return as_maps(large - large.floor())
+    return normalize_rows(large - large.floor())
 
 
 NETWORK_MAPS = {

@@ -54,7 +54,7 @@ class Model:
     epoch: int | None = None  # None: not from a run of train.py
     history: list | None = None  # the lines of its log.jsonl
     splits: dict | None = None  # the digits or photographs that it is shown
-    is_measured: bool = False  # runs of train.py are measured, and what --weights names
+    should_be_measured: bool = False  # runs of train.py are measured, and what --weights names
     has_marks: bool = False  # a mark (--shortcut) lies on each canvas that is drawn
     # The flags that say how to read the file: of --heads, --grid and --normalise half
     open_flags: set[str] = field(default_factory=set)
@@ -70,7 +70,7 @@ def open_models(args: argparse.Namespace) -> list[Model]:
         trained = [model for model in models if model.history is not None]
         model = open_model(args.weights, args, trained[0] if trained else None)
         model.name = f"--weights {args.weights}"
-        model.is_measured = True
+        model.should_be_measured = True
         models.append(model)
     if not models:
         raise ValueError("nothing to look at; use a ckpt.pth, or --weights dino, none or a file")
@@ -152,7 +152,7 @@ def open_model(source: str, args: argparse.Namespace, like: Model | None = None)
         backbone.eval(),
         epoch,
         history,
-        is_measured=is_run,
+        should_be_measured=is_run,
         has_marks=config.shortcut > 0,
         open_flags=open_flags,
     )
@@ -394,8 +394,8 @@ def example_images(model: Model, count: int) -> list[Example]:
         clutter_masks = clutter_masks | marked.mark
     masks = zip(digit_masks, clutter_masks)
     return [
-        Example(picture, of_picture, f"test canvas {number}")
-        for number, (picture, of_picture) in enumerate(zip(images.clamp(0, 1), masks), 1)
+        Example(picture, picture_masks, f"test canvas {number}")
+        for number, (picture, picture_masks) in enumerate(zip(images.clamp(0, 1), masks), 1)
     ]
 
 

@@ -8,12 +8,12 @@ with the teacher's j-th. Supervised learning compares the student with labels.
 
 What the losses are called with, for b of the batch's B images:
 
-    loss            student                              target
+    loss            student                              targets
     NCELoss         projections (crops, b, dim)          the teacher's projections (crops, B, dim)
     DINOLoss        logits (crops, b, K)                 the teacher's distributions (crops, B, K)
     SupervisedLoss  cosines (crops, b, classes)          labels (B,)
 
-The b images are number `first` to `first` + b - 1 of the batch. A loss is the mean over these b
+The b images are number `first_image` to `first_image` + b - 1 of the batch. A loss is the mean over these b
 images, so a caller who computes a batch in pieces weights each piece by b / B.
 
 A loss also says what it needs of the rest:
@@ -73,17 +73,17 @@ class NCELoss(nn.Module):
         """The loss of a network that knows nothing: its formula, and its value in nats."""
         return "ln(batch)", math.log(batch_size)
 
-    def forward(self, student, teacher, pairs: list[tuple[int, int]], first: int = 0):
+    def forward(self, student, targets, pairs: list[tuple[int, int]], first_image: int = 0):
         """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        `student` (student crops, b, dim) are projections of images `first` to `first` + b - 1 of
-        the batch, `teacher` (teacher crops, B, dim) those of all images; no gradient goes there.
-        All negatives come from the teacher, so the student's images may be computed a few at a
-        time.
+        `student` (student crops, b, dim) are projections of images `first_image` to `first_image` +
+        b - 1 of the batch, `targets` (teacher crops, B, dim) the teacher's of all images; no gradient
+        goes there. All negatives come from the teacher, so the student's images may be computed a
+        few at a time.
         """
         student = F.normalize(student, dim=-1)
-        teacher = F.normalize(teacher.detach(), dim=-1)
-        own_image = first + torch.arange(student.shape[1], device=student.device)
+        teacher = F.normalize(targets.detach(), dim=-1)
+        own_image = first_image + torch.arange(student.shape[1], device=student.device)
         total = 0
         for i, j in pairs:
             logits = student[i] @ teacher[j].T / self.temperature  # (b, B)
@@ -123,34 +123,29 @@ class DINOLoss(nn.Module):
         self.centering = centering
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def targets(self, teacher_outputs):
-        """The teacher's logits (crops, B, K) of a whole batch as distributions."""
-        return self.teacher_probabilities(teacher_outputs)
-
     def chance(self, batch_size: int) -> tuple[str, float]:
         """The loss of a network that knows nothing: its formula, and its value in nats."""
         return "ln(K)", math.log(self.num_prototypes)
 
     @torch.no_grad()
-    def teacher_probabilities(self, logits):
+    def targets(self, teacher_outputs):
         """The teacher's logits (crops, B, K) of a whole batch as distributions over prototypes."""
         if self.centering == "mean":
-            return F.softmax((logits - self.center) / self.teacher_temp, dim=-1)
-        log_p = logits.flatten(0, 1) / self.teacher_temp  # (crops · B, K)
+            return F.softmax((teacher_outputs - self.center) / self.teacher_temp, dim=-1)
+        log_p = teacher_outputs.flatten(0, 1) / self.teacher_temp  # (crops · B, K)
         for _ in range(3):  # as in DINOv2
             log_p = F.log_softmax(log_p, dim=0)  # each prototype gets the same share of the crops
             log_p = F.log_softmax(log_p, dim=1)  # each crop has a distribution over prototypes
-        return log_p.exp().view_as(logits)
+        return log_p.exp().view_as(teacher_outputs)
 
-    def forward(self, student, teacher, pairs: list[tuple[int, int]], first: int = 0):
+    def forward(self, student, targets, pairs: list[tuple[int, int]], first_image: int = 0):
         """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        `student` (student crops, b, K) are the logits of images `first` to `first` + b - 1 of the
-        batch. `teacher` (teacher crops, B, K) are the distributions of all images, as
-        `teacher_probabilities` returns them.
+        `student` (student crops, b, K) are the logits of images `first_image` to `first_image` + b -
+        1 of the batch. `targets` (teacher crops, B, K) are the teacher's distributions of all images.
         """
         log_p_student = F.log_softmax(student / self.student_temp, dim=-1)
-        p_teacher = teacher[:, first : first + student.shape[1]]
+        p_teacher = targets[:, first_image : first_image + student.shape[1]]
         total = 0
         for i, j in pairs:
             total = total - (p_teacher[j] * log_p_student[i]).sum(dim=-1).mean()
@@ -184,12 +179,12 @@ class SupervisedLoss(nn.Module):
         """The loss of a network that knows nothing: its formula, and its value in nats."""
         return "ln(classes)", math.log(CLASSES)
 
-    def forward(self, student, labels, pairs: list[tuple[int, int]], first: int = 0):
+    def forward(self, student, targets, pairs: list[tuple[int, int]], first_image: int = 0):
         """Mean over the student's crops and images: a scalar, in nats.
 
-        `student` (student crops, b, classes) are the cosines of images `first` to `first` + b - 1
-        of the batch, `labels` (B,) int64 those of all images. `pairs` are ignored: they are here so
-        that all losses are called alike.
+        `student` (student crops, b, classes) are the cosines of images `first_image` to `first_image`
+        + b - 1 of the batch. `targets` (B,) int64 are the labels of all images. `pairs` are ignored:
+        they are here so that all losses are called alike.
         """
-        labels = labels[first : first + student.shape[1]].expand(len(student), -1)
+        labels = targets[first_image : first_image + student.shape[1]].expand(len(student), -1)
         return F.cross_entropy(student.flatten(0, 1) / self.temperature, labels.flatten())

@@ -3,8 +3,8 @@
 A map is a distribution of attention over patches: (n, patches), one map for each of n images, each
 summing to 1. Masks of digit and clutter, which is all ink of the distractors, are (n, patches) too:
 how many pixels of each patch they cover. Attention is taken to be spread evenly over the pixels of
-a patch. Metrics are computed for each image and then averaged; selectivity is a ratio of two
-averages.
+a patch. Metrics are computed for each image and then averaged; selectivity and equal ink are ratios
+of two averages.
 """
 
 import math
@@ -62,8 +62,8 @@ def attention_metrics(maps, digit, clutter, patch_area: int) -> dict:
     Returns {name: (n,)}. Densities and auroc are NaN where an image lacks the region.
 
     `…_density`: share of the attention on a region, divided by the region's share of the area.
-    `selectivity`: only its numerator, the digit density, of the images that have clutter. The mean
-    of that is later divided by the mean clutter density. `auroc`: P(a pixel of the digit gets more
+    `digit_density_with_clutter`: the digit density of the images that have clutter; its mean divided
+    by the mean clutter density is the selectivity. `auroc`: P(a pixel of the digit gets more
     attention than one of the clutter), ties count ½. `pointing`: whether the patch with most
     attention (the mean of several if tied) holds more digit than clutter. `jaccard60`: Jaccard
     index of the digit with the patches that hold 60% of the attention, DINO's measure.
@@ -74,7 +74,8 @@ def attention_metrics(maps, digit, clutter, patch_area: int) -> dict:
     clutter = clutter.double()
     metrics = densities(maps, digit, clutter, patch_area)
     has_clutter = clutter.sum(-1) > 0
-    metrics["selectivity"] = metrics["digit_density"].where(has_clutter, torch.nan)
+    with_clutter = metrics["digit_density"].where(has_clutter, torch.nan)
+    metrics["digit_density_with_clutter"] = with_clutter
     metrics["auroc"] = auroc(maps, digit, clutter)
     is_top = maps == maps.amax(-1, keepdim=True)
     is_hit = is_top & (digit > clutter)
@@ -147,6 +148,7 @@ def spearman(a, b, among):
     Ties share their mean rank. 0 if either is constant; NaN for fewer than two entries, or if one
     of them is NaN.
     """
+    # Entries that do not count come last, so they change no other entry's rank.
     values = torch.stack([a, b]).masked_fill(~among, torch.inf)
     ranked = values.sort(dim=-1).values
     first = torch.searchsorted(ranked, values)
@@ -162,8 +164,9 @@ def spearman(a, b, among):
 def faithfulness(maps, effects) -> dict:
     """Whether maps (n, patches) point to what the feature depends on: {name: (n,)}.
 
-    `effects` (observe.CanvasEffects) are of the same n images. `equal_ink` and `ink_pairs` are what
-    the function `equal_ink` returns, NaN for an image without pairs. `patch_faithfulness` is the
+    `effects` (observe.CanvasEffects) are of the same n images. `equal_ink_wins` and
+    `equal_ink_pairs` are what the function `equal_ink` returns, NaN for an image without pairs; the
+    ratio of their means is the equal ink of the map. `patch_faithfulness` is the
     rank correlation, over an image's patches with ink, of the map with the effect of blackening the
     patch, and `direct_faithfulness` that with the direct effect at the last block.
     `object_faithfulness` is the same over an image's distractors, of the map's mass on their ink
@@ -176,8 +179,8 @@ def faithfulness(maps, effects) -> dict:
     object_mass = (maps.double()[:, None] * object_ink).sum(-1).float()
     has_ink = object_ink.sum(-1) > 0
     return {
-        "equal_ink": wins.where(pairs > 0, torch.nan),
-        "ink_pairs": pairs.where(pairs > 0, torch.nan),
+        "equal_ink_wins": wins.where(pairs > 0, torch.nan),
+        "equal_ink_pairs": pairs.where(pairs > 0, torch.nan),
         "patch_faithfulness": spearman(maps, effects.blackening, effects.has_ink),
         "direct_faithfulness": spearman(maps, direct, effects.has_ink & direct.isfinite()),
         "object_faithfulness": spearman(

@@ -268,14 +268,14 @@ def measure_tokens(
     """
     depth = backbone.shape.depth
     ends = sorted({0, depth - 1})
-    of_windows = effects.token_effects(backbone, images, ends)  # (1 or 2, B, windows)
+    of_windows = effects.window_effects(backbone, images, ends)  # (1 or 2, B, windows)
     of_windows = of_windows.cpu()
     whole_effect = of_windows[0]
     direct_sums = whole_effect.new_full((len(images), depth), torch.nan)
     direct_sums[:, ends] = of_windows.sum(-1).T
     between = list(range(1, depth - 1))
     if between and direct_images:
-        of_blocks = effects.token_effects(backbone, images[:direct_images], between)
+        of_blocks = effects.window_effects(backbone, images[:direct_images], between)
         direct_sums[:direct_images, between] = of_blocks.sum(-1).T.cpu()
 
     grid = metrics.patch_grid(images, backbone.shape.patch_size)

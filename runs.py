@@ -377,17 +377,25 @@ class StopRequest:
     def __init__(self):
         self.requested = False
         self.signal_number = signal.SIGTERM  # also if only another rank got a signal
-        # True while the work can be left at once: then a signal raises InterruptedError.
-        self.raises_at_once = False
+        self._raises_at_once = False
 
     def receive(self, number: int, frame=None):
         """The signal handler."""
         self.requested = True
         self.signal_number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.raises_at_once:
-            self.raises_at_once = False
+        if self._raises_at_once:
+            self._raises_at_once = False  # for one signal only
             raise InterruptedError
+
+    @contextlib.contextmanager
+    def raising_at_once(self):
+        """Within this context, which is work that can be left at once, a signal raises InterruptedError."""
+        self._raises_at_once = True
+        try:
+            yield
+        finally:
+            self._raises_at_once = False
 
     @contextlib.contextmanager
     def listening(self):

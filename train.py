@@ -96,6 +96,8 @@ class Muon(torch.optim.Optimizer):
             averages = [self.state[matrix]["average"] for matrix in matrices]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             updates = torch.stack(gradients).lerp(torch.stack(averages), momentum)
+            # Entries of the orthogonalized update of a tall matrix are about 1/√rows in size; this
+            # makes them 1/√columns, as they are in a wide one.
             rate = group["lr"] * max(1, rows / columns) ** 0.5
             torch._foreach_add_(matrices, orthogonalize(updates).unbind(), alpha=-rate)
 
@@ -204,6 +206,19 @@ def make_state(config: Config, student: nn.Module) -> TrainingState:
     )
 
 
+def compile_blocks(*networks: nn.Module):
+    """Compile the blocks of all networks, or print a warning where that cannot be done."""
+    try:
+        torch.compile(lambda x: x + 1)(networks[0].backbone.cls_token.detach())
+    except RuntimeError as error:  # no compiler, or a Python that is too new
+        reason = weights.one_line(error)[:150]
+        print_rank0(f"warning: --compile has no effect here ({reason})")
+        return
+    for network in networks:
+        for block in network.backbone.blocks:
+            block.compile()
+
+
 # --------------------------------------------------------------- the step, in pieces if need be
 
 
@@ -232,7 +247,7 @@ def project(config: Config, network: nn.Module, crops, numbers: list[int]):
     crops = crops[numbers[0] : numbers[-1] + 1]  # indexing by a list would copy it to the GPU first
     with torch.autocast(crops.device.type, dtype, enabled=dtype != torch.float32):
         outputs = network(crops.flatten(0, 1))
-    if outputs.dtype != torch.float64:
+    if outputs.dtype != torch.float64:  # in which only the tests compute
         outputs = outputs.float()  # the losses divide by a small temperature
     return outputs.unflatten(0, (len(numbers), -1))
 
@@ -287,6 +302,7 @@ def batch_loss(
         crops = views.render(piece)
         with torch.no_grad():
             teacher_outputs.append(project(config, state.teacher, crops, views.plan.teacher))
+    only_crops = crops if len(pieces) == 1 else None  # they need not be rendered again
     teacher_outputs = torch.cat(teacher_outputs, dim=1)  # (crops, share, …)
     if ranks > 1:
         teacher_outputs = gather_images(teacher_outputs)  # (crops, B, …)
@@ -299,15 +315,15 @@ def batch_loss(
     student = state.parallel_student if backward else state.student
     loss = 0.0
     for number, piece in enumerate(pieces):
-        if len(pieces) > 1:  # else its crops are still there
-            crops = views.render(piece)
-        # The ranks add up their gradients once, after the last piece.
+        crops = views.render(piece) if only_crops is None else only_crops
+        # The ranks add up their gradients once, after the last piece. DistributedDataParallel decides
+        # in the forward pass whether the backward pass will do so, so only the former is inside.
         is_last = number == len(pieces) - 1
         if ranks == 1 or is_last:
-            gradients_of_ranks = contextlib.nullcontext()
+            gradient_sync = contextlib.nullcontext()
         else:
-            gradients_of_ranks = student.no_sync()
-        with gradients_of_ranks:
+            gradient_sync = student.no_sync()
+        with gradient_sync:
             student_outputs = project(config, student, crops, views.plan.student)
         # Targets are those of the whole batch, so the loss is told where in it the piece begins.
         first_of_piece = first_image + number * piece_size
@@ -360,8 +376,8 @@ def training_step(
     loss, teacher_outputs, _ = batch_loss(config, state, views, params, backward)
     if config.loss == "dino":
         state.loss_fn.update_center(teacher_outputs)
-        is_first_epoch = step < total_steps // config.epochs
-        if is_first_epoch:  # DINO does not train its last layer yet
+        steps_per_epoch = total_steps // config.epochs
+        if step < steps_per_epoch:  # DINO does not train its last layer yet
             state.student.head.last_layer.weight_v.grad = None
 
     # clip the gradient
@@ -398,19 +414,6 @@ def prefetch(views: TrainingViews, steps: range) -> Iterator[dict]:
             if step + 1 in steps:
                 pending = thread.submit(sample, step + 1)
             yield params
-
-
-def compile_blocks(*networks: nn.Module):
-    """Compile the blocks of all networks, or print a warning where that cannot be done."""
-    try:
-        torch.compile(lambda x: x + 1)(networks[0].backbone.cls_token.detach())
-    except RuntimeError as error:  # no compiler, or a Python that is too new
-        reason = weights.one_line(error)[:150]
-        print_rank0(f"warning: --compile has no effect here ({reason})")
-        return
-    for network in networks:
-        for block in network.backbone.blocks:
-            block.compile()
 
 
 # -------------------------------------------------------------------------------------- validation
@@ -528,6 +531,7 @@ def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> li
         state.load_state_dict(run.checkpoint)
         runs.write_log(run.folder, history)  # without what came after the checkpoint
     else:
+        # A run that is killed in its first validation can be resumed.
         save_run(run, state, 0, history, epoch_loss)
     if runs.world_size() > 1:
         state.parallel_student = DistributedDataParallel(state.student)
@@ -543,19 +547,19 @@ def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> li
     saved_at = time.monotonic()
     timer = EpochTimer(start_step, time.monotonic())
     for step in range(start_step, total_steps + 1):  # `step` steps have been taken
-        # Is anything to be done before the next step? The log has a line for epoch 0, before the
-        # first step. So with n lines, the epoch to be measured next is number n.
-        epoch_is_over = step == len(history) * run.steps_per_epoch
+        # First, what is to be done between two steps: measure, save, stop. The log has a line for
+        # epoch 0, before the first step. So with n lines, the epoch to be measured next is number n.
+        measurement_is_due = step == len(history) * run.steps_per_epoch
         minutes_since_save = (time.monotonic() - saved_at) / 60
         stop_is_requested, checkpoint_is_due = any_rank(
             stop.requested, minutes_since_save > config.checkpoint_minutes
         )
-        save_is_due = epoch_is_over or stop_is_requested or checkpoint_is_due
+        save_is_due = measurement_is_due or stop_is_requested or checkpoint_is_due
         if save_is_due or step % FINITE_CHECK_STEPS == 0:
             check_finite(is_finite, state.scaler, step)
 
         # Measure the network before its first step and after every epoch.
-        if epoch_is_over:
+        if measurement_is_due:
             line = epoch_line(run, step, epoch_loss, timer)
             line = measure_epoch(line, state, validation, stop)
             if line is not None:
@@ -572,12 +576,15 @@ def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> li
         if stop_is_requested or step == total_steps:
             break
 
+        # Then the step.
         loss, gradient_norm = training_step(
             config, state, run.views, next(batches), step, total_steps
         )
         epoch_loss += loss
+        is_finite &= loss.isfinite()
         # float16's scaler skips a step whose gradient overflows, and scales less from then on.
-        is_finite &= loss.isfinite() & (gradient_norm.isfinite() | state.scaler.is_enabled())
+        if not state.scaler.is_enabled():
+            is_finite &= gradient_norm.isfinite()
         bar.update(config.batch_size)
         if (step + 1) % FINITE_CHECK_STEPS == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")  # rarely, since it waits for the GPU
@@ -622,12 +629,10 @@ def measure_epoch(
     if stop.requested:
         return None
     try:
-        stop.raises_at_once = True
-        line = line | {"validation": validation(state)}
-        stop.raises_at_once = False
+        with stop.raising_at_once():
+            return line | {"validation": validation(state)}
     except InterruptedError:
         return None
-    return line
 
 
 def check_finite(is_finite, scaler: torch.amp.GradScaler, step: int):
@@ -698,8 +703,9 @@ def claim_folder(args, lock: FolderLock):
 
 
 def prepare(args) -> Run:
-    """Try all that can fail because of what the user gave; a new run has no folder yet.
+    """Build the Run: its settings, its data, and its first weights.
 
+    Everything that can fail because of what the user gave fails here, before a new run has a folder.
     Raises ValueError or OSError.
     """
     checkpoint = None

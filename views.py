@@ -110,26 +110,27 @@ def sample_crops(
     """
     # Uniform numbers in [0, 1), (B, C) each. The last ones are not used. They are drawn so that the
     # numbers after them stay as they were, and a seed gives the images that it gave in the study.
-    scale, row, column, sigma, angle, coin, _ = torch.rand((7, batch, len(crops)), generator=rng)
+    uniform = torch.rand((7, batch, len(crops)), generator=rng)
+    scale_u, row_u, column_u, sigma_u, angle_u, coin, _ = uniform
 
     # side: a crop covers a share of the canvas's area, in the range for global or local crops
     is_local = torch.tensor([size == "local" for _, size in crops])
     low = torch.where(is_local, config.local_crops_scale[0], config.global_crops_scale[0])
     high = torch.where(is_local, config.local_crops_scale[1], config.global_crops_scale[1])
-    side = canvas_size * (low + (high - low) * scale).sqrt()
+    side = canvas_size * (low + (high - low) * scale_u).sqrt()
 
     # centre: anywhere inside the canvas, or on the digit
-    centre = torch.stack([row, column], -1)
-    centre = side[..., None] / 2 + (canvas_size - side[..., None]) * centre
+    centre_u = torch.stack([row_u, column_u], -1)
+    centre = side[..., None] / 2 + (canvas_size - side[..., None]) * centre_u
     if position is not None:
-        canvas = [number for number, _ in crops]
-        digit_centre = position[:, canvas] + DIGIT_SIZE / 2  # (B, C, 2)
+        canvas_of_crop = [number for number, _ in crops]
+        digit_centre = position[:, canvas_of_crop] + DIGIT_SIZE / 2  # (B, C, 2)
         centre = torch.where(is_local[:, None], digit_centre, centre)
 
     # rotation, and a blur of half of the crops
-    angle = math.radians(config.rotation) * (2 * angle - 1)
+    angle = math.radians(config.rotation) * (2 * angle_u - 1)
     least, most = config.blur
-    sigma = (least + (most - least) * sigma) * config.image_size / BLUR_REFERENCE
+    sigma = (least + (most - least) * sigma_u) * config.image_size / BLUR_REFERENCE
     sigma = torch.where(coin < 0.5, sigma, 0.0)
     return {"centre": centre, "side": side, "angle": angle, "sigma": sigma}
 
@@ -160,8 +161,8 @@ def render_crops(
         max_sigma = 0.5 * math.sqrt((canvas_size / image_size) ** 2 - 1)
         x = gaussian_blur_(x.clone(), antialias_sigma, max_sigma)
 
-    # Find the place on the canvas of each pixel of the crop. grid_sample calls the canvas [-1, 1]²;
-    # with the crop's pixels at (down, across) in [-1, 1]² too, it is
+    # Find the place on the canvas of each pixel of the crop. In grid_sample's coordinates the canvas
+    # spans -1 to 1. A pixel at (down, across) of the crop, also from -1 to 1, lies at
     #     row    = centre_row    + half · (sin(angle) · across + cos(angle) · down)
     #     column = centre_column + half · (cos(angle) · across - sin(angle) · down)
     half = side / canvas_size
@@ -194,7 +195,8 @@ def gaussian_blur_(x, sigma, max_sigma: float):
     rows = (sigma > 0.3).nonzero()[:, 0]
     if len(rows) == 0:
         return x
-    # Pixels more than five sigmas off count for nothing; mirroring needs less than the image.
+    # Pixels more than five sigmas off count for nothing. The mirrored border must be narrower than
+    # the image.
     radius = min(math.ceil(5 * max_sigma), x.shape[-1] - 1)
     offset = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offset / sigma[rows, None]) ** 2)  # (rows, 2 · radius + 1)
@@ -245,8 +247,8 @@ def color_jitter(photos, params: dict):
 
     The order is brightness, contrast, saturation, hue, gray, flip; each works as in torchvision. All
     of it may be done before the crop or after. Only contrast depends on other pixels, through their
-    mean, so there the results differ slightly. A flip before the crop is as likely to give a crop
-    as its mirror image.
+    mean, so there the results differ slightly. Flipping before the crop gives another crop than
+    flipping after it, but places and angles are symmetric, so both are equally random.
     """
     # imported here, since it takes two seconds, and only photographs need it
     from torchvision.transforms.v2.functional import rgb_to_grayscale
@@ -493,9 +495,9 @@ def evaluation_params(
 ) -> Iterator[dict]:
     """Sample the parameters of `count` canvases, in dicts of up to EVALUATION_ROWS rows.
 
-    Each dict is drawn whole and then cut, so that a smaller count gives the first of a larger one;
-    and with the pieces of `clutter.leave_out`, so that the canvases are the same with them and
-    without.
+    Each dict is drawn whole and then cut, so that a smaller count gives the first of a larger one.
+    The pieces of the digit for `clutter.leave_out` are drawn too, last: only `left_out_batches` uses
+    them.
     """
     order = evaluation_order(split, split_name)
     background = Background(config, split.images.device)

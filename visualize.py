@@ -756,7 +756,7 @@ def visualize_one(model: Model, args: argparse.Namespace):
 
     evaluation = None
     best = {}
-    if model.is_measured and not args.no_measure:
+    if model.should_be_measured and not args.no_measure:
         if model.history:  # what needs no measurements comes first
             plot_views(model, os.path.join(folder, "views.png"))
             plot_curves(model, os.path.join(folder, "curves.png"))
@@ -811,13 +811,13 @@ def compare(models: list[Model], args: argparse.Namespace):
         networks.append(LookedAt(model, of_model, maps, args.query))
         gallery.check_finite(networks[-1])
 
-    measured = [model for model in models if model.is_measured]
+    measured = [model for model in models if model.should_be_measured]
     evaluations = []
     contents = []  # of the page
     for network in networks:
         model = network.model
         result = None
-        if model.is_measured and not args.no_measure:
+        if model.should_be_measured and not args.no_measure:
             # The table of a network has a row for the next one's attention on the same images.
             other = measured[(measured.index(model) + 1) % len(measured)]
             has_same_patches = other.backbone.shape.patch_size == model.backbone.shape.patch_size

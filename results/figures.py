@@ -740,10 +740,7 @@ def draw_shortcut(runs):
     reliance, density = map_claims.marks(runs)
     if len(reliance) < map_claims.CLAIMS["M8"].planned:
         return None
-    of_rows = {}
-    for row in map_claims.MARK_ROWS:
-        runs_of_row = {key: line for key, line in runs.items() if key[0] == row}
-        of_rows[row] = map_claims.marks(runs_of_row)
+    of_rows = {row: map_claims.marks(runs, [row]) for row in map_claims.MARK_ROWS}
     figure = Figure(figsize=(9, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     aucs = {}

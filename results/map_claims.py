@@ -72,7 +72,7 @@ class MapClaim:
     text: str
     quantity: str  # the primary quantity in words
     expected: str  # MORE or LESS than 0, ALIKE (within the margin), or DIFFERENT from 0
-    margin: float  # a primary quantity within it is not relevant
+    margin: float  # the smallest size that is relevant; `word_of` says when it counts
     planned: int  # seeds or networks
 
 
@@ -203,12 +203,12 @@ def share_and_faithfulness(runs):
     return last_share, np.array([faithfulness[seed] for seed in seeds])
 
 
-def marks(runs):
-    """Return the networks of M8: their reliance (n,), and {map: density on the mark (n,)}.
+def marks(runs, rows=MARK_ROWS):
+    """Return the networks of M8 in some rows: reliance (n,), and {map: density on the mark (n,)}.
 
     A network that has collapsed has no reliance, and is left out.
     """
-    lines = [runs.get((row, seed), {}).get("marks") for row in MARK_ROWS for seed in MARK_SEEDS]
+    lines = [runs.get((row, seed), {}).get("marks") for row in rows for seed in MARK_SEEDS]
     lines = [line for line in lines if line and line["reliance"] is not None]
     reliance = np.array([line["reliance"] for line in lines])
     names = [row for row in MAPS.values() if row != "brightness"]
@@ -343,7 +343,12 @@ def finish(claim, verdict, effect_p):
 
 
 def word_of(claim, low, high):
-    """Return the word that a 95% interval from `low` to `high` gives."""
+    """Return the word that a 95% interval from `low` to `high` gives.
+
+    A claim of MORE or LESS holds if the interval is beyond 0 on the claimed side, even inside the
+    margin. For a claim of DIFFERENT, and on the other side, an interval inside the margin means that
+    there is no relevant effect, even if it excludes 0.
+    """
     is_inside_margin = -claim.margin < low and high < claim.margin
     is_above = low > 0
     is_below = high < 0
@@ -502,21 +507,22 @@ def mark_table(runs):
     names = [name for name, row in MAPS.items() if row in density]
     lines = [table_row([*titles, *names]), table_rule(len(titles) + len(names))]
     for row in MARK_ROWS:
-        of_row = {key: runs[key] for key in runs if key[0] == row and key[1] in MARK_SEEDS}
-        row_reliance, row_density = marks(of_row)
+        row_reliance, row_density = marks(runs, [row])
         cells = [f"`{row}`", str(len(row_reliance)), f"{row_reliance.mean():.2f}"]
         cells += [f"{row_density[MAPS[name]].mean():.2f}" for name in names]
         lines.append(table_row(cells))
     aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
     lines.append(table_row(["pairs in the right order (AUC)", str(len(reliance)), "", *aucs]))
-    differences = []
+    difference_cells = []
     for name in names:
         if name == "attention":
-            differences.append("–")
+            difference_cells.append("–")
         else:
             cell = auc_difference_cell(reliance, density[MAPS[name]], density["mean"])
-            differences.append(cell)
-    lines.append(table_row(["the same − that of attention", str(len(reliance)), "", *differences]))
+            difference_cells.append(cell)
+    lines.append(
+        table_row(["the same − that of attention", str(len(reliance)), "", *difference_cells])
+    )
     aucs = [f"{auc_within_rows(runs, MAPS[name]):.2f}" for name in names]
     lines.append(table_row(["pairs within a row", str(len(reliance)), "", *aucs]))
     return "\n".join(lines)
@@ -531,10 +537,10 @@ def auc_difference_cell(truth, score, reference):
 
 
 def auc_within_rows(runs, map_row_name):
-    """Return the AUC of a map over the pairs of networks that saw marks equally often."""
+    """Return the mean over MARK_ROWS of a map's AUC among the networks of one row."""
     aucs = []
     for row in MARK_ROWS:
-        reliance, density = marks({key: line for key, line in runs.items() if key[0] == row})
+        reliance, density = marks(runs, [row])
         if len(reliance) > 1:
             aucs.append(auc(reliance, density[map_row_name]))
     return np.mean(aucs)

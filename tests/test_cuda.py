@@ -151,7 +151,7 @@ def all_effects(backbone, batch):
         features = effects.feature_of(backbone, batch.images)
         yield effects.blackening_effects(backbone, batch.images, has_ink, features)
         yield effects.direct_effects(backbone, batch.images, has_ink)
-        yield effects.token_effects(backbone, batch.images, [0, 1])
+        yield effects.window_effects(backbone, batch.images, [0, 1])
         yield effects.feature_distance(backbone, batch.left_out.images[:, 0], features)
 
 

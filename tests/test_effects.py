@@ -305,7 +305,7 @@ def test_token_effects_by_hand():
     """What a block has mixed into [CLS] stays there when the token is left out after it."""
     network = WeighingNetwork([4.0, 2.0, 2.0, 1.0], shares=(0.25, 0.5))
     images = in_patches([[1.0, 0.5, 1.0, 1.0], [0.0, 1.0, 0.5, 0.0]])[:, None]
-    token_effects = effects.token_effects(network, images, [0, 2, 1])
+    token_effects = effects.window_effects(network, images, [0, 2, 1])
     totals = [8, 3]
     patches = [[4, 1, 2, 1], [0, 2, 1, 0]]
     for number, kept in enumerate([1, 3 / 8, 3 / 4]):
@@ -322,7 +322,7 @@ def test_patches_left_out_of_the_first_block_do_not_exist(registers, rows, colum
     """The effect is that of the network on the patches that stay; 9 × 8 patches make windows."""
     backbone = small_backbone(registers=registers)
     images = pictures(2, 7 * rows, 7 * columns)
-    (of_windows,) = effects.token_effects(backbone, images, [0])
+    (of_windows,) = effects.window_effects(backbone, images, [0])
     windows = effects.window_of_patches((rows, columns))
     assert of_windows.shape == (2, int(windows.max()) + 1)
     features = unit_features(backbone, images)
@@ -336,7 +336,7 @@ def test_leaving_out_is_wholly_direct_if_the_first_blocks_mix_nothing():
     backbone = small_backbone(registers=1).double()
     for block in backbone.blocks[:-1]:
         torch.nn.init.zeros_(block.attn.proj.weight)
-    whole, later, last = effects.token_effects(backbone, pictures(2).double(), [0, 1, 2])
+    whole, later, last = effects.window_effects(backbone, pictures(2).double(), [0, 1, 2])
     assert (whole > 1e-6).all()
     torch.testing.assert_close(later, whole)
     torch.testing.assert_close(last, whole)
@@ -345,7 +345,7 @@ def test_leaving_out_is_wholly_direct_if_the_first_blocks_mix_nothing():
 def test_leaving_out_has_no_direct_effect_if_the_last_block_reads_no_patch():
     backbone = small_backbone(registers=1).double()
     torch.nn.init.zeros_(backbone.blocks[-1].attn.proj.weight)
-    whole, last = effects.token_effects(backbone, pictures(2).double(), [0, 2])
+    whole, last = effects.window_effects(backbone, pictures(2).double(), [0, 2])
     assert (whole > 1e-6).all()
     assert last.abs().max() < 1e-12
 
@@ -355,10 +355,10 @@ def test_token_effects_do_not_depend_on_the_batch(changes):
     backbone = small_backbone(**changes)
     images = pictures(4)
     blocks = sorted({0, backbone.shape.depth - 1})
-    together = effects.token_effects(backbone, images, blocks)
+    together = effects.window_effects(backbone, images, blocks)
     assert together.shape == (len(blocks), 4, 16)
     for number, image in enumerate(images):
-        alone = effects.token_effects(backbone, image[None], blocks)
+        alone = effects.window_effects(backbone, image[None], blocks)
         torch.testing.assert_close(alone[:, 0], together[:, number], atol=1e-6, rtol=1e-4)
 
 
@@ -366,7 +366,7 @@ def test_the_only_patch_can_be_left_out():
     """[CLS] is then alone, as it is for any other image."""
     backbone = small_backbone()
     images = pictures(2, 7, 7)
-    (of_windows,) = effects.token_effects(backbone, images, [0])
+    (of_windows,) = effects.window_effects(backbone, images, [0])
     no_patch = torch.empty(2, 0, dtype=torch.int64)
     cosine = (unit_features(backbone, images, no_patch) * unit_features(backbone, images)).sum(-1)
     torch.testing.assert_close(of_windows[:, 0], 1 - cosine, atol=1e-6, rtol=1e-4)
@@ -501,7 +501,7 @@ def test_distances_and_curves_stay_on_the_gpu(on_gpu):
 
 def test_leaving_out_windows_stays_on_the_gpu(on_gpu):
     backbone, batch = on_gpu
-    of_windows = effects.token_effects(backbone, batch.images, [0, 1])
+    of_windows = effects.window_effects(backbone, batch.images, [0, 1])
     mass = effects.window_sums(explain.attention(backbone, batch.images), (8, 8))
     assert of_windows.shape == (2, 10, 64)
     assert mass.shape == (10, 64)

@@ -88,13 +88,13 @@ def test_an_image_of_one_grey_level_has_a_map(name, grey):
 
 def test_values_are_divided_by_their_sum():
     values = [[1.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]]
-    maps = explain.as_maps(torch.tensor(values))
+    maps = explain.normalize_rows(torch.tensor(values))
     assert maps.tolist() == [[0.25, 0.75, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 1, 0, 0]]
 
 
 def test_what_is_not_a_number_is_not_taken_for_a_map():
     values = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [0.0, 0.0]])
-    is_nan = explain.as_maps(values).isnan().any(-1)
+    is_nan = explain.normalize_rows(values).isnan().any(-1)
     assert is_nan.tolist() == [True, True, False]
 
 
@@ -289,7 +289,7 @@ def test_squared_gradients_are_those_of_the_pixels(channels, shape):
         projected = (features @ direction.double()).sum()
         (gradient,) = torch.autograd.grad(projected, images, retain_graph=True)
         expected = expected + metrics.patch_sums(gradient.square().sum(1), 7)
-    found = explain.squared_gradients(backbone, images.detach(), directions=3)
+    found = explain.sum_squared_gradients(backbone, images.detach(), directions=3)
     torch.testing.assert_close(found, expected, atol=0, rtol=1e-9)
 
 
@@ -313,7 +313,7 @@ def test_squared_gradients_estimate_the_norm_of_the_jacobian():
 
     jacobian = torch.autograd.functional.jacobian(feature, images)[:, 0]  # (dim, 3, 28, 28)
     squares = jacobian.square().sum((0, 1)).view(1, 28, 28)
-    expected = explain.as_maps(metrics.patch_sums(squares, 7))
+    expected = explain.normalize_rows(metrics.patch_sums(squares, 7))
     estimate = explain.squared_gradient(backbone, images, directions=500)
     torch.testing.assert_close(estimate, expected, atol=0, rtol=0.2)
     few_directions = explain.squared_gradient(backbone, images)
@@ -329,7 +329,7 @@ def test_the_cosine_of_a_feature_with_itself_has_no_gradient():
     (of_cosine,) = torch.autograd.grad(cosines.sum(), images, retain_graph=True)
     (of_one_number,) = torch.autograd.grad(features[:, 0].sum(), images)
     assert of_cosine.abs().max() < 1e-12 * of_one_number.abs().max()
-    assert (explain.squared_gradients(backbone, images, directions=1) > 0).all()
+    assert (explain.sum_squared_gradients(backbone, images, directions=1) > 0).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 40, 16 * 7])
@@ -365,7 +365,7 @@ def test_gradient_maps_leave_network_and_images_as_they_were():
     backbone = small_backbone()
     images = pictures(2)
     before = images.clone()
-    explain.squared_gradients(backbone, images, directions=1)
+    explain.sum_squared_gradients(backbone, images, directions=1)
     assert torch.equal(images, before)
     assert not images.requires_grad
     assert all(parameter.grad is None for parameter in backbone.parameters())

@@ -422,7 +422,7 @@ def test_photographs_are_left_out_in_windows(browser, tmp_path):
         )
         feature = effects.feature_of(model.backbone, images)[0].detach()
         np.testing.assert_allclose(in_page(browser, "shown.run.feature"), feature, atol=1e-4)
-        expected = effects.token_effects(model.backbone, images, [0])[0, 0]
+        expected = effects.window_effects(model.backbone, images, [0])[0, 0]
         expected = expected[effects.window_of_patches((12, 10))]
         effect = finished(browser, "effectsOf(weights(), shown, data.windows['12x10'])")
         np.testing.assert_allclose(effect, expected, atol=1e-4)

@@ -190,7 +190,7 @@ def test_keys_of_ours_in_files_of_others(tmp_path, capsys, beside):
     assert model.backbone.shape.heads == 4
     assert model.epoch is None
     assert model.history is None
-    assert not model.is_measured
+    assert not model.should_be_measured
     assert not torch.equal(model.backbone.patch_embed.proj.weight, state["patch_embed.proj.weight"])
     printed = capsys.readouterr().out
     assert "4 heads, grid 4×4 (assumed; override with --grid)" in printed

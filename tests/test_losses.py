@@ -93,7 +93,7 @@ def test_dino_loss_and_center_are_those_of_dino_over_several_steps(expected):
         teacher = torch.from_numpy(teacher).double()
 
         loss_fn.teacher_temp = teacher_temp
-        probabilities = loss_fn.teacher_probabilities(teacher)
+        probabilities = loss_fn.targets(teacher)
         loss = loss_fn(student, probabilities, all_pairs_but_equal_ones(student_crops, 2))
         losses.append(loss.item())
         loss_fn.update_center(teacher)
@@ -116,7 +116,7 @@ def test_dino_loss_is_equations_1_and_2_in_plain_loops(student_crops, teacher_cr
             p_student = softmax(student[i, image].numpy() / 0.2)
             cross_entropy = -sum(p_teacher[k] * math.log(p_student[k]) for k in range(7))
             expected += cross_entropy / 5 / len(pairs)
-    loss = loss_fn(student, loss_fn.teacher_probabilities(teacher), pairs)
+    loss = loss_fn(student, loss_fn.targets(teacher), pairs)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -130,7 +130,7 @@ def logits_with_a_favourite():
 def test_sinkhorn_knopp_scales_rows_and_columns_in_turn_as_dinov2_does():
     logits = logits_with_a_favourite()
     loss_fn = DINOLoss(6, student_temp=0.1, teacher_temp=0.5, centering="sinkhorn_knopp")
-    probabilities = loss_fn.teacher_probabilities(logits)
+    probabilities = loss_fn.targets(logits)
 
     matrix = np.exp(logits.flatten(0, 1).numpy() / 0.5)  # (80 crops of images, 6 prototypes)
     for _ in range(3):
@@ -142,18 +142,18 @@ def test_sinkhorn_knopp_scales_rows_and_columns_in_turn_as_dinov2_does():
 def test_sinkhorn_knopp_uses_every_prototype():
     logits = logits_with_a_favourite()
     balanced = DINOLoss(6, teacher_temp=0.5, centering="sinkhorn_knopp")
-    shares = balanced.teacher_probabilities(logits).mean((0, 1))
+    shares = balanced.targets(logits).mean((0, 1))
     assert shares.sum().item() == pytest.approx(1)
     assert shares.min() > 0.1
 
     not_yet_centered = DINOLoss(6, teacher_temp=0.5, centering="mean")
-    assert not_yet_centered.teacher_probabilities(logits).mean((0, 1)).max() > 0.99
+    assert not_yet_centered.targets(logits).mean((0, 1)).max() > 0.99
 
 
 def test_center_moves_only_by_its_update():
     loss_fn = DINOLoss(6)
     teacher = random_outputs(2, 2, 4, 6).float() + 1
-    loss_fn(teacher, loss_fn.teacher_probabilities(teacher), [(0, 1)])
+    loss_fn(teacher, loss_fn.targets(teacher), [(0, 1)])
     assert loss_fn.center.abs().sum() == 0
     loss_fn.update_center(teacher)
     assert_close(loss_fn.center[0], 0.1 * teacher.mean((0, 1)))

@@ -115,7 +115,7 @@ def test_attention_on_the_clutter_alone():
 def test_regions_that_an_image_lacks_have_no_value():
     digit = pixel_counts(49, 40, 30)
     values = metrics.attention_metrics(map_on(0, 9), digit, pixel_counts(), PATCH_AREA)
-    assert values["selectivity"].isnan().all()
+    assert values["digit_density_with_clutter"].isnan().all()
     assert values["clutter_density"].isnan().all()
     assert values["auroc"].isnan().all()
     assert values["digit_density"].item() == pytest.approx(0.5 * 64 / (119 / 49))
@@ -281,8 +281,8 @@ def test_faithfulness_by_hand(expected):
     values = metrics.faithfulness(two_maps(*expected.attention), effects_on_two_canvases())
     assert values["patch_faithfulness"].tolist() == pytest.approx(expected.of_patches)
     assert values["direct_faithfulness"].tolist() == pytest.approx(expected.direct)
-    assert values["equal_ink"].tolist() == pytest.approx(expected.equal_ink)
-    assert values["ink_pairs"].tolist() == [3, 1]
+    assert values["equal_ink_wins"].tolist() == pytest.approx(expected.equal_ink)
+    assert values["equal_ink_pairs"].tolist() == [3, 1]
     first, second = values["object_faithfulness"].tolist()
     assert first == pytest.approx(expected.of_first_objects)
     assert math.isnan(second)  # only one of its distractors has ink
@@ -294,7 +294,7 @@ def test_images_without_pairs_of_equal_ink_do_not_count():
     effects.intensity[1] = torch.tensor([40.0, 30.0, 0.0, 0.0])
     effects.has_ink[1] = torch.tensor([True, True, False, False])
     values = metrics.faithfulness(two_maps(0.4, 0.1, 0.3, 0.2), effects)
-    for name, of_first in {"equal_ink": 2.5, "ink_pairs": 3}.items():
+    for name, of_first in {"equal_ink_wins": 2.5, "equal_ink_pairs": 3}.items():
         first, second = values[name].tolist()
         assert first == of_first
         assert math.isnan(second)
@@ -327,7 +327,7 @@ def test_uniform_attention_is_the_same_on_distractors_of_equal_ink():
     values = metrics.faithfulness(torch.full((50, 49), 1 / 49), effects)
     assert (values["object_faithfulness"] == 0).all()
     assert (values["patch_faithfulness"] == 0).all()
-    assert (values["equal_ink"] == values["ink_pairs"] / 2).all()
+    assert (values["equal_ink_wins"] == values["equal_ink_pairs"] / 2).all()
 
 
 def test_canvases_without_distractors_have_no_object_faithfulness():

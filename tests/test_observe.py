@@ -274,7 +274,7 @@ def test_maps_are_not_faithful_to_a_network_to_which_nothing_matters():
     values = metrics.faithfulness(maps, observed)
     assert values["patch_faithfulness"].tolist() == [0, 0]
     assert values["object_faithfulness"][0] == 0
-    assert values["equal_ink"].tolist() == [1.5, 0.5]  # of three pairs and of one
+    assert values["equal_ink_wins"].tolist() == [1.5, 0.5]  # of three pairs and of one
     direct = values["direct_faithfulness"].tolist()
     assert direct[0] == 0
     assert math.isnan(direct[1])  # its direct effects are not measured
@@ -355,9 +355,9 @@ def test_maps_are_compared_on_windows():
     backbone = small_backbone()
     batch = photographs(2, 63, 56)
     rng = torch.Generator().manual_seed(0)
-    maps = {"noise": explain.as_maps(torch.rand(2, 72, generator=rng))}
+    maps = {"noise": explain.normalize_rows(torch.rand(2, 72, generator=rng))}
     whole, measured = observe.measure_tokens(backbone, batch.images, maps, batch.index)
-    (expected,) = effects.token_effects(backbone, batch.images, [0])
+    (expected,) = effects.window_effects(backbone, batch.images, [0])
     torch.testing.assert_close(whole, expected)
     mass = effects.window_sums(maps["noise"], (9, 8))
     # The windows of the last row are cut off, so they have less of any map, and less effect.
@@ -372,7 +372,7 @@ def test_windows_that_hold_the_same_shares_are_tied():
     shares = torch.rand(4, generator=rng)
     orders = torch.rand(64, 4, generator=rng).argsort(1)
     windows = shares[orders].view(8, 8, 2, 2)  # of 2 × 2 patches each
-    maps = {"noise": explain.as_maps(windows.transpose(1, 2).reshape(1, 256))}
+    maps = {"noise": explain.normalize_rows(windows.transpose(1, 2).reshape(1, 256))}
     network = WeighingNetwork(torch.linspace(0.1, 1, 256).tolist())
     images = torch.ones(1, 1, 112, 112)
     _, measured = observe.measure_tokens(network, images, maps, torch.tensor([0]))
@@ -395,7 +395,7 @@ def test_effects_at_blocks_in_between_are_those_of_the_first_images(direct_image
     """Batches are of four, four and one, and those at the first and last block are of all."""
     backbone = small_backbone(depth=4)
     batch = photographs(9)
-    expected = effects.token_effects(backbone, batch.images, [0, 1, 2, 3]).sum(-1).T
+    expected = effects.window_effects(backbone, batch.images, [0, 1, 2, 3]).sum(-1).T
     observed = observe.observe_token_effects(
         backbone, in_pieces([batch], 4), ["centre"], direct_images
     )
@@ -411,7 +411,7 @@ def test_networks_without_blocks_in_between(depth):
     backbone = small_backbone(depth=depth)
     batch = photographs(3)
     observed = observe.observe_token_effects(backbone, [batch], ["attention"], direct_images=3)
-    of_blocks = effects.token_effects(backbone, batch.images, list(range(depth)))
+    of_blocks = effects.window_effects(backbone, batch.images, list(range(depth)))
     assert_close(observed.direct_sums, of_blocks.sum(-1).T)
     everywhere = torch.ones(3, 16, dtype=torch.bool)
     rho = metrics.spearman(explain.attention(backbone, batch.images), of_blocks[-1], everywhere)

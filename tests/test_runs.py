@@ -441,15 +441,26 @@ def test_a_signal_ends_a_validation_at_once(tmp_path, monkeypatch, capsys, whole
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
-    """It has a digest, a count of skipped steps, and each rank's part of the epoch's loss."""
+    """It has a digest, a count of skipped steps, and each rank's part of the epoch's loss.
+
+    Some of today's settings and measures are missing, and it has a setting that is gone.
+    """
     shipped = weights.read_checkpoint(SHIPPED / "same.pth")
+    for name in ("antialias", "norm_eps", "rotary", "shortcut"):
+        del shipped["config"][name]
+    for line in shipped["metrics"]:
+        del line["collapse"]
+        for row in line["validation"].values():
+            if isinstance(row, dict):
+                row.pop("equal_ink", None)
+                row.pop("patch_faithfulness", None)
     saved_config = shipped["config"] | {
+        "texture_pool": 0,
         "digits": "sklearn",
         "batch_size": 8,
         "images_per_epoch": 16,
         "epochs": 3,
     }
-    assert "antialias" not in saved_config
     config = settings.config_from_checkpoint(saved_config)
     student = vit.build_network(config)
     student.load_state_dict(shipped["teacher"])

@@ -206,7 +206,7 @@ def test_a_step_in_pieces_is_that_of_the_whole_batch(loss, views_flags):
     teacher_outputs = teacher_outputs.detach()
     targets = teacher_outputs
     if loss == "dino":
-        targets = state.loss_fn.teacher_probabilities(teacher_outputs)
+        targets = state.loss_fn.targets(teacher_outputs)
         mean_output = teacher_outputs.mean(dim=(0, 1))
         expected_center = 0.9 * state.loss_fn.center[0] + 0.1 * mean_output
     elif loss == "supervised":

@@ -1168,7 +1168,7 @@ def test_what_is_printed_of_pictures_is_measured_on_all_of_them(
         image = array.movedim(-1, 0)[None]
         curves = effects.left_out_cosines(backbone, image, explain.attention(backbone, image))
         gains.append(metrics.relevance_gain(*curves).item())
-        sums.append(effects.token_effects(backbone, image, [0, 1]).sum((1, 2)))
+        sums.append(effects.window_effects(backbone, image, [0, 1]).sum((1, 2)))
     value, low, high = map(float, re.findall(r"-?\d+\.\d+", table["attention"][0]))
     assert value == pytest.approx(np.mean(gains), abs=0.0051)
     assert min(gains) - 0.01 < low < value < high < max(gains) + 0.01
@@ -1302,7 +1302,7 @@ def test_without_the_effect_nothing_is_blackened_or_left_out(
     def refuse(*args):
         pytest.fail("an effect was measured")
 
-    for name in ("blackening_effects", "direct_effects", "token_effects", "left_out_cosines"):
+    for name in ("blackening_effects", "direct_effects", "window_effects", "left_out_cosines"):
         monkeypatch.setattr(effects, name, refuse)
     path = saved(small_vit(), tmp_path / "w.pth")
     flags = ["--image-size", "32", "--digits", "sklearn", "--maps", "rollout,heads"]
@@ -1326,7 +1326,7 @@ def test_with_no_measure_maps_are_drawn_and_nothing_else(
     def refuse(*args):
         pytest.fail("something was measured")
 
-    for name in ("blackening_effects", "direct_effects", "token_effects", "left_out_cosines"):
+    for name in ("blackening_effects", "direct_effects", "window_effects", "left_out_cosines"):
         monkeypatch.setattr(effects, name, refuse)
     monkeypatch.setattr(evaluate, "evaluate", refuse)
     heads = ["head 1", "head 2", "head 3"]

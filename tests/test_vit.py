@@ -448,15 +448,15 @@ def test_maps_of_a_rotary_network():
             norm_rollout = norms / norms.sum(-1, keepdim=True) @ norm_rollout
         cls_rows = traced.attentions[-1][:, 0, 3:]
         expected = {
-            "attention": explain.as_maps(cls_rows).mean(0),
-            "rollout": explain.as_maps(rollout[0, 3:]),
-            "norm_rollout": explain.as_maps(norm_rollout[0, 3:]),
-            "squared_gradient": explain.as_maps(squares),
+            "attention": explain.normalize_rows(cls_rows).mean(0),
+            "rollout": explain.normalize_rows(rollout[0, 3:]),
+            "norm_rollout": explain.normalize_rows(norm_rollout[0, 3:]),
+            "squared_gradient": explain.normalize_rows(squares),
         }
         assert maps.keys() == expected.keys()
         for name, values in expected.items():
             torch.testing.assert_close(maps[name][number], values, atol=1e-5, rtol=1e-3)
-        all_attention = explain.as_maps(torch.stack(traced.attentions)[..., 3:])
+        all_attention = explain.normalize_rows(torch.stack(traced.attentions)[..., 3:])
         torch.testing.assert_close(of_tokens[number], all_attention[:, :, :3], atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(
             of_patches[number], all_attention[-1, :, 3:], atol=1e-5, rtol=1e-3
@@ -470,7 +470,7 @@ def test_effects_on_a_rotary_network(monkeypatch):
     backbone = rotary_backbone()
     images = noise(2, 3, 21, 28, seed=3).sigmoid()
     window = effects.window_of_patches((3, 4))
-    found = effects.token_effects(backbone, images, [0, 1, 2])
+    found = effects.window_effects(backbone, images, [0, 1, 2])
     maps = noise(2, 12, seed=4).softmax(-1)
     most_first, least_first = effects.left_out_cosines(backbone, images, maps)
     for number, image in enumerate(views.normalize(images)):
