@@ -311,12 +311,14 @@ def evaluate(
     backbone: VisionTransformer,
     splits: dict,
     other: VisionTransformer | None = None,
+    with_marks: bool = False,
 ) -> Evaluation:
     """Measure a network on test images. `name` is for metrics.json and the printed report.
 
     `history` are the lines of its log if it comes from a run of train.py, else None. A network with
     a history is measured beside itself before its first step. An `other` network may be compared
-    too. `splits` are those of `data.load_dataset`.
+    too. `splits` are those of `data.load_dataset`. Runs of --shortcut are measured on canvases with
+    marks as well, and so is any other network that is shown canvases `with_marks`.
     """
     result = describe_checkpoint(name, config, history)
     device = backbone.cls_token.device
@@ -331,7 +333,8 @@ def evaluate(
     if config.dataset == "stl10":
         tables, observation = measure_photographs(config, networks, splits)
     else:
-        tables, observation = measure_canvases(config, networks, splits)
+        with_marks = with_marks or config.shortcut > 0
+        tables, observation = measure_canvases(config, networks, splits, with_marks)
     result |= tables
 
     bank_split = splits.get("bank", splits["train"])
@@ -353,7 +356,9 @@ def evaluate(
     return Evaluation(result, features, observation.labels)
 
 
-def measure_canvases(config: Config, networks: dict, splits: dict) -> tuple[dict, Observation]:
+def measure_canvases(
+    config: Config, networks: dict, splits: dict, with_marks: bool
+) -> tuple[dict, Observation]:
     """What metrics.json holds of canvases, and what was observed of those in layout "paper"."""
     backbone = networks["trained"]
     result = {"best_head": best_head(config, backbone, splits)}
@@ -371,7 +376,7 @@ def measure_canvases(config: Config, networks: dict, splits: dict) -> tuple[dict
         untrained_effects = observe_effects(networks["untrained"], fewer, CANVAS_MAPS)
         result["untrained"] = measure_untrained(observation, untrained_effects, CANVAS_MAPS)
 
-    if config.shortcut:
+    if with_marks:
         result["marks"] = measure_marks(config, backbone, splits)
         if "untrained" in networks:
             result["untrained_marks"] = measure_marks(config, networks["untrained"], splits)

@@ -95,6 +95,11 @@ WORDS = {
     "class.",
 }
 
+MARK_MEANING = (
+    "The grey square on each canvas, which some networks were trained with (--shortcut). It is drawn "
+    "as a piece of clutter, and all of it counts as ink. “− clutter” removes it first."
+)
+
 
 # ------------------------------------------------------------------------------- arrays in the page
 
@@ -361,6 +366,7 @@ def network_content(
         # of squared gradients, one direction after the other
         "directions": packed(explain.random_directions(shape.dim), "f32") if is_live else None,
         "pictures": [picture_content(example, model, is_live) for example in examples],
+        "has_marks": model.has_marks and bool(examples[0].masks),
         "scenes": canvas_scenes(model, len(examples)) if has_scenes else [],
         "digits": digits_to_choose(model) if has_scenes else [],
         "fragments": fragments_to_add(model) if has_scenes else [],
@@ -383,8 +389,10 @@ def measured_on(result: dict | None, model: Model) -> str:
         return "No report was made on these maps."
     count = max(cell["images"] for cell in report.measured_table(result)["mean"].values())
     if "matched" in result:
-        marks = "; the marks are put on the pictures only" if model.has_marks else ""
-        return f"On {count:,} test canvases; the pictures above are the first of them{marks}."
+        text = f"On {count:,} test canvases; the pictures above are the first of them"
+        if not model.has_marks:
+            return f"{text}."
+        return f"{text}. Without marks, but for what is said about the shortcut."
     if "features" in result:
         return f"On {count:,} test photographs; the pictures above are the first of them."
     return "On the pictures above."
@@ -530,6 +538,8 @@ def write_page(networks: list[dict], path: str, notes: list[str] = ()):
 def glossary(networks: list[dict]) -> list[dict]:
     """The words of the page and what they mean: those of its maps and tables, and others."""
     meanings = dict(WORDS)
+    if any(network["has_marks"] for network in networks):
+        meanings["mark"] = MARK_MEANING
     for network in networks:
         for entry in network["epochs"][-1]["pictures"][0]["maps"]:
             name = entry["name"]

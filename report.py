@@ -374,11 +374,12 @@ def marks_sentence(result: dict) -> str:
     marks = result["marks"]
     if result["collapse"] or marks["reliance"]["value"] is None:
         return f"{question} This cannot be told: all canvases have nearly the same feature."
-    answer = ""
+    answer = " Without"
     before = ""
     if "untrained_marks" in result:
         table = {"mean": marks, "untrained": result["untrained_marks"]}
-        answer = " Yes:" if is_above(table, "mean", "untrained", "reliance") else " Not clearly:"
+        is_relied_on = is_above(table, "mean", "untrained", "reliance")
+        answer = " Yes: without" if is_relied_on else " Not clearly: without"
         untrained = format_cell(table["untrained"]["reliance"], with_interval=False)
         before = f" (before training: {untrained})"
     densities = [
@@ -386,7 +387,7 @@ def marks_sentence(result: dict) -> str:
         for row, cell in marks["density"].items()
     ]
     return (
-        f"{question}{answer} without its mark, a canvas's feature moves by "
+        f"{question}{answer} its mark, a canvas's feature moves by "
         f"{format_cell(marks['reliance'])} of the difference between two canvases{before}. Density "
         f"on the mark (uniform: 1): {', '.join(densities)}."
     )

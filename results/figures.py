@@ -623,8 +623,10 @@ def values_by_depth(runs, measure):
     values = {}
     for depth, row in DEPTH_ROWS.items():
         of_row = verdicts.sample(runs, row, measure, map_claims.seeds_of(runs, row))
-        if of_row:
-            values[depth] = np.array(list(of_row.values()))
+        # A network that has collapsed has no direct shares.
+        measured = [value for value in of_row.values() if None not in np.atleast_1d(value)]
+        if measured:
+            values[depth] = np.array(measured)
     return values
 
 
@@ -737,9 +739,9 @@ def draw_direct_share(runs):
 
 def draw_shortcut(runs):
     """Draw whether a map is denser on a mark the more a network relies on it: a panel a map."""
-    reliance, density = map_claims.marks(runs)
-    if len(reliance) < map_claims.CLAIMS["M8"].planned:
+    if not map_claims.marks_are_complete(runs):
         return None
+    reliance, density = map_claims.marks(runs)
     of_rows = {row: map_claims.marks(runs, [row]) for row in map_claims.MARK_ROWS}
     figure = Figure(figsize=(9, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)

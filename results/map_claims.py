@@ -215,6 +215,11 @@ def marks(runs, rows=MARK_ROWS):
     return reliance, {name: np.array([line["density"][name] for line in lines]) for name in names}
 
 
+def marks_are_complete(runs):
+    """Return whether all networks of M8 were measured, those included that have collapsed."""
+    return all("marks" in runs.get((row, seed), {}) for row in MARK_ROWS for seed in MARK_SEEDS)
+
+
 def auc(truth, score):
     """Return how often, of two networks, the one with more of `score` has more of `truth`.
 
@@ -252,7 +257,10 @@ def judge(runs):
             verdicts[name] = judge_correlation(claim, *share_and_faithfulness(runs))
         elif name == "M8":
             reliance, density = marks(runs)
-            verdicts[name] = judge_auc(claim, reliance, density["rollout"], density["mean"])
+            verdict = Verdict(len(reliance))
+            if marks_are_complete(runs):
+                verdict = judge_auc(claim, reliance, density["rollout"], density["mean"])
+            verdicts[name] = verdict
         else:
             verdicts[name] = judge_mean(claim, np.array(list(of_means[name].values())))
     set_holm_p(verdicts, len(CLAIMS))
@@ -294,8 +302,6 @@ def judge_correlation(claim, x, y):
 def judge_auc(claim, truth, score, reference):
     """Return the verdict on AUC of `score` − AUC of `reference` over networks, (n,) each."""
     verdict = Verdict(len(truth))
-    if len(truth) < claim.planned:
-        return verdict
     rng = np.random.default_rng(0)
     verdict.value = auc(truth, score) - auc(truth, reference)
     set_bootstrap(claim, verdict, resampled_auc_difference(rng, truth, score, reference))
@@ -465,6 +471,9 @@ def map_row(runs, row, cells, note=""):
 def direct_shares(runs, row):
     """Return the mean over seeds of the direct share at each block, as text."""
     shares = list(sample(runs, row, "direct_share", seeds_of(runs, row)).values())
+    shares = [of_run for of_run in shares if None not in of_run]  # as a collapsed network has
+    if not shares:
+        return "–"
     return ", ".join(f"{share:.2f}" for share in np.mean(shares, axis=0))
 
 
@@ -500,16 +509,17 @@ def initial_weights_sentence(runs):
 
 def mark_table(runs):
     """Return a table of M8: reliance, densities and AUC of each map, once all runs are there."""
-    reliance, density = marks(runs)
-    if len(reliance) < CLAIMS["M8"].planned:
+    if not marks_are_complete(runs):
         return "Its runs are not complete."
+    reliance, density = marks(runs)
     titles = ["row", "networks", "reliance"]
     names = [name for name, row in MAPS.items() if row in density]
     lines = [table_row([*titles, *names]), table_rule(len(titles) + len(names))]
     for row in MARK_ROWS:
         row_reliance, row_density = marks(runs, [row])
-        cells = [f"`{row}`", str(len(row_reliance)), f"{row_reliance.mean():.2f}"]
-        cells += [f"{row_density[MAPS[name]].mean():.2f}" for name in names]
+        cells = [f"`{row}`", str(len(row_reliance))]
+        of_row = [row_reliance, *(row_density[MAPS[name]] for name in names)]
+        cells += [f"{values.mean():.2f}" if len(values) else "–" for values in of_row]
         lines.append(table_row(cells))
     aucs = [f"{auc(reliance, density[MAPS[name]]):.2f}" for name in names]
     lines.append(table_row(["pairs in the right order (AUC)", str(len(reliance)), "", *aucs]))

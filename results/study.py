@@ -612,13 +612,16 @@ def run_command(args):
     """Do what the command line asks for. Return the exit status."""
     if args.again:
         row, seed = args.again
-        if not seed.isdigit():
+        if not seed.isdecimal():
             raise ValueError(
                 f"--again {row} {seed}: use a row and a number, such as --again same 10"
             )
         return 0 if run_again(args, row, int(seed)) else 1
     if args.tables:
-        write_pages(read_study())
+        study = read_study()
+        if not study["laptop"]:
+            raise ValueError("study.json has no runs; the pages stay as they are")
+        write_pages(study)
         return 0
     is_complete = run_all(args)
     study = read_study()

@@ -229,7 +229,7 @@ def test_the_table_has_the_rows_of_the_report_and_more(few_images):
     of_first = "On 16 test canvases; the pictures above are the first of them"
     assert explorer.measured_on(result, model) == f"{of_first}."
     model.has_marks = True
-    of_marked = f"{of_first}; the marks are put on the pictures only."
+    of_marked = f"{of_first}. Without marks, but for what is said about the shortcut."
     assert explorer.measured_on(result, model) == of_marked
 
 
@@ -241,9 +241,13 @@ def test_the_glossary_has_the_words_that_are_used():
     assert "centre" in terms
     assert "norm rollout" not in terms
     assert "SRG" not in terms
+    assert "mark" not in terms
     content["table"] = {"columns": [{"text": "SRG", "help": "a gap"}]}
     (srg,) = [entry for entry in explorer.glossary([content]) if entry["term"] == "SRG"]
     assert srg["text"] == "a gap"
+    model.has_marks = True
+    content = content_of(model, gallery.example_images(model, 1), [])
+    assert "mark" in {entry["term"] for entry in explorer.glossary([content])}
 
 
 def test_networks_share_the_scenes_that_are_alike():
@@ -403,6 +407,15 @@ def test_a_mark_is_on_top_and_is_the_first_to_be_removed(browser, tmp_path, monk
     assert not masks["digit"].any()
     place = [(start + 4) / 64 for start in corner]
     assert browser.evaluate(f"partAt({place}) === scene.clutter.at(-1)")
+    # A fragment that is added later lies under it, and what is drawn lies on top.
+    browser.evaluate("addClutter()")
+    browser.evaluate(f"scene.clutter.at(-1).at = {corner}; edited()")
+    assert browser.evaluate(f"partAt({place}) === scene.clutter.at(-2)")
+    browser.evaluate("undo()")
+    before = image()
+    browser.evaluate(f"brush({place}, {place})")
+    assert image().max() > 0.6 > before.reshape(28, 28)[tuple(int(28 * at) for at in place)]
+    browser.evaluate("Object.assign(scene, {drawn: scene.drawn.fill(0)}); edited()")
     browser.evaluate("$('remove').click()")
     np.testing.assert_allclose(image(), plain.picture.flatten(), atol=1e-5)
     browser.evaluate("$('add').click()")  # a fragment, which is no mark

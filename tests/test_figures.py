@@ -105,6 +105,15 @@ def test_the_committed_pictures_are_those_that_are_drawn(committed):
     assert names == figures.all_figures(committed).keys()
 
 
+def test_a_collapsed_network_is_left_out(all_runs):
+    runs = copy.deepcopy(all_runs)
+    runs["different", 70]["direct_share"] = [None, None]
+    runs["shortcut-50", 70]["marks"]["reliance"] = None
+    assert figures.all_figures(runs).keys() == figures.all_figures(all_runs).keys()
+    assert len(figures.values_by_depth(runs, "direct_share")[2]) == len(map_claims.SEEDS) - 1
+    assert map_claims.direct_shares(runs, "different").startswith("1.00, ")
+
+
 # ------------------------------------------------------------------------------------------- words
 
 

@@ -129,6 +129,18 @@ def test_a_collapsed_network_is_left_out_of_the_shortcut_claim():
     reliance, _ = map_claims.marks(runs)
     assert len(reliance) == 0
 
+    # The claim is judged without it, once all others are there.
+    for number, row in enumerate(map_claims.MARK_ROWS):
+        for seed in map_claims.MARK_SEEDS:
+            line = {"reliance": 0.1 * number + 0.001 * seed, "density": density}
+            runs.setdefault((row, seed), {"matched": {}, "marks": line})
+    assert map_claims.judge(runs)["M8"].count == 23
+    assert map_claims.judge(runs)["M8"].value == 0
+    assert "| `different` | 5 | 0.07 |" in map_claims.mark_table(runs)
+    del runs["shortcut-100", 75]
+    assert map_claims.judge(runs)["M8"].word == "open"
+    assert map_claims.mark_table(runs) == "Its runs are not complete."
+
 
 def test_a_map_that_tells_networks_apart_beats_one_that_does_not():
     claim = claim_of(MORE, margin=0.05, planned=24)

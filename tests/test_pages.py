@@ -166,6 +166,17 @@ def sentences_of_results(lines):
         shares = values(lines, row, "direct_share", study.map_claims.seeds_of(runs, row))
         last_shares.append(percent(shares[:, -1].mean()))
     two, four, six = last_shares
+    by_depth = {
+        name: [
+            mean_of(row, name, "equal_ink", study.map_claims.seeds_of(runs, row))
+            for row in ("different", "depth-4", "depth-6")
+        ]
+        for name in ("mean", "rollout", "norm_rollout", "squared_gradient")
+    }
+    of_attention = by_depth.pop("mean")
+    assert of_attention == sorted(of_attention, reverse=True)
+    assert all(np.ptp(of_map) < 0.05 for of_map in by_depth.values())
+    yield "attention gets worse while the other maps stay about where they are"
     yield f"{two} of the effects pass directly into the last block of two"
     yield f"{four} into that of four, and {six} into that of six"
     yield f"a share of {four} is a third of the distance"
@@ -183,6 +194,24 @@ def sentences_of_results(lines):
     for name in ("squared_gradient", "mean"):
         shares = [share_ordered_right(networks, name) for networks in marks.values()]
         right[name] = percent(np.mean(shares))
+    reliance = {
+        row: np.mean([network["reliance"] for network in networks])
+        for row, networks in marks.items()
+    }
+    assert reliance["shortcut-25"] - reliance["different"] < 0.05
+    assert reliance["shortcut-50"] - reliance["different"] > 0.1
+    yield "With marks in a quarter of the images, networks do not take the shortcut"
+    for name in ("mean", "rollout", "norm_rollout", "squared_gradient"):
+        never, always = (
+            np.mean([network["density"][name] for network in marks[row]])
+            for row in ("different", "shortcut-100")
+        )
+        assert always > 2 * never
+    yield "all four maps show it"
+    words = {name: verdict.word for name, verdict in study.map_claims.judge(runs).items()}
+    yield f"Whether rollout shows it better than attention is {words['M8']} (M8)"
+    yield f"**M4** {words['M4']}"
+    yield f"**M9** is {words['M9']}"
     yield f"still tell in {right['squared_gradient']} of pairs which one relies more"
     yield f"and attention in {right['mean']}"
 
@@ -231,6 +260,11 @@ def faithfulness_of_random_maps(lines):
     return f"{np.mean(means):.1f}".removeprefix("0")
 
 
+def more_selective(different: float, same: float) -> str:
+    words = {"a quarter": 1.25, "a third": 1.33, "half": 1.5}
+    return min(words, key=lambda word: abs(words[word] - different / same))
+
+
 def sentences_of_claims(lines):
     # F1
     random_maps = faithfulness_of_random_maps(lines)
@@ -267,6 +301,12 @@ def sentences_of_claims(lines):
         causal[row] = min(words, key=lambda word: abs(words[word] - ratio))
     yield f"{causal['same']} as leaving out a pixel of a distractor with same views"
     yield f"and {causal['different']} with different views"
+
+    selectivity = [
+        values(lines, row, "matched/mean/selectivity", FIRST_TEN).mean()
+        for row in ("different", "same")
+    ]
+    yield f"With different views it is {more_selective(*selectivity)} more selective (C5)"
 
     # C6 and C8
     curves = values(lines, "different-long", "curve", range(10, 15))
@@ -308,9 +348,8 @@ def sentences_of_readme(lines):
     }
     brightness = values(lines, "same", "matched/brightness/selectivity", OF_MAPS)
     assert selectivity["same"].mean() == pytest.approx(brightness.mean(), rel=0.02)
-    gain = selectivity["different"].mean() / selectivity["same"].mean()
-    words = {"a quarter": 1.25, "a third": 1.33, "half": 1.5}
-    yield f"is {min(words, key=lambda word: abs(words[word] - gain))} more selective"
+    gain = more_selective(selectivity["different"].mean(), selectivity["same"].mean())
+    yield f"With different views it is {gain} more selective"
     yield f"about {selectivity['different'].mean():.1f} times as dense"
     yield f"picks the one that matters more in {pairs('mean')} of pairs"
     yield f"rollout in {pairs('rollout')}, and squared gradients in {pairs('squared_gradient')}"
@@ -329,6 +368,22 @@ def test_the_sentences_say_what_the_runs_give(page, lines):
     text = text_of(page)
     for sentence in SENTENCES[page](lines):
         assert sentence in text, f"{page} should say: {sentence}"
+
+
+def test_what_a_map_gets_that_knows_nothing(lines):
+    """The last column of the table at the top of docs/metrics.md."""
+    text = (ROOT / "docs/metrics.md").read_text()
+    last_cells = dict(re.findall(r"^\|[^|]*\| `(\w+)` \|.*\| ([^|]*) \|$", text, re.MULTILINE))
+    assert last_cells["object_faithfulness"] == f"about {faithfulness_of_random_maps(lines)}"
+    brightness = values(lines, "different", "matched/brightness/patch_faithfulness", EVERY_SEED)
+    assert last_cells[
+        "patch_faithfulness"
+    ] == f"0; brightness about {brightness.mean():.1f}".replace("0.", ".")
+    for map_name in ("random", "uniform"):
+        of_map = values(lines, "different", f"matched/{map_name}/equal_ink", EVERY_SEED)
+        assert of_map.mean() == pytest.approx(float(last_cells["equal_ink"]), abs=0.01)
+    uniform = values(lines, "different", "matched/ink/auroc", EVERY_SEED)
+    assert uniform.mean() == pytest.approx(float(last_cells["auroc"]), abs=0.01)
 
 
 @pytest.mark.parametrize("page", DESIGN)

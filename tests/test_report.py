@@ -458,6 +458,13 @@ def test_a_run_with_marks_has_a_sentence_on_them_second(before, answer):
     assert "Does it take the shortcut?" in "\n".join(lines_of([result]))
 
 
+def test_without_its_untrained_network_it_is_not_said_whether_one_takes_the_shortcut():
+    sentence = report.marks_sentence(result_of() | {"marks": marks_of(around(0.48))})
+    start = "Does it take the shortcut? Without its mark, a canvas's feature moves by 0.48 [0.46, 0.50] of"
+    assert sentence.startswith(start)
+    assert "before training" not in sentence
+
+
 def test_whether_a_network_takes_the_shortcut_cannot_be_told_if_all_features_are_alike():
     cannot_be_told = "Does it take the shortcut? This cannot be told: all canvases have nearly"
     result = result_of() | {"marks": marks_of(cell(None))}

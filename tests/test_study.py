@@ -219,6 +219,13 @@ def test_the_small_checkpoints_attend_as_their_runs_do(row, committed):
     assert mean_map["background_density"]["value"] < 3
 
 
+def test_pages_are_not_emptied_if_there_are_no_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "STUDY_FILE", tmp_path / "study.json")
+    monkeypatch.setattr(study, "write_pages", lambda runs: pytest.fail("the pages were written"))
+    assert study.main(["--tables"]) == 2
+    assert "study.json has no runs; the pages stay as they are" in capsys.readouterr().err
+
+
 def test_the_small_checkpoints_are_those_of_the_median_seeds(tmp_path, monkeypatch):
     runs = {}
     for row, best_seed in (("same", 70), ("different", 89)):

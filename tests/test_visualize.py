@@ -690,7 +690,7 @@ def test_numbers_side_by_side_are_those_of_each_network_alone(run_folder, drawn_
     torch.testing.assert_close(torch.stack(columns[of_trained].arrays).flatten(1), attention)
 
 
-def test_all_networks_are_shown_marks_if_one_was_trained_with_them(tmp_path):
+def test_all_networks_are_shown_marks_if_one_was_trained_with_them(few_images, tmp_path):
     """Else it could not be seen how a network that relies on them differs."""
     checkpoint = torch.load(SAME, weights_only=True)
     checkpoint["config"]["shortcut"] = 0.5
@@ -708,6 +708,10 @@ def test_all_networks_are_shown_marks_if_one_was_trained_with_them(tmp_path):
     alone = other_grids["attention.png"].columns["input"].arrays
     without = grids["attention.png"].columns["input"].arrays
     assert "as is the mark" not in grids["attention.png"].title
+    # Both are measured on marks.
+    assert look(DIFFERENT, marked, "--digits", "sklearn", output=tmp_path / "measured") == 0
+    results = strict_json(tmp_path / "measured" / "metrics-compared.json")
+    assert [result["marks"]["reliance"]["images"] > 5 for result in results] == [True, True]
     for shown, of_marked, unmarked in zip(compared.columns["input"].arrays, alone, without):
         assert torch.equal(shown, of_marked)
         assert not torch.equal(shown, unmarked)
