@@ -161,6 +161,7 @@ def sentences_of_results(lines):
 
     # depth
     runs = study.read_study()["laptop"]
+    words = {name: verdict.word for name, verdict in study.map_claims.judge(runs).items()}
     last_shares = []
     for row in ("different", "depth-4", "depth-6"):
         shares = values(lines, row, "direct_share", study.map_claims.seeds_of(runs, row))
@@ -173,6 +174,12 @@ def sentences_of_results(lines):
         ]
         for name in ("mean", "rollout", "norm_rollout", "squared_gradient")
     }
+    in_two, in_six = percent(by_depth["mean"][0]), percent(by_depth["mean"][-1])
+    rollout_in_six = percent(by_depth["rollout"][-1])
+    yield f"With six blocks, attention is right in {in_six} of pairs"
+    yield f"and rollout still in {rollout_in_six}"
+    yield f"Six blocks lower attention from {in_two} to {in_six} of pairs"
+    assert words["M7"] == "holds"
     of_attention = by_depth.pop("mean")
     assert of_attention == sorted(of_attention, reverse=True)
     assert all(np.ptp(of_map) < 0.05 for of_map in by_depth.values())
@@ -208,7 +215,6 @@ def sentences_of_results(lines):
         )
         assert always > 2 * never
     yield "all four maps show it"
-    words = {name: verdict.word for name, verdict in study.map_claims.judge(runs).items()}
     yield f"Whether rollout shows it better than attention is {words['M8']} (M8)"
     yield f"**M4** {words['M4']}"
     yield f"**M9** is {words['M9']}"
@@ -353,6 +359,8 @@ def sentences_of_readme(lines):
     yield f"about {selectivity['different'].mean():.1f} times as dense"
     yield f"picks the one that matters more in {pairs('mean')} of pairs"
     yield f"rollout in {pairs('rollout')}, and squared gradients in {pairs('squared_gradient')}"
+    six_blocks = values(lines, "depth-6", "matched/mean/equal_ink", range(70, 80)).mean()
+    yield f"With six blocks attention is right in {percent(six_blocks)} of pairs"
 
 
 SENTENCES = {
