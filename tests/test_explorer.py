@@ -421,6 +421,14 @@ def test_a_mark_is_on_top_and_is_the_first_to_be_removed(browser, tmp_path, monk
     browser.evaluate("$('add').click()")  # a fragment, which is no mark
     assert browser.evaluate("scene.clutter.at(-1).level === null")
 
+    # Without fragments the mark can be removed, and nothing can be added.
+    model.has_marks = True
+    model.config.num_distractors = 0
+    open_page(browser, tmp_path, [content_of(model, gallery.example_images(model, 1))])
+    assert browser.evaluate("[$('add').hidden, $('remove').hidden]") == [True, False]
+    browser.evaluate("$('remove').click()")
+    assert browser.evaluate("[scene.clutter.length, $('remove').hidden]") == [0, True]
+
 
 @needs_browser
 def test_photographs_are_left_out_in_windows(browser, tmp_path):
