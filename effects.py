@@ -210,9 +210,10 @@ def window_effects(backbone: VisionTransformer, images, blocks: list[int]):
 def left_out_cosines(backbone: VisionTransformer, images, maps):
     """Cosines of the feature as more and more patches are left out.
 
-    Returns two tensors, (B, SRG_STEPS) each. In the first the patches with most of the map (B, patches) go first, in the second those with
-    least. In SRG_STEPS steps all patches but one are left out. Patches with equal shares of the map
-    go in a random order. There are 21 passes, which take as long as 7 to 10 of the whole image.
+    Returns two tensors, (B, SRG_STEPS) each. In the first the patches with most of the map (B,
+    patches) go first, in the second those with least. In SRG_STEPS steps all patches but one are
+    left out. Patches with equal shares of the map go in a random order. There are 21 passes, which
+    take as long as 7 to 10 of the whole image.
     """
     features = feature_of(backbone, images)
     patches = maps.shape[1]

@@ -85,9 +85,10 @@ def attention(backbone: VisionTransformer, images, block: int = -1, token: int =
 def token_attention(backbone: VisionTransformer, images):
     """Where each token attends. One forward pass.
 
-    Returns two tensors of maps, on the CPU. The first, (B, depth, heads, E, patches), has [CLS] and registers, E tokens, in all blocks. The
-    second, (B, heads, patches, patches), has each patch, a row, in the last block. (That of all
-    patches in all blocks would take a hundred megabytes for an image of a ViT-S/8.)
+    Returns two tensors of maps, on the CPU. The first, (B, depth, heads, E, patches), has [CLS] and
+    registers, E tokens, in all blocks. The second, (B, heads, patches, patches), has each patch, a
+    row, in the last block. (That of all patches in all blocks would take a hundred megabytes for an
+    image of a ViT-S/8.)
     """
     first_tokens = 1 + backbone.shape.registers
     x = backbone.prepare_tokens(views.normalize(images))

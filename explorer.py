@@ -399,7 +399,7 @@ def measured_on(result: dict | None, model: Model) -> str:
 
 
 def picture_content(example: Example, model: Model, is_live: bool) -> dict:
-    """A picture and its masks; those of a canvas are rendered by the page if the network runs there."""
+    """A picture and its masks. If the network runs in the page, the page renders those of canvases."""
     channels, height, width = example.picture.shape
     patch_size = model.backbone.shape.patch_size
     content = {

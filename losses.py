@@ -13,8 +13,8 @@ What the losses are called with, for b of the batch's B images:
     DINOLoss        logits (crops, b, K)                 the teacher's distributions (crops, B, K)
     SupervisedLoss  cosines (crops, b, classes)          labels (B,)
 
-The b images are number `first_image` to `first_image` + b - 1 of the batch. A loss is the mean over these b
-images, so a caller who computes a batch in pieces weights each piece by b / B.
+The b images are number `first_image` to `first_image` + b - 1 of the batch. A loss is the mean over
+these b images, so a caller who computes a batch in pieces weights each piece by b / B.
 
 A loss also says what it needs of the rest:
 
@@ -76,10 +76,9 @@ class NCELoss(nn.Module):
     def forward(self, student, targets, pairs: list[tuple[int, int]], first_image: int = 0):
         """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        `student` (student crops, b, dim) are projections of images `first_image` to `first_image` +
-        b - 1 of the batch, `targets` (teacher crops, B, dim) the teacher's of all images; no gradient
-        goes there. All negatives come from the teacher, so the student's images may be computed a
-        few at a time.
+        `student` (student crops, b, dim) are projections of b images of the batch, from `first_image`
+        on. `targets` (teacher crops, B, dim) are the teacher's of all images; no gradient goes there.
+        All negatives come from the teacher, so the student's images may be computed a few at a time.
         """
         student = F.normalize(student, dim=-1)
         teacher = F.normalize(targets.detach(), dim=-1)
@@ -141,8 +140,8 @@ class DINOLoss(nn.Module):
     def forward(self, student, targets, pairs: list[tuple[int, int]], first_image: int = 0):
         """Mean over `pairs` and the student's images: a scalar, in nats.
 
-        `student` (student crops, b, K) are the logits of images `first_image` to `first_image` + b -
-        1 of the batch. `targets` (teacher crops, B, K) are the teacher's distributions of all images.
+        `student` (student crops, b, K) are the logits of b images of the batch, from `first_image`
+        on. `targets` (teacher crops, B, K) are the teacher's distributions of all images.
         """
         log_p_student = F.log_softmax(student / self.student_temp, dim=-1)
         p_teacher = targets[:, first_image : first_image + student.shape[1]]
@@ -182,9 +181,9 @@ class SupervisedLoss(nn.Module):
     def forward(self, student, targets, pairs: list[tuple[int, int]], first_image: int = 0):
         """Mean over the student's crops and images: a scalar, in nats.
 
-        `student` (student crops, b, classes) are the cosines of images `first_image` to `first_image`
-        + b - 1 of the batch. `targets` (B,) int64 are the labels of all images. `pairs` are ignored:
-        they are here so that all losses are called alike.
+        `student` (student crops, b, classes) are the cosines of b images of the batch, from
+        `first_image` on. `targets` (B,) int64 are the labels of all images. `pairs` are ignored: they
+        are here so that all losses are called alike.
         """
         labels = targets[first_image : first_image + student.shape[1]].expand(len(student), -1)
         return F.cross_entropy(student.flatten(0, 1) / self.temperature, labels.flatten())

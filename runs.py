@@ -390,7 +390,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def raising_at_once(self):
-        """Within this context, which is work that can be left at once, a signal raises InterruptedError."""
+        """Within this context a signal raises InterruptedError: its work can be left at once."""
         self._raises_at_once = True
         try:
             yield

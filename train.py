@@ -316,8 +316,9 @@ def batch_loss(
     loss = 0.0
     for number, piece in enumerate(pieces):
         crops = views.render(piece) if only_crops is None else only_crops
-        # The ranks add up their gradients once, after the last piece. DistributedDataParallel decides
-        # in the forward pass whether the backward pass will do so, so only the former is inside.
+        # The ranks add up their gradients once, after the last piece. DistributedDataParallel
+        # decides in the forward pass whether the backward pass will do so, so only the former is
+        # inside.
         is_last = number == len(pieces) - 1
         if ranks == 1 or is_last:
             gradient_sync = contextlib.nullcontext()

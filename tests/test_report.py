@@ -460,7 +460,7 @@ def test_a_run_with_marks_has_a_sentence_on_them_second(before, answer):
 
 def test_without_its_untrained_network_it_is_not_said_whether_one_takes_the_shortcut():
     sentence = report.marks_sentence(result_of() | {"marks": marks_of(around(0.48))})
-    start = "Does it take the shortcut? Without its mark, a canvas's feature moves by 0.48 [0.46, 0.50] of"
+    start = "Does it take the shortcut? Without its mark, a canvas's feature moves by 0.48"
     assert sentence.startswith(start)
     assert "before training" not in sentence
 
