@@ -505,6 +505,19 @@ class Run:
         return self.config.images_per_epoch // self.config.batch_size
 
 
+@dataclass
+class Progress:
+    """How far a run has come, beside its state."""
+
+    history: list[dict]  # the lines of log.jsonl
+    epoch_loss: torch.Tensor  # summed over the steps of the epoch so far, a scalar
+    is_finite: torch.Tensor  # whether all losses and gradients were so far, a scalar bool
+    # When the epoch began, or what this process does of it, in seconds of time.monotonic()
+    epoch_started: float
+    epoch_first_step: int
+    saved_at: float  # when a checkpoint was last written, in the same seconds
+
+
 def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> list[dict]:
     """Train the student on views of the training split; each of several ranks calls this.
 
@@ -517,23 +530,10 @@ def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> li
     """
     config = run.config
     stop = stop or StopRequest()
-    device = run.views.device
     total_steps = config.epochs * run.steps_per_epoch
-    validation = Validation(config, run.splits, device)
-
-    history = []
-    start_step = 0
-    epoch_loss = torch.zeros((), device=device)  # summed over the steps of the epoch
-    if run.checkpoint:
-        history = list(run.checkpoint["metrics"])
-        start_step = run.checkpoint["step"]
-        # Earlier versions kept a part of it for each rank.
-        epoch_loss += sum(run.checkpoint["epoch_loss"])
-        state.load_state_dict(run.checkpoint)
-        runs.write_log(run.folder, history)  # without what came after the checkpoint
-    else:
-        # A run that is killed in its first validation can be resumed.
-        save_run(run, state, 0, history, epoch_loss)
+    validation = Validation(config, run.splits, run.views.device)
+    start_step = run.checkpoint["step"] if run.checkpoint else 0
+    progress = start_or_resume(run, state, start_step)
     if runs.world_size() > 1:
         state.parallel_student = DistributedDataParallel(state.student)
 
@@ -544,77 +544,106 @@ def train(run: Run, state: TrainingState, stop: StopRequest | None = None) -> li
         disable=True if runs.rank() > 0 else None,  # None: where there is no terminal
     )
     batches = prefetch(run.views, range(start_step, total_steps))
-    is_finite = torch.ones((), dtype=torch.bool, device=device)
-    saved_at = time.monotonic()
-    timer = EpochTimer(start_step, time.monotonic())
-    for step in range(start_step, total_steps + 1):  # `step` steps have been taken
-        # First, what is to be done between two steps: measure, save, stop. The log has a line for
-        # epoch 0, before the first step. So with n lines, the epoch to be measured next is number n.
-        measurement_is_due = step == len(history) * run.steps_per_epoch
-        minutes_since_save = (time.monotonic() - saved_at) / 60
-        stop_is_requested, checkpoint_is_due = any_rank(
-            stop.requested, minutes_since_save > config.checkpoint_minutes
-        )
-        save_is_due = measurement_is_due or stop_is_requested or checkpoint_is_due
-        if save_is_due or step % FINITE_CHECK_STEPS == 0:
-            check_finite(is_finite, state.scaler, step)
-
-        # Measure the network before its first step and after every epoch.
-        if measurement_is_due:
-            line = epoch_line(run, step, epoch_loss, timer)
-            line = measure_epoch(line, state, validation, stop)
-            if line is not None:
-                line["collapse"] = evaluate.collapse_warning(config, [*history, line])
-                history.append(line)
-                publish_epoch(run, state, history)
-                epoch_loss.zero_()
-            timer = EpochTimer(step, time.monotonic())
-            (stop_is_requested,) = any_rank(stop.requested)
-
-        if save_is_due:
-            save_run(run, state, step, history, epoch_loss)
-            saved_at = time.monotonic()
-        if stop_is_requested or step == total_steps:
+    # Epoch 0 is measured before the first step. A resumed run may have been stopped in a validation.
+    must_stop = after_step(run, state, progress, validation, stop, start_step)
+    for step in range(start_step, total_steps):
+        if must_stop:
             break
-
-        # Then the step.
         loss, gradient_norm = training_step(
             config, state, run.views, next(batches), step, total_steps
         )
-        epoch_loss += loss
-        is_finite &= loss.isfinite()
+        progress.epoch_loss += loss
+        progress.is_finite &= loss.isfinite()
         # float16's scaler skips a step whose gradient overflows, and scales less from then on.
         if not state.scaler.is_enabled():
-            is_finite &= gradient_norm.isfinite()
+            progress.is_finite &= gradient_norm.isfinite()
         bar.update(config.batch_size)
         if (step + 1) % FINITE_CHECK_STEPS == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")  # rarely, since it waits for the GPU
+        must_stop = after_step(run, state, progress, validation, stop, step + 1)
     bar.close()
-    return history
+    return progress.history
 
 
-@dataclass
-class EpochTimer:
-    """When an epoch, or what this process does of it, began."""
+def start_or_resume(run: Run, state: TrainingState, start_step: int) -> Progress:
+    """The progress of a run that begins, or goes on; its checkpoint is loaded into `state`."""
+    device = run.views.device
+    progress = Progress(
+        history=[],
+        epoch_loss=torch.zeros((), device=device),
+        is_finite=torch.ones((), dtype=torch.bool, device=device),
+        epoch_started=time.monotonic(),
+        epoch_first_step=start_step,
+        saved_at=time.monotonic(),
+    )
+    if run.checkpoint:
+        progress.history = list(run.checkpoint["metrics"])
+        # Earlier versions kept a part of it for each rank.
+        progress.epoch_loss += sum(run.checkpoint["epoch_loss"])
+        state.load_state_dict(run.checkpoint)
+        # without what came after the checkpoint
+        runs.write_log(run.folder, progress.history)
+    else:
+        # A run that is killed in its first validation can be resumed.
+        save_run(run, state, 0, progress)
+    return progress
 
-    first_step: int
-    started: float  # of time.monotonic(), seconds
+
+def after_step(
+    run: Run,
+    state: TrainingState,
+    progress: Progress,
+    validation: Validation,
+    stop: StopRequest,
+    steps: int,
+) -> bool:
+    """Check, measure and save, as far as it is due after so many `steps`.
+
+    All ranks call this together. Returns whether the run must stop, because a signal asked for it.
+    """
+    # The log has a line for epoch 0, before the first step. So with n lines, the epoch to be
+    # measured next is number n.
+    measurement_is_due = steps == len(progress.history) * run.steps_per_epoch
+    minutes_since_save = (time.monotonic() - progress.saved_at) / 60
+    must_stop, checkpoint_is_due = any_rank(
+        stop.requested, minutes_since_save > run.config.checkpoint_minutes
+    )
+    save_is_due = measurement_is_due or must_stop or checkpoint_is_due
+    if save_is_due or steps % FINITE_CHECK_STEPS == 0:
+        check_finite(progress.is_finite, state.scaler, steps)
+
+    if measurement_is_due:
+        line = epoch_line(run, steps, progress)
+        line = measure_epoch(line, state, validation, stop)
+        if line is not None:
+            line["collapse"] = evaluate.collapse_warning(run.config, [*progress.history, line])
+            progress.history.append(line)
+            publish_epoch(run, state, progress.history)
+            progress.epoch_loss.zero_()
+        progress.epoch_started = time.monotonic()
+        progress.epoch_first_step = steps
+        (must_stop,) = any_rank(stop.requested)
+
+    if save_is_due:
+        save_run(run, state, steps, progress)
+        progress.saved_at = time.monotonic()
+    return must_stop
 
 
-def epoch_line(run: Run, step: int, epoch_loss, timer: EpochTimer) -> dict:
-    """What a line of the log says about training, after `step` steps.
+def epoch_line(run: Run, steps: int, progress: Progress) -> dict:
+    """What a line of the log says about training, after so many `steps`.
 
     The loss is the mean over the epoch. Seconds and images per second are of what this process did
     of the epoch, which is less than all of it if the run was resumed.
     """
-    line = {"epoch": step // run.steps_per_epoch, "step": step}
-    if step == 0:
+    line = {"epoch": steps // run.steps_per_epoch, "step": steps}
+    if steps == 0:
         return line
     total_steps = run.config.epochs * run.steps_per_epoch
-    seconds = time.monotonic() - timer.started
-    images = (step - timer.first_step) * run.config.batch_size
-    line["loss"] = epoch_loss.item() / run.steps_per_epoch
-    line["lr"] = learning_rate(run.config, (step - 1) / total_steps)
+    seconds = time.monotonic() - progress.epoch_started
+    images = (steps - progress.epoch_first_step) * run.config.batch_size
+    line["loss"] = progress.epoch_loss.item() / run.steps_per_epoch
+    line["lr"] = learning_rate(run.config, (steps - 1) / total_steps)
     line["seconds"] = seconds
     line["images_per_second"] = images / max(seconds, 1e-9)
     return line
@@ -671,16 +700,17 @@ def publish_epoch(run: Run, state: TrainingState, history: list[dict]):
         print_rank0(f"warning: {line['collapse']}")
 
 
-def save_run(run: Run, state: TrainingState, step: int, history: list[dict], epoch_loss):
-    """Write ckpt.pth, with all that the run needs to go on after `step` steps."""
+def save_run(run: Run, state: TrainingState, steps: int, progress: Progress):
+    """Write ckpt.pth, with all that the run needs to go on after so many `steps`."""
     if runs.rank() > 0:
         return
     content = state.state_dict()
     content["config"] = asdict(run.config)
-    content["step"] = step
-    content["metrics"] = history
-    content["epoch"] = step // run.steps_per_epoch
-    content["epoch_loss"] = [epoch_loss.item()]  # of an epoch that is not over; a list as earlier
+    content["step"] = steps
+    content["metrics"] = progress.history
+    content["epoch"] = steps // run.steps_per_epoch
+    # of an epoch that is not over; a list, as in earlier versions
+    content["epoch_loss"] = [progress.epoch_loss.item()]
     content["threads"] = torch.get_num_threads()  # the last bits of a sum depend on it
     runs.save_checkpoint(os.path.join(run.folder, "ckpt.pth"), content)
 
