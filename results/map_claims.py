@@ -424,21 +424,29 @@ def seeds_of(runs, row):
 
 def map_table(runs):
     """Return a table of how often each map orders two patches with equal ink rightly."""
-    titles = [*MAPS, "attention, direct effects", "brightness, direct effects", "direct share"]
-    lines = [table_row(["row", "seeds", *titles]), table_rule(len(titles) + 2)]
-    rows = [row for row in ROWS if seeds_of(runs, row)]
-    for row in rows:
-        measures = [EQUAL_INK.format(name) for name in MAPS.values()]
-        measures.append("matched/mean/direct_faithfulness")
-        measures.append("matched/brightness/direct_faithfulness")
-        cells = mean_cells(runs, row, measures, seeds_of(runs, row))
-        lines.append(map_row(runs, row, [*cells, direct_shares(runs, row)]))
-    # Rows of one depth that differ in loss or views are the same before training.
-    for row in rows:
-        if row == "different" or row.startswith("depth"):
+    titles = ["row", "seeds", *MAPS, "direct share"]
+    lines = [table_row(titles), table_rule(len(titles))]
+    for row in ROWS:
+        if seeds_of(runs, row):
+            measures = [EQUAL_INK.format(name) for name in MAPS.values()]
+            cells = mean_cells(runs, row, measures, seeds_of(runs, row))
+            lines.append(map_row(runs, row, [*cells, direct_shares(runs, row)]))
+    return "\n".join(lines)
+
+
+def untrained_table(runs):
+    """Return the same table for networks before training.
+
+    Rows of one depth that differ in loss or views are the same before training.
+    """
+    titles = ["row", "seeds", *MAPS]
+    lines = [table_row(titles), table_rule(len(titles))]
+    for row in ROWS:
+        is_shown = row == "different" or row.startswith("depth")
+        if is_shown and seeds_of(runs, row):
             measures = [f"untrained/{name}/equal_ink" for name in MAPS.values()]
             cells = mean_cells(runs, row, measures, seeds_of(runs, row))
-            lines.append(map_row(runs, row, [*cells, "–", "–", "–"], note=" before training"))
+            lines.append(map_row(runs, row, cells))
     return "\n".join(lines)
 
 
@@ -462,10 +470,10 @@ def measure_table(runs):
     return "\n".join(lines)
 
 
-def map_row(runs, row, cells, note=""):
+def map_row(runs, row, cells):
     """Return a row of the table of maps."""
     seeds = seeds_of(runs, row)
-    return table_row([f"`{row}`{note}", f"{min(seeds)} to {max(seeds)}", *cells])
+    return table_row([f"`{row}`", f"{min(seeds)} to {max(seeds)}", *cells])
 
 
 def direct_shares(runs, row):
@@ -561,6 +569,7 @@ def page_blocks(runs):
     return {
         "map claims": claim_table(runs),
         "maps": map_table(runs),
+        "maps before training": untrained_table(runs),
         "maps by measure": measure_table(runs),
         "confirmation": confirmation_table(runs),
         "initial weights": initial_weights_sentence(runs),

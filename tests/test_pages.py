@@ -50,9 +50,9 @@ DESIGN = {
         "1 − cosine",
         "if the 95% interval lies beyond 0",
         "lies beyond 0 on the other side",
-        "whose doses differ by at most 5%",
+        "whose summed brightness differs by at most 5%",
         "seeds 10 to 59",
-        "[2] as well",
+        "can matter to [2] as well",
         "[1] was trained with a mark in every image, [2] without any",
         "[2021]",
         "784 in ViT-S/8 at 224 px",
@@ -167,6 +167,11 @@ def sentences_of_results(lines):
         shares = values(lines, row, "direct_share", study.map_claims.seeds_of(runs, row))
         last_shares.append(percent(shares[:, -1].mean()))
     two, four, six = last_shares
+    deep = study.map_claims.seeds_of(runs, "depth-6")
+    direct_in_two = points(mean_of("different", "mean", "direct_faithfulness"))
+    direct_in_six = points(mean_of("depth-6", "mean", "direct_faithfulness", deep))
+    yield f"with a rank correlation of {direct_in_two} in two blocks and {direct_in_six} in six"
+    yield f"the *direct share* that remains is {two} in two blocks, {four} in four, and {six} in six"
     by_depth = {
         name: [
             mean_of(row, name, "equal_ink", study.map_claims.seeds_of(runs, row))
@@ -184,16 +189,7 @@ def sentences_of_results(lines):
     assert of_attention == sorted(of_attention, reverse=True)
     assert all(np.ptp(of_map) < 0.05 for of_map in by_depth.values())
     yield "attention gets worse while the other maps stay about where they are"
-    yield f"{two} of the effects pass directly into the last block of two"
-    yield f"{four} into that of four, and {six} into that of six"
     yield f"a share of {four} is a third of the distance"
-    deep = study.map_claims.seeds_of(runs, "depth-6")
-    of_attention, of_brightness = (
-        points(mean_of("depth-6", name, "object_faithfulness", deep))
-        for name in ("mean", "brightness")
-    )
-    yield f"is {objects['mean']} in two blocks and {of_attention} in six"
-    yield f"where brightness is at {of_brightness}"
 
     # M8
     marks = {row: values(lines, row, "marks", MARK_SEEDS) for row in MARK_ROWS}
@@ -230,7 +226,7 @@ def sentences_of_results(lines):
 
     # C4
     _, on_ink = heads_on_texture(lines)
-    yield f"in {on_ink} of ten one head stays on the digit"
+    yield f"in {on_ink} of ten one head stays on the ink"
 
 
 def share_ordered_right(networks: list[dict], map_name: str) -> float:

@@ -457,7 +457,7 @@ def test_the_table_of_verdicts_says_how_sure_they_are(monkeypatch):
     seeds = judged["C5"].forecast.seeds
     assert f"**undecided** so far (as it is, {seeds} seeds: holds): its size" in lines["| C5"]
     # Flipping the signs of five values cannot give a p below .06, so the tests disagree.
-    assert "**holds** so far ¹: after the fact" in lines["| F1"]
+    assert "**holds** so far ¹: chosen after the fact" in lines["| F1"]
     assert "[figure](figures/F1.png)" in lines["| F1"]
 
 
@@ -474,7 +474,7 @@ def test_a_second_sample_counts_alone_once_it_is_complete(monkeypatch):
     assert verdicts.primary({}, CLAIMS["F1"]) == second
     assert verdicts.primary({}, CLAIMS["C5"]) == first
     line = verdicts.verdict_table({}).splitlines()[2]
-    assert "**holds**: after the fact" in line
+    assert "**holds**: chosen after the fact" in line
     assert "+0.309 [" in line
     assert "; first ten: +0.054 [" in line
     line = verdicts.sample_table({}).splitlines()[2]
@@ -527,6 +527,8 @@ def test_what_f1_and_f2_were_planned_to_test_is_recomputed(committed):
             high = differences.mean() + half_width
             assert cell.strip() == f"{differences.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
         assert "**the contrary holds**" in line
+    remarks = verdicts.claim_remarks(committed["laptop"])
+    assert all("(as planned: the contrary holds)" in remarks[name] for name in ("F1", "F2"))
     assert verdicts.dose_table({}).splitlines()[2].endswith("| – | – | **open** |")
 
 
