@@ -26,6 +26,7 @@ FIRST_TEN = range(10, 20)
 SECOND_SAMPLE = range(30, 60)
 BOTH_SAMPLES = [*FIRST_TEN, *SECOND_SAMPLE]
 OF_MAPS = range(70, 90)
+TEN_OF_MAPS = range(70, 80)
 MARK_SEEDS = range(70, 76)
 EVERY_SEED = range(10, 90)
 
@@ -175,11 +176,12 @@ def sentences_of_results(lines):
     by_depth = {
         name: [
             mean_of(row, name, "equal_ink", study.map_claims.seeds_of(runs, row))
-            for row in ("different", "depth-4", "depth-6")
+            for row in ("depth-1", "different", "depth-3", "depth-4", "depth-6")
         ]
-        for name in ("mean", "rollout", "norm_rollout", "squared_gradient")
+        for name in ("mean", "rollout", "squared_gradient")
     }
-    in_two, in_six = percent(by_depth["mean"][0]), percent(by_depth["mean"][-1])
+    in_two = percent(by_depth["mean"][1])
+    in_six = percent(by_depth["mean"][-1])
     rollout_in_six = percent(by_depth["rollout"][-1])
     yield f"With six blocks, attention is right in {in_six} of pairs"
     yield f"and rollout still in {rollout_in_six}"
@@ -188,7 +190,19 @@ def sentences_of_results(lines):
     of_attention = by_depth.pop("mean")
     assert of_attention == sorted(of_attention, reverse=True)
     assert all(np.ptp(of_map) < 0.05 for of_map in by_depth.values())
-    yield "attention gets worse while the other maps stay about where they are"
+    yield "From one block to six, attention gets worse step by step"
+    yield "while rollout and squared gradients stay about where they are"
+    right = []
+    shares = []
+    for row, seeds in (
+        ("dino-different", TEN_OF_MAPS),
+        ("different", OF_MAPS),
+        ("supervised", TEN_OF_MAPS),
+    ):
+        right.append(percent(mean_of(row, "mean", "equal_ink", seeds)))
+        shares.append(percent(values(lines, row, "direct_share", seeds)[:, -1].mean()))
+    yield f"is right in {right[0]} of pairs with DINO's loss, {right[1]} with NCE and {right[2]}"
+    yield f"and that their direct shares are {shares[0]}, {shares[1]} and {shares[2]}"
     yield f"a share of {four} is a third of the distance"
 
     # M8
