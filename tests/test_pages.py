@@ -127,17 +127,27 @@ def points(value: float) -> str:
 
 
 def sentences_of_results(lines):
-    def mean_of(row, map_name, measure, seeds=OF_MAPS):
-        return values(lines, row, f"matched/{map_name}/{measure}", seeds).mean()
+    yield from sentences_of_the_answer(lines)
+    yield from sentences_of_verdicts()
+    yield from sentences_of_first_claims(lines)
+    yield from sentences_of_depth(lines)
+    yield from sentences_of_the_shortcut(lines)
+    yield from sentences_of_ways_to_train(lines)
+    yield from sentences_of_limits(lines)
 
+
+def mean_of(lines, row, map_name, measure, seeds=OF_MAPS):
+    return values(lines, row, f"matched/{map_name}/{measure}", seeds).mean()
+
+
+def sentences_of_the_answer(lines):
     def pairs(row, map_name):
-        return percent(mean_of(row, map_name, "equal_ink"))
+        return percent(mean_of(lines, row, map_name, "equal_ink"))
 
     def untrained(map_name):
         path = f"untrained/{map_name}/equal_ink"
         return percent(values(lines, "different", path, OF_MAPS).mean())
 
-    # The answer
     attention = pairs("different", "mean")
     rollout = pairs("different", "rollout")
     gradient = pairs("different", "squared_gradient")
@@ -148,34 +158,46 @@ def sentences_of_results(lines):
     yield f"squared gradients are right in {untrained('squared_gradient')} of pairs"
     yield f"and rollout in {untrained('rollout')}"
 
-    # M1 and M2
-    equal_ink = {name: mean_of("different", name, "equal_ink") for name in ("mean", "brightness")}
+
+def sentences_of_verdicts():
+    runs = study.read_study()["laptop"]
+    words = {name: verdict.word for name, verdict in study.map_claims.judge(runs).items()}
+    assert words["M7"] == "holds"
+    yield f"Whether rollout shows it better than attention is {words['M8']} (M8)"
+    yield f"**M4** {words['M4']}"
+    yield f"**M9** is {words['M9']}"
+
+
+def sentences_of_first_claims(lines):
+    equal_ink = {
+        name: mean_of(lines, "different", name, "equal_ink") for name in ("mean", "brightness")
+    }
     yield f"which knows only the dose, is at {points(equal_ink['brightness'])} instead of .5"
     above_brightness = points(equal_ink["mean"] - equal_ink["brightness"])
     yield f"Attention is above that as well, by {above_brightness}"
     objects = {
-        name: points(mean_of("different", name, "object_faithfulness"))
+        name: points(mean_of(lines, "different", name, "object_faithfulness"))
         for name in ("mean", "brightness", "rollout", "squared_gradient")
     }
     yield f"attention is {objects['mean']}, and with brightness {objects['brightness']}"
     yield f"rollout {objects['rollout']}, squared gradients {objects['squared_gradient']}"
 
-    # depth
+
+def sentences_of_depth(lines):
     runs = study.read_study()["laptop"]
-    words = {name: verdict.word for name, verdict in study.map_claims.judge(runs).items()}
     last_shares = []
     for row in ("different", "depth-4", "depth-6"):
         shares = values(lines, row, "direct_share", study.map_claims.seeds_of(runs, row))
         last_shares.append(percent(shares[:, -1].mean()))
     two, four, six = last_shares
     deep = study.map_claims.seeds_of(runs, "depth-6")
-    direct_in_two = points(mean_of("different", "mean", "direct_faithfulness"))
-    direct_in_six = points(mean_of("depth-6", "mean", "direct_faithfulness", deep))
+    direct_in_two = points(mean_of(lines, "different", "mean", "direct_faithfulness"))
+    direct_in_six = points(mean_of(lines, "depth-6", "mean", "direct_faithfulness", deep))
     yield f"with a rank correlation of {direct_in_two} in two blocks and {direct_in_six} in six"
     yield f"the *direct share* that remains is {two} in two blocks, {four} in four, and {six} in six"
     by_depth = {
         name: [
-            mean_of(row, name, "equal_ink", study.map_claims.seeds_of(runs, row))
+            mean_of(lines, row, name, "equal_ink", study.map_claims.seeds_of(runs, row))
             for row in ("depth-1", "different", "depth-3", "depth-4", "depth-6")
         ]
         for name in ("mean", "rollout", "squared_gradient")
@@ -186,7 +208,6 @@ def sentences_of_results(lines):
     yield f"With six blocks, attention is right in {in_six} of pairs"
     yield f"and rollout still in {rollout_in_six}"
     yield f"Six blocks lower attention from {in_two} to {in_six} of pairs"
-    assert words["M7"] == "holds"
     of_attention = by_depth.pop("mean")
     assert of_attention == sorted(of_attention, reverse=True)
     assert all(np.ptp(of_map) < 0.05 for of_map in by_depth.values())
@@ -199,13 +220,15 @@ def sentences_of_results(lines):
         ("different", OF_MAPS),
         ("supervised", TEN_OF_MAPS),
     ):
-        right.append(percent(mean_of(row, "mean", "equal_ink", seeds)))
+        right.append(percent(mean_of(lines, row, "mean", "equal_ink", seeds)))
         shares.append(percent(values(lines, row, "direct_share", seeds)[:, -1].mean()))
     yield f"is right in {right[0]} of pairs with DINO's loss, {right[1]} with NCE and {right[2]}"
-    yield f"and that their direct shares are {shares[0]}, {shares[1]} and {shares[2]}"
-    yield f"a share of {four} is a third of the distance"
+    yield f"Their direct shares are {shares[0]}, {shares[1]} and {shares[2]}"
+    tenths = NUMBERS[round(10 * float(four.rstrip("%")) ** 0.5 / 10)]
+    yield f"a share of {four} is {tenths} tenths of the distance"
 
-    # M8
+
+def sentences_of_the_shortcut(lines):
     marks = {row: values(lines, row, "marks", MARK_SEEDS) for row in MARK_ROWS}
     right = {}
     for name in ("squared_gradient", "mean"):
@@ -225,22 +248,27 @@ def sentences_of_results(lines):
         )
         assert always > 2 * never
     yield "all four maps show it"
-    yield f"Whether rollout shows it better than attention is {words['M8']} (M8)"
-    yield f"**M4** {words['M4']}"
-    yield f"**M9** is {words['M9']}"
     yield f"still tell in {right['squared_gradient']} of pairs which one relies more"
     yield f"and attention in {right['mean']}"
 
-    # selectivity and effect, by ways of training
+
+def sentences_of_ways_to_train(lines):
     everywhere = correlation_between_rows(lines, DIFFERENT_VIEWS + SAME_VIEWS + OTHERS)
     within_same_views = correlation_between_rows(lines, SAME_VIEWS)
     yield f"The rank correlation between the ways of training is {everywhere}"
     yield f"It is {correlation_between_rows(lines, DIFFERENT_VIEWS)} within different views"
     yield f"{within_same_views} within same views, over {NUMBERS[len(SAME_VIEWS)]} ways"
-
-    # C4
     _, on_ink = heads_on_texture(lines)
     yield f"in {on_ink} of ten one head stays on the ink"
+
+
+def sentences_of_limits(lines):
+    path = "matched/mean/patch_faithfulness"
+    in_bfloat16 = values(lines, "different", path, range(70, 75))
+    in_float32 = values(lines, "different-float32", path, range(70, 75))
+    lowest = points(in_bfloat16.min())
+    yield f"lies between {lowest} and {points(in_bfloat16.max())} over five seeds"
+    yield f"differ by up to {points(np.abs(in_bfloat16 - in_float32).max())}"
 
 
 def share_ordered_right(networks: list[dict], map_name: str) -> float:
