@@ -392,7 +392,7 @@ def measured_on(result: dict | None, model: Model) -> str:
         text = f"On {count:,} test canvases; the pictures above are the first of them"
         if not model.has_marks:
             return f"{text}."
-        return f"{text}. Without marks, but for what is said about the shortcut."
+        return f"{text}. Except for what is said about the shortcut, they had no marks."
     if "features" in result:
         return f"On {count:,} test photographs; the pictures above are the first of them."
     return "On the pictures above."

@@ -597,7 +597,7 @@ def after_step(
     stop: StopRequest,
     steps: int,
 ) -> bool:
-    """Check, measure and save, as far as it is due after so many `steps`.
+    """Check, measure and save whatever is due once this number of steps has been taken.
 
     All ranks call this together. Returns whether the run must stop, because a signal asked for it.
     """
@@ -631,7 +631,7 @@ def after_step(
 
 
 def epoch_line(run: Run, steps: int, progress: Progress) -> dict:
-    """What a line of the log says about training, after so many `steps`.
+    """What a line of the log says about training, once this number of steps has been taken.
 
     The loss is the mean over the epoch. Seconds and images per second are of what this process did
     of the epoch, which is less than all of it if the run was resumed.
@@ -701,7 +701,7 @@ def publish_epoch(run: Run, state: TrainingState, history: list[dict]):
 
 
 def save_run(run: Run, state: TrainingState, steps: int, progress: Progress):
-    """Write ckpt.pth, with all that the run needs to go on after so many `steps`."""
+    """Write ckpt.pth, with all that the run needs to go on after this number of steps."""
     if runs.rank() > 0:
         return
     content = state.state_dict()

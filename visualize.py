@@ -831,7 +831,7 @@ def compare(models: list[Model], args: argparse.Namespace):
                 model.backbone,
                 model.splits,
                 other_backbone,
-                model.has_marks,
+                with_marks=model.has_marks,
             )
             evaluations.append(evaluation)
             result = evaluation.result

@@ -198,8 +198,8 @@ class VisionTransformer(nn.Module):
             )
         self.shape = shape
         self.grid = (height // shape.patch_size, width // shape.patch_size)
-        # True: all blocks recompute their activations in the backward pass, to save memory. The last
-        # one does not, since it has few: it computes [CLS] only.
+        # True: every block but the last recomputes its activations in the backward pass, to save
+        # memory. The last block has few of them, since it computes [CLS] only.
         self.checkpoint_blocks = False
 
         dim = shape.dim

@@ -394,7 +394,7 @@ def count_words(lines):
     count = f"{counted(len(lines), 'claim')}. {sentence_case(', '.join(parts))}"
     with_remarks = sum(line.word == verdicts.HOLDS and bool(line.remark) for line in lines)
     if with_remarks:
-        count += f"\n({with_remarks} of those that hold do so with a reservation: see beside them)"
+        count += f"\n({with_remarks} of those that hold carry a reservation, given beside them)"
     return count
 
 

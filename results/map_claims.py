@@ -435,7 +435,7 @@ def map_table(runs):
 
 
 def untrained_table(runs):
-    """Return the same table for networks before training.
+    """Return a table like `map_table`, of networks before training.
 
     Rows of one depth that differ in loss or views are the same before training.
     """
@@ -471,7 +471,7 @@ def measure_table(runs):
 
 
 def map_row(runs, row, cells):
-    """Return a row of the table of maps."""
+    """Return a table row that begins with the name and the seeds of a row of the study."""
     seeds = seeds_of(runs, row)
     return table_row([f"`{row}`", f"{min(seeds)} to {max(seeds)}", *cells])
 

@@ -229,7 +229,7 @@ def test_the_table_has_the_rows_of_the_report_and_more(few_images):
     of_first = "On 16 test canvases; the pictures above are the first of them"
     assert explorer.measured_on(result, model) == f"{of_first}."
     model.has_marks = True
-    of_marked = f"{of_first}. Without marks, but for what is said about the shortcut."
+    of_marked = f"{of_first}. Except for what is said about the shortcut, they had no marks."
     assert explorer.measured_on(result, model) == of_marked
 
 
