@@ -61,6 +61,8 @@ from losses import make_loss
 from observe import concatenate, name_of
 
 PICTURES_PER_PAGE = 20
+EXAMPLES = 8  # test images in a figure and on the page, unless --examples says how many
+MOST_EXAMPLES = 64
 LONGEST_ROW_NAME = 24  # characters
 OVERLAY_OPACITY = 0.8  # of the maximum of a map over a picture
 MAP_NAMES = (*explain.MAPS, "effect", "heads")  # of --maps
@@ -533,6 +535,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "believe, effect, heads]; with --images there is then no report, and without effect it is quick",
     )
     parser.add_argument(
+        "--examples",
+        type=number_from_1,
+        metavar="N",
+        help="how many test images are drawn [8; with kept epochs 12 rows in all]",
+    )
+    parser.add_argument(
         "--no-measure",
         action="store_true",
         help="maps only, at once: no effect and no report; the columns are attention, rollout and "
@@ -624,6 +632,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"argument --levels: {low:g} {high:g}: use two numbers, the lower one first"
             )
+    if args.examples is not None and args.images:
+        parser.error("argument --examples: leave it out; with --images every picture is drawn")
+    if args.examples is not None and args.examples > MOST_EXAMPLES:
+        parser.error(f"argument --examples: {args.examples}: use at most {MOST_EXAMPLES}")
     if args.no_measure and args.maps and "effect" in args.maps:
         parser.error("argument --no-measure: --maps names effect, which is measured; leave one out")
     return args
@@ -741,7 +753,9 @@ def visualize_one(model: Model, args: argparse.Namespace):
     backbones = gallery.kept_epochs(model) if model.history else {}
     if len(backbones) < 2:
         backbones = {"": model.backbone}
-    count = 8 if len(backbones) == 1 else max(1, 12 // len(backbones))
+    count = args.examples or EXAMPLES
+    if args.examples is None and len(backbones) > 1:
+        count = max(1, 12 // len(backbones))  # each has a row for every kept epoch
     examples = gallery.example_images(model, count)
     folder = make_folder(args)
 
@@ -802,7 +816,8 @@ def compare(models: list[Model], args: argparse.Namespace):
     # Networks that were trained without marks are shown those that the others were trained with.
     if any(model.has_marks for model in models):
         models = [replace(model, has_marks=True) for model in models]
-    examples = [gallery.example_images(model, 8) for model in models]
+    count = args.examples or EXAMPLES
+    examples = [gallery.example_images(model, count) for model in models]
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness"])
     networks = []

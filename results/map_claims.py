@@ -38,6 +38,7 @@ TEN_SEEDS = range(70, 80)
 MARK_SEEDS = range(70, 76)
 # The rows of M8, whose networks saw marks with a probability of 0, .25, .5 and 1.
 MARK_ROWS = ("different", "shortcut-25", "shortcut-50", "shortcut-100")
+FEWEST_NETWORKS = 20  # of M8, some of which may have collapsed
 RESAMPLES = 10_000  # of a bootstrap or a permutation test
 DIFFERENT = "different from 0"  # what M9 expects
 
@@ -208,11 +209,12 @@ def marks(runs, rows=MARK_ROWS):
 
     A network that has collapsed has no reliance, and is left out.
     """
-    lines = [runs.get((row, seed), {}).get("marks") for row in rows for seed in MARK_SEEDS]
-    lines = [line for line in lines if line and line["reliance"] is not None]
-    reliance = np.array([line["reliance"] for line in lines])
+    measured = [runs.get((row, seed), {}).get("marks") for row in rows for seed in MARK_SEEDS]
+    measured = [network for network in measured if network and network["reliance"] is not None]
+    reliance = np.array([network["reliance"] for network in measured])
     names = [row for row in MAPS.values() if row != "brightness"]
-    return reliance, {name: np.array([line["density"][name] for line in lines]) for name in names}
+    density = {name: np.array([network["density"][name] for network in measured]) for name in names}
+    return reliance, density
 
 
 def marks_are_complete(runs):
@@ -274,6 +276,10 @@ def judge_mean(claim, values):
         return verdict
     interval = t_interval(values)
     verdict.value, verdict.low, verdict.high = interval.mean, interval.low, interval.high
+    # Without scatter there is nothing to compare the mean with.
+    if np.ptp(values) == 0:
+        verdict.equivalence_p = 1.0
+        return finish(claim, verdict, 1.0)
 
     def p_above(limit):
         return stats.ttest_1samp(values, limit, alternative="greater").pvalue
@@ -302,6 +308,8 @@ def judge_correlation(claim, x, y):
 def judge_auc(claim, truth, score, reference):
     """Return the verdict on AUC of `score` − AUC of `reference` over networks, (n,) each."""
     verdict = Verdict(len(truth))
+    if len(truth) < FEWEST_NETWORKS:
+        return verdict
     rng = np.random.default_rng(0)
     verdict.value = auc(truth, score) - auc(truth, reference)
     set_bootstrap(claim, verdict, resampled_auc_difference(rng, truth, score, reference))
@@ -352,8 +360,8 @@ def word_of(claim, low, high):
     """Return the word that a 95% interval from `low` to `high` gives.
 
     A claim of MORE or LESS holds if the interval is beyond 0 on the claimed side, even inside the
-    margin. For a claim of DIFFERENT, and on the other side, an interval inside the margin means that
-    there is no relevant effect, even if it excludes 0.
+    margin. Otherwise, and for a claim of DIFFERENT, the margin comes first: an interval inside it
+    means that there is no relevant effect, even if the interval excludes 0.
     """
     is_inside_margin = -claim.margin < low and high < claim.margin
     is_above = low > 0

@@ -245,7 +245,11 @@ def is_done(args, job, runs):
     """Whether study.json has the run, made on any device with the flags that its row has now."""
     if (job.row, job.seed) not in runs:
         return False
-    old_command = runs[job.row, job.seed]["command"]
+    line = runs[job.row, job.seed]
+    needs_marks = job.row in map_claims.MARK_ROWS and job.seed in map_claims.MARK_SEEDS
+    if needs_marks and "marks" not in line:
+        return False
+    old_command = line["command"]
     return without_machine(old_command) == without_machine(train_command(args, job))
 
 
@@ -552,7 +556,7 @@ def save_small_checkpoints(args, runs):
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="results/study.py",
-        description="Run the study of the paper's claims, and write its tables and figures.",
+        description="Run the studies of the paper's claims and of maps, and write their pages and figures.",
     )
     parser.add_argument(
         "--preset",

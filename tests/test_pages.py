@@ -49,12 +49,15 @@ NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight
 DESIGN = {
     "results/README.md": [
         "1 − cosine",
-        "if the 95% interval lies beyond 0",
-        "lies beyond 0 on the other side",
+        "fits its 95% interval",
+        "the interval lies beyond 0 on the claimed side",
+        "excludes 0 and does not lie within",
+        "it lies beyond 0 on the other side",
         "whose summed brightness differs by at most 5%",
         "seeds 10 to 59",
         "can matter to [2] as well",
         "[1] was trained with a mark in every image, [2] without any",
+        "what matters most to [1]",
         "[2021]",
         "784 in ViT-S/8 at 224 px",
         "28 or 56 pixels",
@@ -66,7 +69,8 @@ DESIGN = {
         "the 95% interval over seeds",
         "cannot be below .002 with ten seeds, or below .06 with five",
         "cannot give an exact p below .06",
-        "Seed 10 [1] and seed 11 [2]",
+        "In seed 10 [1]",
+        "In seed 11 [2]",
         "Crops of 56 pixels have four times as many patches as crops of 28",
         "84 pixels do not help",
         "A batch of 256",
@@ -133,6 +137,7 @@ def sentences_of_results(lines):
     yield from sentences_of_depth(lines)
     yield from sentences_of_the_shortcut(lines)
     yield from sentences_of_ways_to_train(lines)
+    yield from sentences_of_advice(lines)
     yield from sentences_of_limits(lines)
 
 
@@ -224,6 +229,9 @@ def sentences_of_depth(lines):
         shares.append(percent(values(lines, row, "direct_share", seeds)[:, -1].mean()))
     yield f"is right in {right[0]} of pairs with DINO's loss, {right[1]} with NCE and {right[2]}"
     yield f"Their direct shares are {shares[0]}, {shares[1]} and {shares[2]}"
+    same = percent(mean_of(lines, "same", "mean", "equal_ink"))
+    share_of_same = percent(values(lines, "same", "direct_share", OF_MAPS)[:, -1].mean())
+    yield f"their direct share is {share_of_same}, and attention is right in {same} of pairs"
     tenths = NUMBERS[round(10 * float(four.rstrip("%")) ** 0.5 / 10)]
     yield f"a share of {four} is {tenths} tenths of the distance"
 
@@ -255,11 +263,24 @@ def sentences_of_the_shortcut(lines):
 def sentences_of_ways_to_train(lines):
     everywhere = correlation_between_rows(lines, DIFFERENT_VIEWS + SAME_VIEWS + OTHERS)
     within_same_views = correlation_between_rows(lines, SAME_VIEWS)
+    within_different_views = correlation_between_rows(lines, DIFFERENT_VIEWS)
+    number_of_same = NUMBERS[len(SAME_VIEWS)]
     yield f"The rank correlation between the ways of training is {everywhere}"
-    yield f"It is {correlation_between_rows(lines, DIFFERENT_VIEWS)} within different views"
-    yield f"{within_same_views} within same views, over {NUMBERS[len(SAME_VIEWS)]} ways"
+    yield f"Within different views the rank correlation is {within_different_views}"
+    yield f"within same views only {within_same_views}, over {number_of_same} ways"
     _, on_ink = heads_on_texture(lines)
     yield f"in {on_ink} of ten one head stays on the ink"
+
+
+def sentences_of_advice(lines):
+    maps = ("mean", "rollout", "norm_rollout", "squared_gradient")
+    rows = ("different", "same", "dino-different", "supervised", "depth-3", "depth-4", "depth-6")
+    behind = []
+    for row in rows:
+        seeds = OF_MAPS if row in ("different", "same") else TEN_OF_MAPS
+        by_map = {name: mean_of(lines, row, name, "equal_ink", seeds) for name in maps}
+        behind.append(max(by_map.values()) - by_map["rollout"])
+    yield f"it was at most {NUMBERS[round(100 * max(behind))]} points behind the best map"
 
 
 def sentences_of_limits(lines):
@@ -356,6 +377,11 @@ def sentences_of_claims(lines):
     curves = values(lines, "different-long", "curve", range(10, 15))
     furthest = [np.argmax([epoch["mean"]["diversity"] for epoch in curve]) for curve in curves]
     yield f"in epochs {min(furthest)} to {max(furthest)}"
+    one, two, four = (
+        f"{values(lines, row, 'matched/mean/selectivity', FIRST_TEN).mean():.2f}"
+        for row in ("same-1", "same", "same-4")
+    )
+    yield f"With two crops selectivity is {two}, with one {one}, and with four {four}"
     large, small = (
         points(values(lines, row, "features/linear_probe", SECOND_SAMPLE).mean())
         for row in ("different", "size-28")

@@ -319,6 +319,15 @@ def test_no_run_starts_from_weights_that_are_not_there_yet():
     assert ("pretrained", 10) in jobs
 
 
+def test_a_run_whose_marks_were_not_measured_is_done_again(committed):
+    args = study.parse_args(["--only", "M8"])
+    runs = dict(committed["laptop"])
+    key = ("shortcut-50", 70)
+    assert key not in [(job.row, job.seed) for job in study.jobs_to_do(args, runs)]
+    runs[key] = {name: value for name, value in runs[key].items() if name != "marks"}
+    assert key in [(job.row, job.seed) for job in study.jobs_to_do(args, runs)]
+
+
 def search_runs(base, values):
     """The runs of a search, from {factor of the learning rate: value on validation canvases}."""
     runs = {}

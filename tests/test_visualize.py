@@ -1005,6 +1005,23 @@ def test_the_levels_of_pictures_are_the_same_in_a_call_and_may_be_chosen(tmp_pat
     assert "--levels: leave it out; files of 8 bits and PGM" in error_of(status, capsys)
 
 
+def test_examples_says_how_many_test_images_are_drawn(run_folder, other_run, few_images, tmp_path):
+    checkpoints = [run_folder / "epoch-0.pth", other_run / "ckpt.pth"]
+    quick = ["--no-measure", "--maps", "attention", "--examples", "3"]
+    with recorded_grids() as grids:
+        assert look(checkpoints[0], *quick, output=tmp_path) == 0
+        assert look(*checkpoints, *quick, output=tmp_path) == 0
+    assert len(grids["attention.png"].columns["input"].arrays) == 3
+    assert len(grids["attention-compared.png"].columns["input"].arrays) == 3
+
+
+@pytest.mark.parametrize("flags", ["--examples 0", "--examples 65", "--images a.png --examples 2"])
+def test_examples_that_make_no_sense_are_refused(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit):
+        look(SAME, *flags.split(), output=tmp_path)
+    assert "error: argument --examples: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags", ["--levels 0 9", "--images a.png --levels 9 9", "--images a.png --levels 0 nan"]
 )
