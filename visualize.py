@@ -62,7 +62,7 @@ from observe import concatenate, name_of
 
 PICTURES_PER_PAGE = 20
 EXAMPLES = 8  # test images in a figure and on the page, unless --examples says how many
-MOST_EXAMPLES = 64
+MOST_ROWS = 64  # of a figure of test images; many more make a picture that cannot be written
 LONGEST_ROW_NAME = 24  # characters
 OVERLAY_OPACITY = 0.8  # of the maximum of a map over a picture
 MAP_NAMES = (*explain.MAPS, "effect", "heads")  # of --maps
@@ -538,7 +538,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--examples",
         type=number_from_1,
         metavar="N",
-        help="how many test images are drawn [8; with kept epochs 12 rows in all]",
+        help="how many test images are drawn [8, or fewer if epochs were kept: 12 rows in all]",
     )
     parser.add_argument(
         "--no-measure",
@@ -634,8 +634,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             )
     if args.examples is not None and args.images:
         parser.error("argument --examples: leave it out; with --images every picture is drawn")
-    if args.examples is not None and args.examples > MOST_EXAMPLES:
-        parser.error(f"argument --examples: {args.examples}: use at most {MOST_EXAMPLES}")
+    if args.examples is not None and args.examples > MOST_ROWS:
+        parser.error(f"argument --examples: {args.examples}: use at most {MOST_ROWS}")
     if args.no_measure and args.maps and "effect" in args.maps:
         parser.error("argument --no-measure: --maps names effect, which is measured; leave one out")
     return args
@@ -748,15 +748,25 @@ def best_by_correlation(maps: list[MapsOfExample]) -> dict[str, str]:
     return {max(means, key=means.get): "highest here"} if len(means) > 1 else {}
 
 
+def number_of_examples(args: argparse.Namespace, epochs: int) -> int:
+    """How many test images are drawn, each with a row for every kept epoch, or one."""
+    if args.examples is None:
+        return EXAMPLES if epochs == 1 else max(1, 12 // epochs)
+    most = max(1, MOST_ROWS // epochs)
+    if args.examples > most:
+        raise ValueError(
+            f"--examples {args.examples}: each has {epochs} rows, one for every kept epoch; "
+            f"use at most {most}"
+        )
+    return args.examples
+
+
 def visualize_one(model: Model, args: argparse.Namespace):
     """Draw and measure one network."""
     backbones = gallery.kept_epochs(model) if model.history else {}
     if len(backbones) < 2:
         backbones = {"": model.backbone}
-    count = args.examples or EXAMPLES
-    if args.examples is None and len(backbones) > 1:
-        count = max(1, 12 // len(backbones))  # each has a row for every kept epoch
-    examples = gallery.example_images(model, count)
+    examples = gallery.example_images(model, number_of_examples(args, len(backbones)))
     folder = make_folder(args)
 
     names = names_to_compute(args, ["brightness"])
@@ -816,7 +826,7 @@ def compare(models: list[Model], args: argparse.Namespace):
     # Networks that were trained without marks are shown those that the others were trained with.
     if any(model.has_marks for model in models):
         models = [replace(model, has_marks=True) for model in models]
-    count = args.examples or EXAMPLES
+    count = number_of_examples(args, epochs=1)
     examples = [gallery.example_images(model, count) for model in models]
     folder = make_folder(args)
     names = names_to_compute(args, ["brightness"])

@@ -241,13 +241,17 @@ def without_machine(command):
     return settings
 
 
+def needs_marks(job):
+    """Whether M8 asks how much the run relies on marks."""
+    return job.row in map_claims.MARK_ROWS and job.seed in map_claims.MARK_SEEDS
+
+
 def is_done(args, job, runs):
     """Whether study.json has the run, made on any device with the flags that its row has now."""
     if (job.row, job.seed) not in runs:
         return False
     line = runs[job.row, job.seed]
-    needs_marks = job.row in map_claims.MARK_ROWS and job.seed in map_claims.MARK_SEEDS
-    if needs_marks and "marks" not in line:
+    if needs_marks(job) and "marks" not in line:
         return False
     old_command = line["command"]
     return without_machine(old_command) == without_machine(train_command(args, job))
@@ -334,7 +338,7 @@ def study_line(args, job, seconds):
         },
     }
     line |= measures_of_run(folder)
-    if job.row in map_claims.MARK_ROWS and job.seed in map_claims.MARK_SEEDS:
+    if needs_marks(job):
         line["marks"] = marks_of_run(folder, args.data_root)
     return line
 

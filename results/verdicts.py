@@ -633,7 +633,7 @@ def claim_remarks(runs):
         for name, claim in OLD_CLAIMS.items()
     }
     remarks = {
-        "F1": f"chosen after the fact, M2 confirms it (as planned: {as_planned['F1']})",
+        "F1": f"chosen after the fact; see M2 (as planned: {as_planned['F1']})",
         "F2": f"chosen after the fact (as planned: {as_planned['F2']})",
         "C2": "if anything, slightly worse",
         "C3": "a goal of the recipe",

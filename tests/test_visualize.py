@@ -1015,6 +1015,11 @@ def test_examples_says_how_many_test_images_are_drawn(run_folder, other_run, few
     assert len(grids["attention-compared.png"].columns["input"].arrays) == 3
 
 
+def test_kept_epochs_leave_room_for_fewer_examples(run_folder, tmp_path, capsys):
+    status = look(run_folder, "--examples", "64", output=tmp_path)
+    assert "one for every kept epoch; use at most " in error_of(status, capsys)
+
+
 @pytest.mark.parametrize("flags", ["--examples 0", "--examples 65", "--images a.png --examples 2"])
 def test_examples_that_make_no_sense_are_refused(tmp_path, capsys, flags):
     with pytest.raises(SystemExit):
